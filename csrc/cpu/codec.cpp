@@ -1,0 +1,153 @@
+#include "cpu/codec.h"
+
+#include <bit>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace fusedopt::cpu {
+namespace {
+
+struct bf16 {
+  std::uint16_t bits;
+};
+using f16 = _Float16;
+
+template <class T>
+inline T decode(bf16 x) {
+  return static_cast<T>(std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16));
+}
+template <class T, class S>
+inline T decode(S x) {
+  return static_cast<T>(x);
+}
+
+// Round to nearest even; a NaN stays a NaN.
+inline bf16 to_bf16(float x) {
+  const std::uint32_t u = std::bit_cast<std::uint32_t>(x);
+  const std::uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const std::uint32_t quiet = (u >> 16) | 0x40u;
+  return {static_cast<std::uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
+}
+
+// double -> bf16 rounds once: round to odd in float first, so that the second rounding sees the lost bits.
+inline bf16 to_bf16(double x) {
+  const float nearest = static_cast<float>(x);
+  std::uint32_t u = std::bit_cast<std::uint32_t>(nearest);
+  const double error = x - static_cast<double>(nearest);
+  if (error != 0 && error == error && (u & 1u) == 0) {
+    const bool away = (error > 0) == (x > 0);  // the true value lies farther from zero
+    u = away ? u | 1u : u - 1u;
+  }
+  return to_bf16(std::bit_cast<float>(u));
+}
+
+template <class D, class T>
+inline D encode(T x) {
+  if constexpr (std::is_same_v<D, bf16>) {
+    return to_bf16(x);
+  } else {
+    return static_cast<D>(x);
+  }
+}
+
+template <class T, class S>
+inline void decode_run(T* to, const S* from, std::int64_t n) {
+  std::int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, f16>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = decode<T>(from[i]);
+}
+
+template <class T, class D>
+inline void encode_run(D* to, const T* from, std::int64_t n) {
+  std::int64_t i = 0;
+#if defined(__F16C__)
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<D, f16>) {
+    for (; i + 8 <= n; i += 8) {
+      const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+    }
+  }
+#endif
+  for (; i < n; ++i) to[i] = encode<D>(from[i]);
+}
+
+// Calls visit(buffer index, memory offset, stride, length) for each innermost run of the range.
+template <class Visit>
+inline void walk(const Layout& layout, std::int64_t begin, std::int64_t count, Visit visit) {
+  const int last = layout.ndim - 1;
+  std::int64_t index[kMaxDims];
+  std::int64_t offset = 0, rest = begin;
+  for (int d = last; d >= 0; --d) {
+    index[d] = rest % layout.shape[d];
+    rest /= layout.shape[d];
+    offset += index[d] * layout.stride[d];
+  }
+  for (std::int64_t done = 0; done < count;) {
+    const std::int64_t left = layout.shape[last] - index[last];
+    const std::int64_t run = left < count - done ? left : count - done;
+    visit(done, offset, layout.stride[last], run);
+    done += run;
+    index[last] += run;
+    offset += run * layout.stride[last];
+    for (int d = last; d > 0 && index[d] == layout.shape[d]; --d) {
+      offset += layout.stride[d - 1] - layout.shape[d] * layout.stride[d];
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+template <class Call>
+inline void with_type(DType dtype, Call call) {
+  switch (dtype) {
+    case DType::f32: return call(float{});
+    case DType::f64: return call(double{});
+    case DType::bf16: return call(bf16{});
+    case DType::f16: return call(f16{});
+  }
+}
+
+}  // namespace
+
+template <class T>
+void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::int64_t begin,
+          std::int64_t count) {
+  with_type(dtype, [&](auto element) {
+    using S = decltype(element);
+    const S* source = static_cast<const S*>(data);
+    if (!layout) return decode_run(buffer, source + begin, count);
+    walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
+      for (std::int64_t i = 0; i < n; ++i) buffer[at + i] = decode<T>(source[offset + i * stride]);
+    });
+  });
+}
+
+template <class T>
+void store(const T* buffer, void* data, DType dtype, const Layout* layout, std::int64_t begin,
+           std::int64_t count) {
+  with_type(dtype, [&](auto element) {
+    using D = decltype(element);
+    D* target = static_cast<D*>(data);
+    if (!layout) return encode_run(target + begin, buffer, count);
+    walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
+      for (std::int64_t i = 0; i < n; ++i) target[offset + i * stride] = encode<D>(buffer[at + i]);
+    });
+  });
+}
+
+template void load<float>(float*, const void*, DType, const Layout*, std::int64_t, std::int64_t);
+template void load<double>(double*, const void*, DType, const Layout*, std::int64_t, std::int64_t);
+template void store<float>(const float*, void*, DType, const Layout*, std::int64_t, std::int64_t);
+template void store<double>(const double*, void*, DType, const Layout*, std::int64_t, std::int64_t);
+
+}  // namespace fusedopt::cpu

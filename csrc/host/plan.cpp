@@ -1,0 +1,231 @@
+// Building a plan, running it, and what follows a step. Scanning is in scan.cpp.
+#include "host/plan.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+#include "host/anatomy.h"
+
+namespace fusedopt::host {
+namespace {
+
+constexpr std::int64_t kLargestTile = 65536;  // 256 KiB of fp32 per stream
+constexpr std::int64_t kSmallestTile = 4096;
+constexpr std::int64_t kTilesWanted = 256;
+constexpr std::int64_t kWorthThreads = 32768;  // elements below which a second thread costs more than it brings
+
+DLTensor view(PyObject* tensor) {
+  DLTensor t;
+  if (!torch.view(tensor, &t)) throw py::error_already_set();
+  return t;
+}
+
+}  // namespace
+
+Plan::Plan(py::list param_groups, py::list groups, py::dict state, const py::set& mine, const py::set& fresh)
+    : param_groups_(std::move(param_groups)), state_(std::move(state)) {
+  for (std::size_t i = 0; i < groups.size(); ++i) {
+    add_group(py::reinterpret_borrow<py::dict>(param_groups_[i]), py::reinterpret_borrow<py::tuple>(groups[i]));
+  }
+  for (std::size_t i = 0; i < groups_.size(); ++i) {
+    for (const py::handle param : groups_[i].params) {
+      const py::int_ id(reinterpret_cast<std::uintptr_t>(param.ptr()));
+      add_row(i, param.ptr(), mine.contains(id), fresh.contains(id));
+    }
+  }
+  for (const auto& item : state_) state_values_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  split_into_items();
+}
+
+void Plan::add_group(py::dict dict, const py::tuple& spec) {
+  Group group;
+  group.dict = std::move(dict);
+  group.params = py::reinterpret_borrow<py::list>(group.dict["params"]);
+  group.n_params = group.params.size();
+  group.kernel = py::reinterpret_borrow<py::capsule>(spec[0]).get_pointer<const Kernel>();
+  for (const py::handle hyper : spec[1]) {
+    const auto h = py::reinterpret_borrow<py::tuple>(hyper);
+    group.hyper.push_back({h[0], h[1].cast<Py_ssize_t>(), h[2].cast<double>(), h[3].cast<double>()});
+  }
+  if (group.hyper.size() != 2 + static_cast<std::size_t>(group.kernel->n_hyper)) {
+    throw std::logic_error("hyperparameters do not match the kernel");
+  }
+  for (const py::handle item : spec[2]) {
+    const auto s = py::reinterpret_borrow<py::tuple>(item);
+    group.switches.push_back({s[0], s[1].cast<bool>()});
+  }
+  group.decoupled = spec[3];
+  groups_.push_back(std::move(group));
+}
+
+void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
+  Entry entry{};
+  Row row{};
+  entry.param = param;
+  entry.mine = mine;
+  if (!mine) {
+    entries_.push_back(entry);
+    rows_.push_back(row);
+    return;
+  }
+  entry.operands[kParam] = param;
+  entry.group = static_cast<std::int32_t>(group);
+  entry.first = fresh;
+
+  const DLTensor p = view(param);
+  const Geometry geometry(p);
+  entry.ndim = p.ndim;
+  entry.dims = static_cast<std::uint32_t>(dims_.size());
+  dims_.insert(dims_.end(), p.shape, p.shape + p.ndim);
+  dims_.insert(dims_.end(), p.strides, p.strides + p.ndim);
+  row.kernel = groups_[group].kernel;
+  row.numel = geometry.numel();
+  row.data[kParam] = address(p);
+  row.dtype[kParam] = element_type(p);
+  entry.item_size[kParam] = static_cast<std::uint8_t>(p.dtype.bits / 8);
+
+  Layouts layouts;
+  const auto keep = [&](const Layout& layout) -> const Layout* {
+    return layout.ndim ? &layouts_.emplace_back(layout) : nullptr;
+  };
+  layouts.operand[kParam] = layouts.operand[kGrad] = keep(geometry.layout_of(p));
+
+  entry.gradient_type = p.dtype;
+  const auto grad = py::reinterpret_steal<py::object>(torch.grad(param));
+  if (!grad) throw py::error_already_set();
+  if (!grad.is_none()) entry.gradient_type = view(grad.ptr()).dtype;
+  DLTensor typed = p;
+  typed.dtype = entry.gradient_type;
+  row.dtype[kGrad] = element_type(typed);
+
+  entry.ready = add_states(entry, row, layouts, geometry);
+
+  const DType compute = row.dtype[kParam] == DType::f64 ? DType::f64 : DType::f32;
+  const int operands = kFirstState + (entry.ready ? row.kernel->n_states : 0);
+  entry.direct = true;
+  bool dense = true;
+  for (int k = 0; k < operands; ++k) {
+    entry.direct &= row.dtype[k] == compute && !layouts.operand[k];
+    dense &= !layouts.operand[k];
+  }
+  entry.layouts = dense ? nullptr : &tables_.emplace_back(layouts);
+  entry.quick = anatomy.known() && p.ndim <= Anatomy::kInlineDims;
+  entry.quick = entry.quick && entry_stands(entry, row);
+  all_quick_ &= entry.quick;
+  numel_ += row.numel;
+  entries_.push_back(entry);
+  rows_.push_back(row);
+}
+
+// Takes up the parameter's states; false when it has none yet, or not all.
+bool Plan::add_states(Entry& entry, Row& row, Layouts& layouts, const Geometry& geometry) {
+  const Kernel& kernel = *row.kernel;
+  PyObject* state = PyDict_GetItemWithError(state_.ptr(), entry.param);
+  if (!state && PyErr_Occurred()) throw py::error_already_set();
+  if (!state) return kernel.n_states + kernel.n_scalars == 0;
+  entry.state = state;
+  entry.first_value = static_cast<std::uint32_t>(values_.size());
+  Py_ssize_t position = 0;
+  for (PyObject *key, *value; PyDict_Next(state, &position, &key, &value); ++entry.n_values) {
+    values_.push_back(py::reinterpret_borrow<py::object>(value));
+  }
+  const auto entry_of = [&](const char* name) { return PyDict_GetItemString(state, name); };
+  for (int k = 0; k < kernel.n_states; ++k) {
+    PyObject* tensor = entry_of(kernel.states[k]);
+    if (!tensor) return false;
+    const DLTensor s = view(tensor);
+    entry.operands[kFirstState + k] = tensor;
+    row.data[kFirstState + k] = address(s);
+    row.dtype[kFirstState + k] = element_type(s);
+    entry.item_size[kFirstState + k] = static_cast<std::uint8_t>(s.dtype.bits / 8);
+    const Layout layout = geometry.layout_of(s);
+    if (layout.ndim) layouts.operand[kFirstState + k] = &layouts_.emplace_back(layout);
+  }
+  for (int k = 0; k < kernel.n_scalars; ++k) {
+    PyObject* tensor = entry_of(kernel.scalars[k]);
+    if (!tensor) return false;
+    const DLTensor s = view(tensor);
+    entry.scalars[k] = {tensor, address(s), element_type(s) == DType::f64};
+  }
+  return true;
+}
+
+// Near-equal pieces whatever the tensors' sizes: large tensors are split, small ones share a bundle.
+void Plan::split_into_items() {
+  const std::int64_t wanted = (numel_ / kTilesWanted + 1023) / 1024 * 1024;
+  const std::int64_t tile = std::clamp(wanted, kSmallestTile, kLargestTile);
+  std::int64_t room = 0;
+  for (std::size_t r = 0; r < rows_.size(); ++r) {
+    for (std::int64_t begin = 0; begin < rows_[r].numel; begin += tile) {
+      const std::int64_t count = std::min(tile, rows_[r].numel - begin);
+      if (count > room) {
+        bundles_.push_back(static_cast<std::int64_t>(items_.size()));
+        room = tile;
+      }
+      items_.push_back({static_cast<std::int32_t>(r), static_cast<std::int32_t>(count), begin});
+      room -= count;
+    }
+  }
+  bundles_.push_back(static_cast<std::int64_t>(items_.size()));
+  partials_.resize(bundles_.size());
+}
+
+py::tuple Plan::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                    bool update, bool skip_nonfinite, double squared_norm) {
+  auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
+  Job job{};
+  job.rows = rows_.data();
+  job.items = items_.data();
+  job.bundles = bundles_.data();
+  job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
+  job.cohorts = cohorts_.data();
+  job.partials = partials_.data();
+  job.threads = numel_ < kWorthThreads ? 1 : threads;
+  job.measure = measure;
+  job.update = update;
+  job.skip_nonfinite = skip_nonfinite;
+  job.inverse_scale = inverse_scale;
+  job.max_norm = max_norm;
+  job.squared_norm = squared_norm;
+  {
+    py::gil_scoped_release release;
+    entry(job);
+  }
+  return py::make_tuple(job.squared_norm, job.skipped);
+}
+
+void Plan::commit() {
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    if (!rows_[i].active) continue;
+    const CohortKey& key = cohort_keys_[static_cast<std::size_t>(rows_[i].cohort)];
+    for (int k = 0; k < rows_[i].kernel->n_scalars; ++k) {
+      const Scalar& scalar = entries_[i].scalars[k];
+      if (scalar.wide) {
+        *static_cast<double*>(scalar.address) = key.after[k];
+      } else {
+        *static_cast<float*>(scalar.address) = static_cast<float>(key.after[k]);
+      }
+    }
+    entries_[i].first = false;
+  }
+}
+
+void Plan::release_gradients() {
+  for (PyObject* gradient : gradients_) Py_DECREF(gradient);
+  gradients_.clear();
+}
+
+int Plan::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(param_groups_.ptr());
+  Py_VISIT(state_.ptr());
+  for (const Group& group : groups_) {
+    Py_VISIT(group.dict.ptr());
+    Py_VISIT(group.params.ptr());
+  }
+  for (const py::object& value : values_) Py_VISIT(value.ptr());
+  for (const py::object& value : state_values_) Py_VISIT(value.ptr());
+  for (PyObject* gradient : gradients_) Py_VISIT(gradient);
+  return 0;
+}
+
+}  // namespace fusedopt::host

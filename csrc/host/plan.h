@@ -1,0 +1,144 @@
+// The plan: every tensor of an optimizer that one engine steps, as tables that outlive the step.
+//
+// `scan` is the host's whole work per step: it reads gradients and hyperparameters, and sees whether
+// anything the tables rely on has changed (a parameter or state that moved, a state entry that was
+// replaced, a group that was added, a flag that was switched). It writes nothing but the tables.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <deque>
+#include <vector>
+
+#include "core/job.h"
+#include "host/geometry.h"
+#include "host/tensor.h"
+
+namespace fusedopt::host {
+
+namespace py = pybind11;
+
+// A hyperparameter in a group dict: group[key], or group[key][index] when index >= 0.
+struct HyperKey {
+  py::object key;
+  Py_ssize_t index;
+  double low, high;  // what it may be, ends included
+};
+
+// A hyperparameter that decides which states there are; it must keep its truth value.
+struct Switch {
+  py::object key;
+  bool on;
+};
+
+struct Group {
+  py::dict dict;
+  py::list params;
+  std::size_t n_params;
+  const Kernel* kernel;
+  std::vector<HyperKey> hyper;  // lr, weight_decay, then the kernel's
+  std::vector<Switch> switches;
+  py::object decoupled;  // True, False, or the key of a flag
+  Cohort common;         // read in each scan, without coefficients
+  double values[kMaxHyper];
+};
+
+// A 0-dim state such as `step`.
+struct Scalar {
+  PyObject* tensor;  // kept alive by the plan's values
+  void* address;
+  bool wide;  // double, else float
+};
+
+// What the plan knows of a row beyond what engines need.
+struct Entry {
+  PyObject* param;                                // kept alive by its group's list
+  PyObject* state;                                // its dict, or null
+  std::uint32_t first_value, n_values;            // in values_: the dict's values, in its order
+  std::uint32_t dims;                             // in dims_: the parameter's shape, then strides
+  std::int32_t group;
+  std::int32_t ndim;
+  DLDataType gradient_type;
+  Scalar scalars[kMaxScalars];
+  PyObject* operands[kMaxOperands];               // kept alive by values_; the gradient's place is empty
+  std::uint8_t item_size[kMaxOperands];           // bytes of one element, as torch counts elements
+  const Layouts* layouts;                         // with a gradient laid out like the parameter
+  bool direct;                                    // likewise
+  bool mine;                                      // this plan steps it; else another engine does
+  bool ready;                                     // has all its states
+  bool first;                                     // its states are new
+  bool quick;                                     // the anatomy can vouch for it
+};
+
+class Plan {
+ public:
+  // groups: list of (kernel capsule, [(key, index, low, high)], [(key, on)], decoupled), one per param group
+  // mine: ids of the parameters that this plan steps; others of the same groups go to another engine
+  // fresh: ids of the parameters whose states were created for this step
+  Plan(py::list param_groups, py::list groups, py::dict state, const py::set& mine, const py::set& fresh);
+  ~Plan() { release_gradients(); }
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  // True when the tables stand and a step can run; false when the plan must be built anew.
+  bool scan();
+
+  // Runs an engine on the tables without the GIL. Returns (squared norm, skipped).
+  py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                bool update, bool skip_nonfinite, double squared_norm);
+
+  // The step happened: advance the step counters.
+  void commit();
+  void release_gradients();
+
+  std::size_t rows() const { return rows_.size(); }
+  std::size_t cohorts() const { return cohorts_.size(); }
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  void add_group(py::dict dict, const py::tuple& spec);
+  void add_row(std::size_t group, PyObject* param, bool mine, bool fresh);
+  bool add_states(Entry& entry, Row& row, Layouts& layouts, const Geometry& geometry);
+  void split_into_items();
+
+  bool groups_stand();
+  bool read_group(Group& group) const;
+  bool states_stand() const;
+  bool entry_stands(const Entry& entry, const Row& row) const;
+  bool entry_stands_slowly(const Entry& entry, const Row& row) const;
+  bool has_dims(const DLTensor& t, const Entry& entry) const;
+  void prefetch(std::size_t i) const;
+  bool read_gradient(Entry& entry, Row& row);
+  bool place_gradient(Entry& entry, Row& row);
+  std::int32_t join_cohort(const Entry& entry, const Row& row);
+
+  struct CohortKey {
+    std::int32_t group;
+    bool first;
+    double before[kMaxScalars], after[kMaxScalars];
+  };
+
+  py::list param_groups_;
+  py::dict state_;
+  std::vector<Group> groups_;
+  std::vector<Entry> entries_;
+  std::vector<Row> rows_;
+  std::vector<std::int64_t> dims_;
+  std::vector<py::object> values_;        // all values of all state dicts
+  std::vector<py::object> state_values_;  // the values of the optimizer's state, in its order
+  std::deque<Layout> layouts_;            // of parameters and states
+  std::deque<Layouts> tables_;
+  std::deque<Layout> step_layouts_;  // of this step's gradients
+  std::deque<Layouts> step_tables_;
+
+  std::vector<Cohort> cohorts_;
+  std::vector<CohortKey> cohort_keys_;
+  std::vector<PyObject*> gradients_;  // owned until the step is over
+  std::vector<Item> items_;
+  std::vector<std::int64_t> bundles_;
+  std::vector<double> partials_;
+  std::int64_t numel_ = 0;
+  bool all_quick_ = true;
+};
+
+}  // namespace fusedopt::host

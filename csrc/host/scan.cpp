@@ -1,0 +1,283 @@
+// Plan::scan: what the host does in each step.
+#include <algorithm>
+#include <iterator>
+
+#include "host/anatomy.h"
+#include "host/plan.h"
+
+namespace fusedopt::host {
+namespace {
+
+// With this many tensors their cache misses outweigh starting a team of threads.
+constexpr std::size_t kWorthTeam = 2048;
+// A float counter stops at 2^24; the plan is then built anew with a double one.
+constexpr double kLastFloatStep = 16777216;
+// Cohorts are looked for among the newest only; a missed match costs one more prepare.
+constexpr std::size_t kCohortsSearched = 16;
+
+bool read_number(PyObject* value, double* out) {
+  if (PyFloat_CheckExact(value)) {
+    *out = PyFloat_AS_DOUBLE(value);
+    return true;
+  }
+  PyObject* number = PyNumber_Float(value);  // int, bool, one-element tensor
+  if (!number) return false;
+  *out = PyFloat_AS_DOUBLE(number);
+  Py_DECREF(number);
+  return true;
+}
+
+double read_scalar(const Scalar& s) {
+  return s.wide ? *static_cast<const double*>(s.address) : *static_cast<const float*>(s.address);
+}
+
+bool same_type(const DLDataType& a, const DLDataType& b) { return a.code == b.code && a.bits == b.bits; }
+
+bool truth(PyObject* value) {
+  const int on = PyObject_IsTrue(value);
+  if (on < 0) PyErr_Clear();
+  return on > 0;
+}
+
+// g itself, or what it stands for when it is lazily conjugated or negated. Steals and returns a reference.
+PyObject* resolved(PyObject* g) {
+  for (const char* method : {"resolve_conj", "resolve_neg"}) {
+    PyObject* next = PyObject_CallMethod(g, method, nullptr);
+    Py_DECREF(g);
+    if (!next) return nullptr;
+    g = next;
+  }
+  return g;
+}
+
+}  // namespace
+
+bool Plan::scan() {
+  release_gradients();
+  step_layouts_.clear();
+  step_tables_.clear();
+  cohorts_.clear();
+  cohort_keys_.clear();
+  bool stands = groups_stand() && states_stand();
+  const auto n = static_cast<std::ptrdiff_t>(entries_.size());
+  const bool team = stands && all_quick_ && entries_.size() >= kWorthTeam;
+  if (team) {
+    // Only reads of objects that the GIL, which this thread holds, keeps still.
+#pragma omp parallel for schedule(static) reduction(&& : stands)
+    for (std::ptrdiff_t i = 0; i < n; ++i) {
+      prefetch(static_cast<std::size_t>(i));
+      stands = entry_stands(entries_[i], rows_[i]) && stands;
+    }
+  }
+  for (std::ptrdiff_t i = 0; stands && i < n; ++i) {
+    if (!team) stands = entry_stands(entries_[i], rows_[i]);
+    if (team) prefetch(static_cast<std::size_t>(i));
+    stands = stands && read_gradient(entries_[i], rows_[i]);
+  }
+  if (PyErr_Occurred()) PyErr_Clear();  // building anew finds the cause and says it
+  if (!stands) release_gradients();
+  return stands;
+}
+
+bool Plan::groups_stand() {
+  if (param_groups_.size() != groups_.size()) return false;
+  std::size_t i = 0;
+  for (std::size_t g = 0; g < groups_.size(); ++g) {
+    Group& group = groups_[g];
+    if (PyList_GET_ITEM(param_groups_.ptr(), g) != group.dict.ptr()) return false;
+    static PyObject* const params = PyUnicode_InternFromString("params");
+    if (PyDict_GetItemWithError(group.dict.ptr(), params) != group.params.ptr()) return false;
+    if (group.params.size() != group.n_params) return false;
+    for (std::size_t k = 0; k < group.n_params; ++k, ++i) {
+      if (PyList_GET_ITEM(group.params.ptr(), k) != entries_[i].param) return false;
+    }
+    if (!read_group(group)) return false;
+  }
+  return true;
+}
+
+bool Plan::read_group(Group& group) const {
+  static PyObject* const maximize_key = PyUnicode_InternFromString("maximize");
+  PyObject* const dict = group.dict.ptr();
+  double numbers[2 + kMaxHyper];
+  for (std::size_t k = 0; k < group.hyper.size(); ++k) {
+    const HyperKey& h = group.hyper[k];
+    PyObject* value = PyDict_GetItemWithError(dict, h.key.ptr());
+    if (!value) return false;
+    if (h.index >= 0) {
+      if (!PyTuple_Check(value) && !PyList_Check(value)) return false;
+      if (PySequence_Fast_GET_SIZE(value) <= h.index) return false;
+      value = PySequence_Fast_GET_ITEM(value, h.index);
+    }
+    if (!read_number(value, &numbers[k]) || !(numbers[k] >= h.low && numbers[k] <= h.high)) return false;
+  }
+  for (const Switch& s : group.switches) {
+    PyObject* value = PyDict_GetItemWithError(dict, s.key.ptr());
+    if (!value || truth(value) != s.on) return false;
+  }
+  PyObject* maximize = PyDict_GetItemWithError(dict, maximize_key);
+  if (!maximize) return false;
+  bool decoupled = group.decoupled.ptr() == Py_True;
+  if (PyUnicode_Check(group.decoupled.ptr())) {
+    PyObject* flag = PyDict_GetItemWithError(dict, group.decoupled.ptr());
+    if (!flag) return false;
+    decoupled = truth(flag);
+  }
+  const double lr = numbers[0], weight_decay = numbers[1];
+  group.common.lr = lr;
+  group.common.coupled_decay = decoupled ? 0 : weight_decay;
+  group.common.keep = decoupled ? 1 - lr * weight_decay : 1;
+  group.common.sign = truth(maximize) ? -1 : 1;
+  std::copy_n(numbers + 2, group.kernel->n_hyper, group.values);
+  return true;
+}
+
+// The same state dicts as before, in the same order. No hashing, no look-ups.
+bool Plan::states_stand() const {
+  if (static_cast<std::size_t>(PyDict_GET_SIZE(state_.ptr())) != state_values_.size()) return false;
+  Py_ssize_t position = 0;
+  std::size_t i = 0;
+  for (PyObject *key, *value; PyDict_Next(state_.ptr(), &position, &key, &value); ++i) {
+    if (value != state_values_[i].ptr()) return false;
+  }
+  return true;
+}
+
+// Nothing that this row's addresses rely on has changed.
+bool Plan::entry_stands(const Entry& entry, const Row& row) const {
+  if (!entry.mine) return true;
+  if (entry.state) {
+    Py_ssize_t position = 0;
+    std::size_t i = entry.first_value;
+    if (PyDict_GET_SIZE(entry.state) != static_cast<Py_ssize_t>(entry.n_values)) return false;
+    for (PyObject *key, *value; PyDict_Next(entry.state, &position, &key, &value); ++i) {
+      if (value != values_[i].ptr()) return false;
+    }
+  }
+  if (!entry.quick) return entry_stands_slowly(entry, row);
+  if (!anatomy.has_dims(entry.param, entry.ndim, dims_.data() + entry.dims)) return false;
+  if (!row.numel) return true;
+  for (int k = 0; k < kMaxOperands; ++k) {
+    PyObject* tensor = entry.operands[k];
+    if (tensor && anatomy.address(tensor, entry.item_size[k]) != row.data[k]) return false;
+  }
+  for (int k = 0; k < kMaxScalars; ++k) {
+    const Scalar& scalar = entry.scalars[k];
+    if (scalar.tensor && anatomy.address(scalar.tensor, scalar.wide ? 8 : 4) != scalar.address) return false;
+  }
+  return true;
+}
+
+// The same, by asking torch.
+bool Plan::entry_stands_slowly(const Entry& entry, const Row& row) const {
+  DLTensor t;
+  for (int k = 0; k < kMaxOperands; ++k) {
+    if (!entry.operands[k]) continue;
+    if (!torch.view(entry.operands[k], &t) || address(t) != row.data[k]) return false;
+    if (k == kParam && !has_dims(t, entry)) return false;
+  }
+  for (const Scalar& scalar : entry.scalars) {
+    if (scalar.tensor && (!torch.view(scalar.tensor, &t) || address(t) != scalar.address)) return false;
+  }
+  return true;
+}
+
+bool Plan::has_dims(const DLTensor& t, const Entry& entry) const {
+  if (t.ndim != entry.ndim) return false;
+  const std::int64_t* dims = dims_.data() + entry.dims;
+  return std::equal(t.shape, t.shape + t.ndim, dims) && std::equal(t.strides, t.strides + t.ndim, dims + t.ndim);
+}
+
+// Tensors of many small parameters do not fit in cache; their misses overlap when asked for ahead.
+void Plan::prefetch(std::size_t i) const {
+  constexpr std::size_t object = 12, impl = 8, storage = 4;
+  const auto each = [&](std::size_t at, auto call) {
+    if (at >= entries_.size()) return;
+    for (PyObject* tensor : entries_[at].operands) {
+      if (tensor) call(tensor);
+    }
+    for (const Scalar& scalar : entries_[at].scalars) {
+      if (scalar.tensor) call(scalar.tensor);
+    }
+  };
+  each(i + object, [](PyObject* t) { anatomy.prefetch_object(t); });
+  each(i + impl, [](PyObject* t) { anatomy.prefetch_impl(t); });
+  each(i + storage, [](PyObject* t) { anatomy.prefetch_storage(t); });
+}
+
+bool Plan::read_gradient(Entry& entry, Row& row) {
+  if (!entry.mine) return true;
+  PyObject* g = torch.grad(entry.param);
+  if (!g) return false;
+  row.active = g != Py_None;
+  if (!row.active) {
+    Py_DECREF(g);
+    return true;
+  }
+  gradients_.push_back(g);
+  if (!entry.ready || !place_gradient(entry, row)) return false;
+  row.cohort = join_cohort(entry, row);
+  return row.cohort >= 0;
+}
+
+// Checks the newest gradient and writes its address and layout into the row.
+bool Plan::place_gradient(Entry& entry, Row& row) {
+  DLTensor g;
+  if (!torch.view(gradients_.back(), &g)) return false;
+  if (g.device.device_type != kDLCPU || !same_type(g.dtype, entry.gradient_type)) return false;
+  if (g.ndim != entry.ndim) return false;
+  const std::int64_t* shape = dims_.data() + entry.dims;
+  const std::int64_t* strides = shape + entry.ndim;
+  if (!std::equal(shape, strides, g.shape)) return false;
+  const bool aligned = std::equal(strides, strides + entry.ndim, g.strides);
+  row.data[kGrad] = address(g);
+  row.layouts = entry.layouts;
+  row.direct = entry.direct;
+  // torch hands out lazily conjugated gradients of complex, and lazily negated ones of real tensors
+  // that view the imaginary parts of complex ones: these have other strides, or one element.
+  if (aligned && row.numel > 1 && !is_complex(g)) return true;
+  gradients_.back() = resolved(gradients_.back());
+  if (!gradients_.back()) {
+    gradients_.pop_back();
+    return false;
+  }
+  if (!torch.view(gradients_.back(), &g)) return false;
+  row.data[kGrad] = address(g);
+  DLTensor parameter = g;
+  parameter.strides = const_cast<std::int64_t*>(strides);
+  const Layout layout = Geometry(parameter).layout_of(g);
+  const Layout* const usual = entry.layouts ? entry.layouts->operand[kGrad] : nullptr;
+  if (!layout.ndim && !usual) return true;
+  Layouts table = entry.layouts ? *entry.layouts : Layouts{};
+  table.operand[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
+  row.layouts = &step_tables_.emplace_back(table);
+  row.direct = false;
+  return true;
+}
+
+// The cohort of a row with a gradient: those of its group with equal counters. -1: a counter must be widened.
+std::int32_t Plan::join_cohort(const Entry& entry, const Row& row) {
+  const Kernel& kernel = *row.kernel;
+  CohortKey key{entry.group, entry.first, {}, {}};
+  for (int k = 0; k < kernel.n_scalars; ++k) {
+    key.before[k] = read_scalar(entry.scalars[k]);
+    if (!entry.scalars[k].wide && key.before[k] >= kLastFloatStep) return -1;
+  }
+  const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
+  for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
+    const CohortKey& other = cohort_keys_[c];
+    if (other.group == key.group && other.first == key.first && std::equal(key.before, std::end(key.before), other.before)) {
+      return static_cast<std::int32_t>(c);
+    }
+  }
+  const Group& group = groups_[static_cast<std::size_t>(entry.group)];
+  Cohort cohort = group.common;
+  std::copy(std::begin(key.before), std::end(key.before), key.after);
+  if (kernel.n_scalars) key.after[0] += 1;  // `step` comes first
+  kernel.prepare(group.values, key.after, key.first, cohort.coefficients);
+  cohorts_.push_back(cohort);
+  cohort_keys_.push_back(key);
+  return static_cast<std::int32_t>(cohorts_.size()) - 1;
+}
+
+}  // namespace fusedopt::host

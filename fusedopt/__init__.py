@@ -1,0 +1,14 @@
+"""Fused optimizers for PyTorch: drop-in ``torch.optim`` classes whose whole step is one launch."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fusedopt import optimizers
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizers import *  # noqa: F403
+
+try:
+    __version__ = version("fusedopt")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+source"
+
+__all__ = ["FusedOptimizer", "__version__", *optimizers.__all__]

@@ -1,0 +1,143 @@
+"""Every validation and its message. A check raises, or returns nothing; none changes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.rule import LR, WEIGHT_DECAY, Group, Hyper, Rule
+
+# Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
+SCHEDULE_ROUNDING = 1e-9
+
+FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+
+
+def name_of(group: Group, group_index: int, index: int, tensor: Tensor) -> str:
+    """How messages call a parameter: its place, its name if it has one, its shape and dtype."""
+    names = group.get("param_names")
+    called = f" {names[index]!r}" if names else ""
+    return f"parameter {index}{called} of group {group_index} (shape {tuple(tensor.shape)}, {tensor.dtype})"
+
+
+def number(value: Any, label: str, where: str) -> float:
+    """A hyperparameter as a float."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{label}{where} is a tensor of shape {tuple(value.shape)}; it must have one element")
+        return float(value.detach())
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{label}{where} is {value!r}; it must be a number or a one-element tensor") from None
+
+
+def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = False) -> None:
+    """One hyperparameter of a group lies in its domain."""
+    if hyper.key not in group:
+        raise ValueError(f"{hyper.key}{where} is missing from the param group")
+    value = group[hyper.key]
+    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(value) != 2):
+        raise TypeError(f"{hyper.key}{where} is {value!r}; it must be a pair of numbers")
+    result = number(hyper.of(group), hyper.label, where)
+    low, high = step_domain(hyper) if stepping else hyper.closed_domain
+    if not low <= result <= high:
+        raise ValueError(f"{hyper.label}{where} is {result!r}; it must lie in {hyper.domain}")
+
+
+def step_domain(hyper: Hyper) -> tuple[float, float]:
+    """What a hyperparameter may be while training: as at construction, but for a schedule's rounding of lr."""
+    low, high = hyper.closed_domain
+    return (low - SCHEDULE_ROUNDING, high) if hyper == LR else (low, high)
+
+
+def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False) -> None:
+    """All of a group's hyperparameters, and torch's implementation flags."""
+    where = f" (group {index})"
+    for hyper in (LR, WEIGHT_DECAY, *rule.hyper, *rule.settings):
+        hyperparameter(hyper, group, where, stepping=stepping)
+    if group["fused"] and group["foreach"]:
+        raise ValueError(f"fused and foreach{where} cannot both be True")
+    if group["fused"] and group["differentiable"]:
+        raise ValueError(f"fused and differentiable{where} cannot both be True")
+
+
+def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
+    """No parameter of a new group is repeated in it or stands in an earlier one."""
+    places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
+    for i, item in enumerate(params):
+        p = item[1] if isinstance(item, tuple) else item
+        if id(p) in places:
+            g, first = places[id(p)]
+            raise ValueError(
+                f"parameter {i} (shape {tuple(getattr(p, 'shape', ()))}) of group {len(groups)} is also "
+                f"parameter {first} of group {g}; each parameter may be given once"
+            )
+        places[id(p)] = (len(groups), i)
+
+
+def options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
+    """Arguments of the optimizer as a whole."""
+    if max_grad_norm is not None and not (number(max_grad_norm, "max_grad_norm", "") > 0):
+        raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be positive, or None for no clipping")
+    if not isinstance(skip_nonfinite, bool):
+        raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}; it must be True or False")
+
+
+def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
+    """A gradient fits its parameter."""
+    if p.dtype not in FLOATING + COMPLEX:
+        raise TypeError(f"{name}: {optimizer} steps floating point and complex parameters only")
+    if g.layout != torch.strided:
+        kind = "sparse" if g.is_sparse else str(g.layout)
+        raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
+    if g.device != p.device:
+        raise RuntimeError(f"{name}: the gradient is on {g.device}, the parameter on {p.device}")
+    if g.shape != p.shape:
+        raise RuntimeError(f"{name}: the gradient has shape {tuple(g.shape)}")
+    declared = getattr(p, "grad_dtype", p.dtype)
+    if g.dtype != p.dtype and (g.dtype not in FLOATING or p.is_complex() or declared not in (None, g.dtype)):
+        raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether elements may share memory, so that they cannot be stepped in place."""
+    reach = 1
+    dims = sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1)
+    for stride, size in dims:
+        if stride < reach and t.numel():
+            return True
+        reach = stride * (size - 1) + reach
+    return False
+
+
+def state(rule: type[Rule], p: Tensor, state: Mapping[str, Any], group: Group, name: str) -> None:
+    """A loaded state fits its parameter, and is whole."""
+    needed = {s.name for s in rule.active_states(group)}
+    known = {s.name for s in rule.states}
+    for key in known & state.keys():
+        value = state[key]
+        if value is None and key not in needed:
+            continue
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
+        if value.shape != p.shape:
+            raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
+        if value.is_complex() != p.is_complex():
+            raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
+    for key in rule.scalars.keys() & state.keys():
+        number(state[key], f"state {key!r} of {name}", "")
+    present = {key for key, value in state.items() if value is not None}
+    required = needed | rule.scalars.keys()
+    if present and needed and required - present:
+        raise ValueError(f"the state of {name} lacks {', '.join(sorted(required - present))}")
+
+
+def finite(value: float) -> bool:
+    """Whether a number is neither NaN nor infinite."""
+    return math.isfinite(value)

@@ -1,0 +1,65 @@
+"""The engines: what applies a rule to many tensors. Each is a module with the same few functions.
+
+``available() -> None | str`` says why an engine cannot run here; ``accepts(p, group) -> None | str`` why it
+cannot step a parameter; ``Plan(optimizer, members, fresh)`` is what one step runs on.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from fusedopt.engines import cpu, eager
+
+# In the order in which "auto" prefers them.
+ENGINES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+
+
+def require(name: str) -> None:
+    """The engine exists and runs here.
+
+    Raises:
+        ValueError: If there is no engine of that name.
+        RuntimeError: If it cannot run here; says why.
+    """
+    if name == "auto":
+        return
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}; there are {', '.join(('auto', *ENGINES))}")
+    if reason := ENGINES[name].available():
+        raise RuntimeError(f"engine {name!r} is not available: {reason}")
+
+
+def check_group(name: str, group: dict[str, Any]) -> None:
+    """A group's options can be honoured by the engine that was asked for."""
+    if group["differentiable"] and name not in ("auto", "eager"):
+        raise ValueError(f"differentiable=True runs on engine 'eager', not {name!r}")
+
+
+def choose(name: str, p: Tensor, group: dict[str, Any], label: str) -> str:
+    """The engine that steps a parameter.
+
+    Args:
+        name: The engine asked for, or "auto".
+        p: The parameter.
+        group: Its param group.
+        label: What messages call it.
+
+    Raises:
+        RuntimeError: If the engine asked for cannot step it.
+    """
+    reason = None
+    for candidate, engine in ENGINES.items():
+        if name not in ("auto", candidate):
+            continue
+        reason = engine.available() or engine.accepts(p, group)
+        if reason is None:
+            return candidate
+    raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
+
+
+def plan(name: str, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> Any:
+    """What an engine needs to step its parameters, of any groups of the optimizer."""
+    return ENGINES[name].Plan(optimizer, members, fresh)

@@ -1,0 +1,140 @@
+"""The eager engine: plain torch, on any device. The readable truth, and the fallback."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks, engines
+
+
+def available() -> str | None:
+    """Why the engine cannot run here: it always can."""
+    return None
+
+
+def accepts(p: Tensor, group: Any) -> str | None:
+    """Why the engine cannot step a parameter; None if it can."""
+    if checks.overlaps(p):
+        return f"its elements may overlap in memory (strides {p.stride()})"
+    return None
+
+
+class Plan:
+    """The parameters of an optimizer that this engine steps."""
+
+    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+        self.optimizer = optimizer
+        self.members = {id(p) for p in members}
+        self.fresh = {id(p) for p in fresh}
+
+    def _parameters(self):
+        for g, group in enumerate(self.optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                if id(p) in self.members:
+                    yield g, i, p, group
+
+    def scan(self) -> bool:
+        """Whether all is as it was planned; if not, planning anew says what is wrong."""
+        optimizer = self.optimizer
+        planned = 0
+        try:
+            for g, i, p, group in self._parameters():
+                planned += 1
+                if p.grad is None:
+                    continue
+                name = checks.name_of(group, g, i, p)
+                checks.gradient(p, p.grad, name, type(optimizer).__name__)
+                stale = optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager"
+                if stale:
+                    return False
+            for g, group in enumerate(optimizer.param_groups):
+                checks.group(optimizer.rule, group, g, stepping=True)
+        except (RuntimeError, TypeError, ValueError):
+            return False
+        return planned == len(self.members)
+
+    def run(
+        self,
+        inverse_scale: float,
+        max_norm: float,
+        measure: bool,
+        update: bool,
+        skip_nonfinite: bool,
+        squared_norm: float,
+    ) -> tuple[float, bool]:
+        """Measure the gradients, update the parameters, or both."""
+        if measure:
+            squared_norm = float(self._squared_norm())
+        norm = math.sqrt(squared_norm) * inverse_scale
+        skipped = skip_nonfinite and not math.isfinite(norm)
+        if update and not skipped:
+            clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
+            factor = inverse_scale * (1.0 if clip > 1 else clip)
+            for _, _, p, group in self._parameters():
+                if p.grad is not None:
+                    with torch.set_grad_enabled(bool(group["differentiable"])):
+                        self._update(p, group, factor)
+        return squared_norm, skipped
+
+    def finish(self, *, stepped: bool) -> None:
+        """The step is over."""
+        self.fresh.clear()
+
+    @torch.no_grad()
+    def _squared_norm(self) -> Tensor | float:
+        total: Tensor | float = 0.0
+        for _, _, p, _ in self._parameters():
+            if p.grad is not None and p.grad.numel():
+                wide = torch.float32 if p.device.type == "mps" else torch.float64
+                total = total + _real(p.grad).to(wide).square().sum().cpu()
+        return total
+
+    def _update(self, p: Tensor, group: dict[str, Any], factor: float) -> None:
+        """One parameter's step, in the order that all engines keep."""
+        rule, state = self.optimizer.rule, self.optimizer.state[p]
+        compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+        h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
+        s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
+        if rule.scalars:
+            s.step += 1
+        c = rule.prepare(h, s, id(p) in self.fresh)
+
+        value = _real(p).to(compute)
+        g = _real(p.grad).to(compute) * (-factor if group["maximize"] else factor)
+        lr, weight_decay = group["lr"], float(group["weight_decay"])
+        if not group["differentiable"]:
+            lr = float(lr)
+        decoupled = rule.is_decoupled(group)
+        if weight_decay and not decoupled:
+            g = g + weight_decay * value
+        names = [spec.name for spec in rule.active_states(group)]
+        d, new = rule.direction(value, g, {name: _real(state[name]).to(compute) for name in names}, c)
+        keep = 1 - lr * weight_decay if decoupled else 1.0
+        _write(p, keep * value - lr * d)
+
+        for name in names:
+            if group["differentiable"]:
+                state[name] = _like(p, new[name])
+            else:
+                _write(state[name], new[name])
+        for name in rule.scalars:
+            with torch.no_grad():
+                state[name].fill_(getattr(s, name))
+
+
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _like(p: Tensor, real: Tensor) -> Tensor:
+    return torch.view_as_complex(real) if p.is_complex() else real
+
+
+def _write(t: Tensor, real: Tensor) -> None:
+    """Round a result of the compute type into a tensor, in place."""
+    (torch.view_as_real(t) if t.is_complex() else t).copy_(real)

@@ -1,0 +1,338 @@
+"""FusedOptimizer: what all optimizers share. One step is a scan, and one launch per device."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable
+from copy import deepcopy
+from itertools import chain
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks, engines
+from fusedopt.rule import Rule
+
+ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+# A float32 counter stops counting here; it is then replaced by a float64 one.
+LAST_FLOAT_STEP = 2**24
+
+_OWN = ("max_grad_norm", "skip_nonfinite", "engine", "skipped_steps", "_norm")
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
+
+    The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
+    launch for all tensors of all param groups on a device. Gradients are left as they are.
+
+    Subclasses name their ``rule`` and pass these arguments on:
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        defaults: Defaults of the group options.
+        max_grad_norm: Clip the gradients' global L2 norm over all groups to this, as
+            ``torch.nn.utils.clip_grad_norm_`` before ``step()`` does. None: don't.
+        skip_nonfinite: Leave parameters, states and step counts untouched by a step whose gradients
+            have a norm that is not finite, and count it in ``skipped_steps``.
+        engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
+            must be able to step every parameter. See ``fusedopt info``.
+
+    Options that every group takes besides the rule's own:
+        maximize: Ascend instead of descend.
+        foreach, fused: Accepted for compatibility. In torch they choose an implementation; here there
+            is one. As in torch, both being true is an error.
+        capturable: Accepted; steps can always be captured where the engine is a GPU's.
+        differentiable: Run the eager rule under autograd, so that gradients flow through the step.
+
+    Attributes:
+        grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling,
+            as a 0-dim tensor; None unless clipping or ``skip_nonfinite`` asked for it.
+        skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
+
+    States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.
+
+    Raises:
+        ValueError: For a hyperparameter outside its domain, a repeated parameter, an unknown engine.
+    """
+
+    rule: ClassVar[type[Rule]]
+    # GradScaler hands `grad_scale` and `found_inf` to step() instead of unscaling by itself.
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params: ParamsT,
+        defaults: dict[str, Any],
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        checks.options(max_grad_norm, skip_nonfinite)
+        engines.require(engine)
+        self.max_grad_norm = max_grad_norm
+        self.skip_nonfinite = skip_nonfinite
+        self.engine = engine
+        self.skipped_steps = 0
+        self._norm: float | None = None
+        self._plans: list[Any] | None = None
+        super().__init__(params, defaults)  # type: ignore[arg-type]
+
+    # ---------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters; it is stepped from the next step on.
+
+        Args:
+            param_group: ``params``, and any options that differ from the defaults.
+
+        Raises:
+            ValueError: If an option is outside its domain, or a parameter is given twice.
+            TypeError: If something is not of a type that torch.optim takes.
+        """
+        if isinstance(param_group, dict) and not isinstance(param_group["params"], (Tensor, set)):
+            param_group["params"] = list(param_group["params"])
+            checks.new_parameters(param_group["params"], self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            checks.group(self.rule, param_group, len(self.param_groups) - 1)
+            engines.check_group(self.engine, param_group)
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    # ------------------------------------------------------------------ step
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do one step.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            RuntimeError: If a gradient is sparse, or of another device, dtype or shape than its
+                parameter. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and float(found_inf) != 0:
+            self.skipped_steps += 1
+            return loss
+        grad_scale = getattr(self, "grad_scale", None)
+        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+
+        plans, fresh = self._plans, []
+        if plans is None or not all(plan.scan() for plan in plans):
+            plans, fresh = self._plan()
+        clips = self.max_grad_norm is not None
+        max_norm = float(self.max_grad_norm) if clips else math.inf  # type: ignore[arg-type]
+        measures = clips or self.skip_nonfinite
+        try:
+            squared, skipped = _launch(plans, inverse_scale, max_norm, measures, self.skip_nonfinite)
+        except BaseException:
+            self._forget(fresh)
+            raise
+        self._norm = math.sqrt(squared) * inverse_scale if measures else None
+        if skipped:
+            self.skipped_steps += 1
+            self._forget(fresh)
+        return loss
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The gradients' global L2 norm in the last step, before clipping and after unscaling."""
+        if self._norm is None:
+            return None
+        first = next(chain.from_iterable(group["params"] for group in self.param_groups))
+        wide = any(p.dtype in (torch.float64, torch.complex128) for g in self.param_groups for p in g["params"])
+        return torch.tensor(self._norm, dtype=torch.float64 if wide else torch.float32, device=first.device)
+
+    def _plan(self) -> tuple[list[Any], list[Tensor]]:
+        """Check everything, make the states that are missing, and build the plans of all engines.
+
+        Returns the plans, scanned, and the parameters whose states are new.
+        """
+        self._plans = None
+        assigned = self._assign()
+        fresh = self._create_states()
+        try:
+            plans = [engines.plan(name, self, members, fresh) for name, members in assigned.items()]
+            if not all(plan.scan() for plan in plans):
+                raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
+        except BaseException:
+            self._forget(fresh)
+            raise
+        self._plans = plans
+        return plans, fresh
+
+    def _assign(self) -> dict[str, list[Tensor]]:
+        """Which engine steps which parameters; raises for whatever none of them may step."""
+        assigned: dict[str, list[Tensor]] = {}
+        for g, group in enumerate(self.param_groups):
+            checks.group(self.rule, group, g, stepping=True)
+            for i, p in enumerate(group["params"]):
+                name = checks.name_of(group, g, i, p)
+                if p.grad is not None:
+                    checks.gradient(p, p.grad, name, type(self).__name__)
+                assigned.setdefault(engines.choose(self.engine, p, group, name), []).append(p)
+        return assigned
+
+    def _create_states(self) -> list[Tensor]:
+        """Make the states that parameters with gradients lack; returns the parameters that got one."""
+        fresh = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    if self.needs_state(p, group):
+                        new = initial_state(self.rule, p, group)
+                        self.state[p].update({k: v for k, v in new.items() if self.state[p].get(k) is None})
+                        fresh.append(p)
+                    self._widen_counters(p)
+        return fresh
+
+    def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        state = self.state.get(p, {})
+        wanted = chain((s.name for s in self.rule.active_states(group)), self.rule.scalars)
+        return any(state.get(name) is None for name in wanted)
+
+    def _widen_counters(self, p: Tensor) -> None:
+        for name in self.rule.scalars:
+            value = self.state[p][name]
+            if value.dtype != torch.float64 and float(value) >= LAST_FLOAT_STEP:
+                self.state[p][name] = value.double()
+
+    def _forget(self, fresh: list[Tensor]) -> None:
+        """Take back states that were made for a step that did not happen."""
+        for p in fresh:
+            self.state.pop(p, None)
+        if fresh:
+            self._plans = None
+
+    # ----------------------------------------------------------------- state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from here or from torch.optim. Tensors keep the dtype they were saved in.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: If it does not fit: other groups, shapes, states or hyperparameters. Nothing has
+                changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        groups = self._loaded_groups(state_dict["param_groups"])
+        state = self._loaded_state(state_dict, groups)
+        self.__setstate__({"state": state, "param_groups": groups})
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+    def _loaded_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if len(saved_groups) != len(self.param_groups):
+            raise ValueError(
+                f"the loaded state dict has {len(saved_groups)} param groups, the optimizer {len(self.param_groups)}"
+            )
+        groups = []
+        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
+            if len(saved["params"]) != len(group["params"]):
+                raise ValueError(
+                    f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
+                    f"the optimizer's {len(group['params'])}"
+                )
+            options = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
+            loaded = {**group, **options, "params": group["params"]}
+            checks.group(self.rule, loaded, i, stepping=True)
+            groups.append(loaded)
+        return groups
+
+    def _loaded_state(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> defaultdict[Any, Any]:
+        places = {}
+        for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
+            for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
+                places[key] = (p, group, checks.name_of(group, g, i, p))
+        state: defaultdict[Any, Any] = defaultdict(dict)
+        for key, value in state_dict["state"].items():
+            if key not in places:
+                state[key] = value
+                continue
+            p, group, name = places[key]
+            checks.state(self.rule, p, value, group, name)
+            state[p] = adopt_state(self.rule, p, value, copy=True)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plans = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}
+
+
+def _launch(
+    plans: list[Any], inverse_scale: float, max_norm: float, measure: bool, skip_nonfinite: bool
+) -> tuple[float, bool]:
+    """Run a step on all plans. Returns the squared norm of the scaled gradients, and whether it was skipped."""
+    if len(plans) == 1:
+        (plan,) = plans
+        squared, skipped = plan.run(inverse_scale, max_norm, measure, True, skip_nonfinite, 0.0)
+    else:  # the norm spans devices: measure on all before updating any
+        squared, skipped = 0.0, False
+        if measure:
+            squared = sum(plan.run(inverse_scale, math.inf, True, False, False, 0.0)[0] for plan in plans)
+            skipped = skip_nonfinite and not math.isfinite(squared)
+        if not skipped:
+            for plan in plans:
+                plan.run(inverse_scale, max_norm, False, True, False, squared)
+    for plan in plans:
+        plan.finish(stepped=not skipped)
+    return squared, skipped
+
+
+def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state before its first step: the rule's scalars, then its tensors."""
+    state = {name: torch.tensor(value, dtype=_scalar_dtype()) for name, value in rule.scalars.items()}
+    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+    for spec in rule.active_states(group):
+        value = float(group[spec.init]) if spec.init else 0.0
+        fill = complex(value, value) if p.is_complex() else value
+        state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
+    return state
+
+
+def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy: bool) -> dict[Any, Any]:
+    """A parameter's state from another optimizer or a checkpoint, in the form that engines take.
+
+    Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
+    """
+    adopted: dict[Any, Any] = {}
+    tensors = {s.name for s in rule.states}
+    for key, value in state.items():
+        if key in rule.scalars:
+            wide = isinstance(value, Tensor) and value.dtype == torch.float64
+            dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
+            adopted[key] = torch.tensor(float(value), dtype=dtype)
+        elif key in tensors and value is None:
+            continue  # torch's SGD says so that there is no momentum buffer yet
+        elif key in tensors:
+            moved = value.detach().to(p.device)
+            adopted[key] = moved.clone() if copy and moved.data_ptr() == value.data_ptr() else moved
+        else:
+            adopted[key] = deepcopy(value) if copy else value
+    return adopted
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -1,0 +1,135 @@
+"""AdaBound and AMSBound."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizers.adam import update_moments
+from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
+
+
+class AdaBoundRule(Rule):
+    """``d = clamp(sqrt(1-b2^t) / (1-b1^t) / (sqrt(w) + eps), lo, hi) m``.
+
+    ``lo = f (1 - 1 / (gamma t + 1))``, ``hi = f (1 + 1 / (gamma t))``, ``f = final_lr / base_lr``: the
+    published bounds divided by lr, which leaves lr to the engine.
+    """
+
+    name = "adabound"
+    hyper = (
+        *BETAS,
+        EPS,
+        Hyper("final_lr"),
+        Hyper("gamma", high=1.0, low_open=True, high_open=True),
+        Hyper("base_lr", low_open=True),
+    )
+    states = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", when="amsbound"))
+    scalars = {"step": 0.0}
+
+    @staticmethod
+    def prepare(h, s, first):
+        final, growth = h.final_lr / h.base_lr, h.gamma * s.step
+        return SimpleNamespace(
+            one_minus_beta1=1 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1 - h.beta2,
+            scale=math.sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step),
+            low=final * (1 - 1 / (growth + 1)),
+            high=final * (1 + 1 / growth),
+            eps=h.eps,
+        )
+
+    @staticmethod
+    def direction(p, g, state, c):
+        w, new = update_moments(g, state, c)
+        return (c.scale / (w.sqrt() + c.eps)).clamp(c.low, c.high) * new["exp_avg"], new
+
+
+class AdaBound(FusedOptimizer):
+    """Adam whose elementwise rate is clamped to bounds that close in on SGD's.
+
+    ``eta = clamp(lr sqrt(1-b2^t) / (1-b1^t) / (sqrt(v) + eps), lo, hi)``, ``p <- p - eta m`` with
+    ``lo = f (1 - 1 / (gamma t + 1))``, ``hi = f (1 + 1 / (gamma t))``, ``f = final_lr lr / base_lr``.
+    ``base_lr``, each group's lr at construction, is kept in the group, so that schedulers move the bounds
+    and groups that are added later work.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Decay rates of the first and second moment, each in [0, 1).
+        final_lr: The rate that the bounds approach, before scheduling.
+        gamma: How fast they do, in (0, 1).
+        eps: Added to the root of the second moment before bias correction.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        amsbound: Divide by the running maximum of the second moment.
+        decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.AdaBound(model.parameters(), lr=1e-3, final_lr=0.1)
+
+    Reference:
+        Luo et al., ICLR 2019, in the form of the authors' code (no ``1/sqrt(t)``).
+    """
+
+    rule = AdaBoundRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        final_lr: float = 0.1,
+        gamma: float = 1e-3,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsbound: bool = False,
+        *,
+        decoupled_weight_decay: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "final_lr": final_lr,
+            "gamma": gamma,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsbound": amsbound,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group; its ``base_lr`` is its lr, unless it says otherwise.
+
+        Args:
+            param_group: As in ``torch.optim``.
+
+        Raises:
+            ValueError: As at construction; also if lr is 0, which leaves no base to scale the bounds by.
+        """
+        if isinstance(param_group, dict):
+            lr = param_group.get("lr", self.defaults["lr"])
+            param_group.setdefault("base_lr", float(lr))
+        super().add_param_group(param_group)

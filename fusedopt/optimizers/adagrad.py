@@ -1,0 +1,91 @@
+"""Adagrad."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.rule import EPS, Hyper, Rule, State
+
+
+class AdagradRule(Rule):
+    """``S <- S + g^2``, ``d = g / (sqrt(S) + eps) / (1 + (t-1) lr_decay)``."""
+
+    name = "adagrad"
+    hyper = (Hyper("lr_decay"), EPS)
+    settings = (Hyper("initial_accumulator_value"),)
+    states = (State("sum", init="initial_accumulator_value"),)
+    scalars = {"step": 0.0}
+    decoupled = False
+
+    @staticmethod
+    def prepare(h, s, first):
+        return SimpleNamespace(scale=1 / (1 + (s.step - 1) * h.lr_decay), eps=h.eps)
+
+    @staticmethod
+    def direction(p, g, state, c):
+        total = state["sum"] + g * g
+        return c.scale * g / (total.sqrt() + c.eps), {"sum": total}
+
+
+class Adagrad(FusedOptimizer):
+    """Adaptive rates from the sum of squared gradients.
+
+    ``S <- S + g^2``, ``p <- p - lr / (1 + (t-1) lr_decay) g / (sqrt(S) + eps)``. As in torch, the state
+    exists from construction.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        lr_decay: Decay of the rate with the step count; not negative.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        initial_accumulator_value: What S starts from; not negative.
+        eps: Added to the root of S.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.Adagrad(model.parameters(), lr=1e-2)
+
+    Reference:
+        Duchi et al., JMLR 2011.
+    """
+
+    rule = AdagradRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+            "capturable": capturable,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

@@ -1,0 +1,171 @@
+"""Adam, AdamW and AMSGrad."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
+
+
+def update_moments(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
+    """The Adam family's moments; returns the second moment that divides the step, and the new state."""
+    m = torch.lerp(state["exp_avg"], g, c.one_minus_beta1)
+    v = c.beta2 * state["exp_avg_sq"] + c.one_minus_beta2 * (g * g)
+    new = {"exp_avg": m, "exp_avg_sq": v}
+    if "max_exp_avg_sq" in state:
+        new["max_exp_avg_sq"] = v = torch.maximum(state["max_exp_avg_sq"], v)
+    return v, new
+
+
+class AdamRule(Rule):
+    """``d = m / (1 - b1^t) / (sqrt(w) / sqrt(1 - b2^t) + eps)``, w the second moment or its running maximum."""
+
+    name = "adam"
+    hyper = (*BETAS, EPS)
+    states = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", when="amsgrad"))
+    scalars = {"step": 0.0}
+
+    @staticmethod
+    def prepare(h, s, first):
+        return SimpleNamespace(
+            one_minus_beta1=1 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1 - h.beta2,
+            scale=1 / bias_correction(h.beta1, s.step),
+            root_scale=1 / math.sqrt(bias_correction(h.beta2, s.step)),
+            eps=h.eps,
+        )
+
+    @staticmethod
+    def direction(p, g, state, c):
+        w, new = update_moments(g, state, c)
+        return c.scale * new["exp_avg"] / (c.root_scale * w.sqrt() + c.eps), new
+
+
+class Adam(FusedOptimizer):
+    """Adam, with L2 regularisation or decoupled weight decay, and AMSGrad.
+
+    ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g^2``,
+    ``p <- p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)``;
+    with ``amsgrad`` the running maximum of v (not bias-corrected, as in torch) takes v's place.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Decay rates of the first and second moment, each in [0, 1).
+        eps: Added to the root of the bias-corrected second moment.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        amsgrad: Divide by the running maximum of the second moment.
+        decoupled_weight_decay: Decay as AdamW does.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.Adam(model.parameters(), lr=3e-4)
+
+    Reference:
+        Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018.
+    """
+
+    rule = AdamRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        amsgrad: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+
+
+class AdamW(FusedOptimizer):
+    """Adam with decoupled weight decay: ``p <- (1 - lr weight_decay) p`` before Adam's step.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Decay rates of the first and second moment, each in [0, 1).
+        eps: Added to the root of the bias-corrected second moment.
+        weight_decay: Decay coefficient, multiplied by ``lr``.
+        amsgrad: Divide by the running maximum of the second moment.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.AdamW(model.parameters(), lr=3e-4, max_grad_norm=1.0)
+
+    Reference:
+        Loshchilov and Hutter, ICLR 2019.
+    """
+
+    rule = AdamRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "foreach": foreach,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+            "decoupled_weight_decay": True,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

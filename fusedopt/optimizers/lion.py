@@ -1,0 +1,84 @@
+"""Lion."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.rule import BETAS, Rule, State
+
+
+class LionRule(Rule):
+    """``d = sign(b1 m + (1-b1) g)``, then ``m <- b2 m + (1-b2) g``."""
+
+    name = "lion"
+    hyper = BETAS
+    states = (State("exp_avg"),)
+    decoupled = True
+
+    @staticmethod
+    def prepare(h, s, first):
+        return SimpleNamespace(beta1=h.beta1, one_minus_beta1=1 - h.beta1, beta2=h.beta2, one_minus_beta2=1 - h.beta2)
+
+    @staticmethod
+    def direction(p, g, state, c):
+        m = state["exp_avg"]
+        update = c.beta1 * m + c.one_minus_beta1 * g
+        sign = update.sign().where(~update.isnan(), update)  # sign(NaN) is 0 in torch
+        return sign, {"exp_avg": c.beta2 * m + c.one_minus_beta2 * g}
+
+
+class Lion(FusedOptimizer):
+    """Sign of an interpolated momentum, with decoupled weight decay.
+
+    ``p <- (1 - lr weight_decay) p - lr sign(b1 m + (1-b1) g)``, then ``m <- b2 m + (1-b2) g``; ``sign(0) = 0``.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Interpolation for the sign, and decay rate of the momentum, each in [0, 1).
+        weight_decay: Decay coefficient, multiplied by ``lr``.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.Lion(model.parameters(), lr=1e-4, weight_decay=0.1)
+
+    Reference:
+        Chen et al. 2023, arXiv 2302.06675.
+    """
+
+    rule = LionRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

@@ -1,0 +1,107 @@
+"""RAdam."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizers.adam import update_moments
+from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
+
+
+class RAdamRule(Rule):
+    """``d = rect m / (1-b1^t) sqrt(1-b2^t) / (sqrt(v) + eps)`` once ``rho_t > 5``, before that ``m / (1-b1^t)``."""
+
+    name = "radam"
+    hyper = (*BETAS, EPS)
+    states = (State("exp_avg"), State("exp_avg_sq"))
+    scalars = {"step": 0.0}
+
+    @staticmethod
+    def prepare(h, s, first):
+        correction2 = bias_correction(h.beta2, s.step)
+        limit = 2 / (1 - h.beta2) - 1
+        rho = limit - 2 * s.step * (1 - correction2) / correction2
+        scale = 1 / bias_correction(h.beta1, s.step)
+        if rectified := rho > 5:
+            variance = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
+            scale *= math.sqrt(variance * correction2)
+        return SimpleNamespace(
+            one_minus_beta1=1 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1 - h.beta2,
+            scale=scale,
+            rectified=rectified,
+            eps=h.eps,
+        )
+
+    @staticmethod
+    def direction(p, g, state, c):
+        v, new = update_moments(g, state, c)
+        d = c.scale * new["exp_avg"]
+        return (d / (v.sqrt() + c.eps) if c.rectified else d), new
+
+
+class RAdam(FusedOptimizer):
+    """Adam whose step is rectified by the variance of its own scaling, in torch's form.
+
+    ``rho_inf = 2 / (1-b2) - 1``, ``rho_t = rho_inf - 2 t b2^t / (1-b2^t)``. While ``rho_t <= 5``:
+    ``p <- p - lr m / (1-b1^t)``; after that ``p <- p - lr rect m / (1-b1^t) sqrt(1-b2^t) / (sqrt(v) + eps)`` with
+    ``rect^2 = (rho_t-4)(rho_t-2) rho_inf / ((rho_inf-4)(rho_inf-2) rho_t)``.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        betas: Decay rates of the first and second moment, each in [0, 1).
+        eps: Added to the root of the second moment before bias correction.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.RAdam(model.parameters(), lr=1e-3)
+
+    Reference:
+        Liu et al., ICLR 2020; threshold and fallback of ``torch.optim.RAdam``.
+    """
+
+    rule = RAdamRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        decoupled_weight_decay: bool = False,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "capturable": capturable,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

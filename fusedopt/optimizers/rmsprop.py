@@ -1,0 +1,105 @@
+"""RMSprop."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.rule import EPS, Hyper, Rule, State
+
+
+class RMSpropRule(Rule):
+    """``v <- a v + (1-a) g^2``, ``d = g / (sqrt(v) + eps)``, centered and with momentum as asked.
+
+    The centered variance ``v - m^2`` can round below zero; it is clamped there, which changes nothing
+    where ``torch.optim`` is finite.
+    """
+
+    name = "rmsprop"
+    hyper = (Hyper("alpha", high=1.0), EPS, Hyper("momentum"))
+    states = (State("square_avg"), State("momentum_buffer", when="momentum"), State("grad_avg", when="centered"))
+    scalars = {"step": 0.0}
+    decoupled = False
+
+    @staticmethod
+    def prepare(h, s, first):
+        return SimpleNamespace(alpha=h.alpha, one_minus_alpha=1 - h.alpha, eps=h.eps, momentum=h.momentum)
+
+    @staticmethod
+    def direction(p, g, state, c):
+        v = c.alpha * state["square_avg"] + c.one_minus_alpha * (g * g)
+        new = {"square_avg": v}
+        if "grad_avg" in state:
+            new["grad_avg"] = mean = torch.lerp(state["grad_avg"], g, c.one_minus_alpha)
+            v = (v - mean * mean).clamp(min=0)
+        d = g / (v.sqrt() + c.eps)
+        if "momentum_buffer" in state:
+            new["momentum_buffer"] = d = c.momentum * state["momentum_buffer"] + d
+        return d, new
+
+
+class RMSprop(FusedOptimizer):
+    """Gradients divided by the root of their running mean square.
+
+    ``v <- alpha v + (1-alpha) g^2``, ``u = g / (sqrt(v) + eps)``, ``p <- p - lr u``; centered:
+    ``sqrt(v - m^2)`` with m the running mean gradient; momentum: ``b <- momentum b + u``, ``p <- p - lr b``.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        alpha: Decay rate of the mean square, in [0, 1].
+        eps: Added to the root.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        momentum: Momentum of the scaled gradient; 0 for none.
+        centered: Divide by the root of the variance instead.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.RMSprop(model.parameters(), lr=1e-2, momentum=0.9)
+
+    Reference:
+        Tieleman and Hinton 2012, lecture 6.5; the form of ``torch.optim.RMSprop``.
+    """
+
+    rule = RMSpropRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        alpha: float = 0.99,
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        momentum: float = 0,
+        centered: bool = False,
+        capturable: bool = False,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        *,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "alpha": alpha,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "centered": centered,
+            "capturable": capturable,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

@@ -1,0 +1,96 @@
+"""SGD."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.rule import Hyper, Rule, State
+
+
+class SGDRule(Rule):
+    """``b <- mu b + (1-tau) g`` (first step ``b <- g``); ``d = g + mu b`` with Nesterov, else b; g without momentum."""
+
+    name = "sgd"
+    hyper = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
+    states = (State("momentum_buffer", when="momentum"),)
+
+    @staticmethod
+    def prepare(h, s, first):
+        return SimpleNamespace(momentum=h.momentum, gain=1.0 if first else 1 - h.dampening, nesterov=h.nesterov)
+
+    @staticmethod
+    def direction(p, g, state, c):
+        if not state:
+            return g, {}
+        buffer = c.momentum * state["momentum_buffer"] + c.gain * g
+        return (g + c.momentum * buffer if c.nesterov else buffer), {"momentum_buffer": buffer}
+
+
+class SGD(FusedOptimizer):
+    """Stochastic gradient descent, with momentum, Nesterov momentum, and either kind of weight decay.
+
+    ``b <- momentum b + (1-dampening) g`` (first step: ``b <- g``), ``p <- p - lr b``; with ``nesterov``
+    ``p <- p - lr (g + momentum b)``; without momentum ``p <- p - lr g``.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        momentum: Momentum factor; 0 for none.
+        dampening: Of the gradient's part in the momentum, from the second step on.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        nesterov: Nesterov momentum; needs momentum, and no dampening.
+        decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True)
+
+    Reference:
+        Polyak 1964; Sutskever et al., ICML 2013; Loshchilov and Hutter, ICLR 2019 (SGDW).
+    """
+
+    rule = SGDRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        decoupled_weight_decay: bool = False,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        engine: str = "auto",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+            "capturable": capturable,
+            "decoupled_weight_decay": decoupled_weight_decay,
+        }
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
+        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

@@ -1,0 +1,137 @@
+"""What a rule is: the mathematics of one optimizer on values.
+
+A rule knows no tensor of the optimizer, no dtype and no engine. It has names (the same in every
+engine and in ``state_dict``), and two functions: ``prepare``, once per step for tensors whose steps
+advance together, in double precision, and ``direction``, elementwise. The engine owns the order of
+everything else: unscale, clip, maximize, coupled L2, *rule*, decoupled decay, ``p -= lr * d``.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Hyper:
+    """A hyperparameter: its name, where it stands in a param group, and what it may be."""
+
+    name: str
+    key: str = ""  # in the group; the name if empty
+    index: int = -1  # in the group's tuple, if it is one
+    low: float = 0.0
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.key:
+            object.__setattr__(self, "key", self.name)
+
+    @property
+    def label(self) -> str:
+        """How users write it."""
+        return f"{self.key}[{self.index}]" if self.index >= 0 else self.key
+
+    @property
+    def domain(self) -> str:
+        """The interval in which it must lie, for messages."""
+        left, right = "(" if self.low_open else "[", ")" if self.high_open or self.high == math.inf else "]"
+        return f"{left}{self.low:g}, {self.high:g}{right}"
+
+    @property
+    def closed_domain(self) -> tuple[float, float]:
+        """The smallest and the largest double that is allowed."""
+        low = math.nextafter(self.low, math.inf) if self.low_open else self.low
+        high = math.nextafter(self.high, -math.inf) if self.high_open or self.high == math.inf else self.high
+        return low, high
+
+    def of(self, group: Group) -> Any:
+        """The value as the group has it: a number, or a one-element tensor."""
+        value = group[self.key]
+        return value[self.index] if self.index >= 0 else value
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A state tensor, shaped like the parameter."""
+
+    name: str
+    when: str = ""  # exists only while this hyperparameter or flag of the group is truthy
+    init: str = ""  # the group key of its initial value; zero if empty
+
+
+LR = Hyper("lr")
+WEIGHT_DECAY = Hyper("weight_decay")
+BETAS = (
+    Hyper("beta1", "betas", 0, high=1.0, high_open=True),
+    Hyper("beta2", "betas", 1, high=1.0, high_open=True),
+)
+EPS = Hyper("eps")
+
+
+class Rule(ABC):
+    """Base of all rules; see the module's text.
+
+    Attributes:
+        name: The same in C++ and Triton.
+        hyper: What ``prepare`` reads. ``lr`` and ``weight_decay`` are the engine's.
+        settings: What only the optimizer reads; checked like the others.
+        states: State tensors, named as in ``torch.optim``.
+        scalars: 0-dim states and their initial values. ``step``, if there, is first, and the engine
+            advances it before ``prepare`` sees it.
+        decoupled: Whether weight decay is decoupled: True, False, or the group's flag that says so.
+    """
+
+    name: ClassVar[str]
+    hyper: ClassVar[tuple[Hyper, ...]] = ()
+    settings: ClassVar[tuple[Hyper, ...]] = ()
+    states: ClassVar[tuple[State, ...]] = ()
+    scalars: ClassVar[dict[str, float]] = {}
+    decoupled: ClassVar[bool | str] = "decoupled_weight_decay"
+
+    @staticmethod
+    @abstractmethod
+    def prepare(h: SimpleNamespace, s: SimpleNamespace, first: bool) -> SimpleNamespace:
+        """Coefficients of one step.
+
+        Args:
+            h: Hyperparameters by name.
+            s: Scalars by name, ``step`` already advanced; may be changed.
+            first: Whether the state was created for this step.
+        """
+
+    @staticmethod
+    @abstractmethod
+    def direction(
+        p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """``d`` of ``p -= lr * d``, and the new state. Changes none of its arguments."""
+
+    @classmethod
+    def active_states(cls, group: Group) -> tuple[State, ...]:
+        """The states that a group's flags ask for."""
+        return tuple(s for s in cls.states if not s.when or group[s.when])
+
+    @classmethod
+    def switches(cls) -> tuple[str, ...]:
+        """Group keys whose truth decides which states there are."""
+        return tuple(dict.fromkeys(s.when for s in cls.states if s.when))
+
+    @classmethod
+    def is_decoupled(cls, group: Group) -> bool:
+        """Whether this group's weight decay is decoupled."""
+        return bool(group[cls.decoupled]) if isinstance(cls.decoupled, str) else cls.decoupled
+
+
+def bias_correction(beta: float, step: float) -> float:
+    """``1 - beta**step``, without the cancellation of the plain form."""
+    return -math.expm1(step * math.log(beta)) if beta > 0 else 1.0
