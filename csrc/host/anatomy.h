@@ -3,7 +3,7 @@
 // Asking torch for a tensor's address costs ~30 ns plus its cache misses, and a step must know that
 // none of its parameters and states has moved since the last one. So at import we look, in tensors
 // whose facts torch tells us, at which offsets those facts stand: Python object -> TensorImpl ->
-// StorageImpl -> data. Exactly one offset must fit all of them; otherwise
+// StorageImpl -> data, and in the TensorImpl the storage offset, dimensions, dispatch keys and dtype. Exactly one offset must fit all of them; otherwise
 // `known` stays false and every question goes through DLPack. Nothing here is ever written to.
 #pragma once
 
@@ -20,12 +20,21 @@ struct Specimen {
   PyObject* tensor;
   std::uintptr_t impl, storage, data;
   std::int64_t offset;  // storage_offset, in elements
+  std::uint64_t keys;   // the dispatch key set
+  int dtype;            // any number that tells dtypes apart
   std::vector<std::int64_t> shape, stride;
 };
 
 class Anatomy {
  public:
   static constexpr int kInlineDims = 5;  // more than these live elsewhere
+
+  // Device, layout, laziness and dtype of a tensor, to compare with those of one that DLPack described.
+  struct Kind {
+    std::uint64_t keys = 0;
+    std::uint16_t dtype = 0;
+    bool operator==(const Kind&) const = default;
+  };
 
   void learn(const std::vector<Specimen>& specimens);
   bool known() const { return known_; }
@@ -48,8 +57,30 @@ class Anatomy {
     return true;
   }
 
-  // Three stages, each to be issued some tensors ahead of the one before.
-  void prefetch_object(PyObject* tensor) const { __builtin_prefetch(tensor); }
+  Kind kind(PyObject* tensor) const {
+    const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
+    return {static_cast<std::uint64_t>(integer(impl + keys_)), *reinterpret_cast<const std::uint16_t*>(impl + dtype_)};
+  }
+
+  // Where one tensor's parts lie. To prefetch, never to follow: the tensor may be gone.
+  struct Places {
+    const void* object;
+    const char* impl;
+    const char* storage;
+  };
+  Places places(PyObject* tensor) const {
+    if (!known_) return {tensor, nullptr, nullptr};
+    const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
+    return {tensor, impl, follow(impl + storage_)};
+  }
+  static void prefetch(const Places& at) {
+    __builtin_prefetch(at.object);
+    if (!at.impl) return;
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(at.impl + 64 * line);
+    __builtin_prefetch(at.storage);
+  }
+
+  // Of a live tensor, in two stages: its object must be in cache for the first, its impl for the second.
   void prefetch_impl(PyObject* tensor) const {
     if (!known_) return;
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
@@ -59,6 +90,8 @@ class Anatomy {
     if (!known_) return;
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
     __builtin_prefetch(follow(impl + storage_) + data_);
+    // What follows the storage is the autograd metadata, which has the gradient; if not, no harm is done.
+    __builtin_prefetch(follow(impl + storage_ + 8));
   }
 
  private:
@@ -66,7 +99,7 @@ class Anatomy {
   static std::int64_t integer(const char* at) { return *reinterpret_cast<const std::int64_t*>(at); }
 
   bool known_ = false;
-  std::ptrdiff_t impl_ = 0, storage_ = 0, data_ = 0, offset_ = 0, dims_ = 0;
+  std::ptrdiff_t impl_ = 0, storage_ = 0, data_ = 0, offset_ = 0, dims_ = 0, keys_ = 0, dtype_ = 0;
 };
 
 extern Anatomy anatomy;

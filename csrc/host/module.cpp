@@ -16,12 +16,12 @@ void bind_torch(const py::object& tensor_type, const py::object& parameter_type,
 }
 
 using SpecimenFacts = std::tuple<py::object, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t,
-                                 std::vector<std::int64_t>, std::vector<std::int64_t>>;
+                                 std::uint64_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
 
 bool learn_anatomy(const std::vector<SpecimenFacts>& facts) {
   std::vector<fusedopt::host::Specimen> specimens;
-  for (const auto& [tensor, impl, storage, data, offset, shape, stride] : facts) {
-    specimens.push_back({tensor.ptr(), impl, storage, data, offset, shape, stride});
+  for (const auto& [tensor, impl, storage, data, offset, keys, dtype, shape, stride] : facts) {
+    specimens.push_back({tensor.ptr(), impl, storage, data, offset, keys, dtype, shape, stride});
   }
   fusedopt::host::anatomy.learn(specimens);
   return fusedopt::host::anatomy.known();
@@ -50,7 +50,7 @@ PYBIND11_MODULE(_host, m) {
   m.def("bind_torch", &bind_torch, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("exchange_api"),
         py::arg("grad_descriptor"), "Learn how to read torch tensors. Call once, before anything else.");
   m.def("learn_anatomy", &learn_anatomy, py::arg("specimens"),
-        "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, shape, stride). "
+        "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, dispatch keys, dtype tag, shape, stride). "
         "An empty list forgets it. Returns whether it is known.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 

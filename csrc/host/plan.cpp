@@ -34,6 +34,7 @@ Plan::Plan(py::list param_groups, py::list groups, py::dict state, const py::set
     }
   }
   for (const auto& item : state_) state_values_.push_back(py::reinterpret_borrow<py::object>(item.second));
+  last_gradients_.resize(entries_.size());
   split_into_items();
 }
 
@@ -97,6 +98,7 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   DLTensor typed = p;
   typed.dtype = entry.gradient_type;
   row.dtype[kGrad] = element_type(typed);
+  entry.item_size[kGrad] = static_cast<std::uint8_t>(entry.gradient_type.bits / 8);
 
   entry.ready = add_states(entry, row, layouts, geometry);
 
@@ -111,7 +113,6 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   entry.layouts = dense ? nullptr : &tables_.emplace_back(layouts);
   entry.quick = anatomy.known() && p.ndim <= Anatomy::kInlineDims;
   entry.quick = entry.quick && entry_stands(entry, row);
-  all_quick_ &= entry.quick;
   numel_ += row.numel;
   entries_.push_back(entry);
   rows_.push_back(row);
@@ -211,7 +212,7 @@ void Plan::commit() {
 }
 
 void Plan::release_gradients() {
-  for (PyObject* gradient : gradients_) Py_DECREF(gradient);
+  for (PyObject* gradient : gradients_) Py_XDECREF(gradient);
   gradients_.clear();
 }
 

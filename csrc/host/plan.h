@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "core/job.h"
+#include "host/anatomy.h"
 #include "host/geometry.h"
 #include "host/tensor.h"
 
@@ -59,6 +60,7 @@ struct Entry {
   std::int32_t group;
   std::int32_t ndim;
   DLDataType gradient_type;
+  Anatomy::Kind gradient_kind;                    // of a gradient that was found to fit
   Scalar scalars[kMaxScalars];
   PyObject* operands[kMaxOperands];               // kept alive by values_; the gradient's place is empty
   std::uint8_t item_size[kMaxOperands];           // bytes of one element, as torch counts elements
@@ -104,12 +106,19 @@ class Plan {
   bool groups_stand();
   bool read_group(Group& group) const;
   bool states_stand() const;
+  bool scan_alone();
+  bool scan_in_team();
   bool entry_stands(const Entry& entry, const Row& row) const;
   bool entry_stands_slowly(const Entry& entry, const Row& row) const;
+  bool param_stands(const Entry& entry, const Row& row) const;
+  bool state_stands(const Entry& entry, const Row& row) const;
+  bool values_stand(const Entry& entry) const;
   bool has_dims(const DLTensor& t, const Entry& entry) const;
-  void prefetch(std::size_t i) const;
-  bool read_gradient(Entry& entry, Row& row);
-  bool place_gradient(Entry& entry, Row& row);
+  void prefetch_states(std::size_t i) const;
+  bool read_gradients();
+  bool fetch_gradient(std::size_t i);
+  bool place_gradient(std::size_t i);
+  bool place_unusual(std::size_t i);
   std::int32_t join_cohort(const Entry& entry, const Row& row);
 
   struct CohortKey {
@@ -133,12 +142,12 @@ class Plan {
 
   std::vector<Cohort> cohorts_;
   std::vector<CohortKey> cohort_keys_;
-  std::vector<PyObject*> gradients_;  // owned until the step is over
+  std::vector<PyObject*> gradients_;  // per entry, null without one; owned until the step is over
+  std::vector<Anatomy::Places> last_gradients_;  // per entry; hints only
   std::vector<Item> items_;
   std::vector<std::int64_t> bundles_;
   std::vector<double> partials_;
   std::int64_t numel_ = 0;
-  bool all_quick_ = true;
 };
 
 }  // namespace fusedopt::host

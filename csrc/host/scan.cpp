@@ -1,5 +1,6 @@
 // Plan::scan: what the host does in each step.
 #include <algorithm>
+#include <atomic>
 #include <iterator>
 
 #include "host/anatomy.h"
@@ -9,7 +10,7 @@ namespace fusedopt::host {
 namespace {
 
 // With this many tensors their cache misses outweigh starting a team of threads.
-constexpr std::size_t kWorthTeam = 2048;
+constexpr std::size_t kWorthTeam = 512;
 // A float counter stops at 2^24; the plan is then built anew with a double one.
 constexpr double kLastFloatStep = 16777216;
 // Cohorts are looked for among the newest only; a missed match costs one more prepare.
@@ -58,25 +59,75 @@ bool Plan::scan() {
   step_tables_.clear();
   cohorts_.clear();
   cohort_keys_.clear();
-  bool stands = groups_stand() && states_stand();
-  const auto n = static_cast<std::ptrdiff_t>(entries_.size());
-  const bool team = stands && all_quick_ && entries_.size() >= kWorthTeam;
-  if (team) {
-    // Only reads of objects that the GIL, which this thread holds, keeps still.
-#pragma omp parallel for schedule(static) reduction(&& : stands)
-    for (std::ptrdiff_t i = 0; i < n; ++i) {
-      prefetch(static_cast<std::size_t>(i));
-      stands = entry_stands(entries_[i], rows_[i]) && stands;
-    }
-  }
-  for (std::ptrdiff_t i = 0; stands && i < n; ++i) {
-    if (!team) stands = entry_stands(entries_[i], rows_[i]);
-    if (team) prefetch(static_cast<std::size_t>(i));
-    stands = stands && read_gradient(entries_[i], rows_[i]);
-  }
+  const bool stands = groups_stand() && states_stand() && (entries_.size() < kWorthTeam ? scan_alone() : scan_in_team());
   if (PyErr_Occurred()) PyErr_Clear();  // building anew finds the cause and says it
   if (!stands) release_gradients();
   return stands;
+}
+
+bool Plan::scan_alone() {
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    if (!entry_stands(entries_[i], rows_[i]) || !fetch_gradient(i) || !place_gradient(i)) return false;
+  }
+  return true;
+}
+
+// This thread, which holds the GIL, reads the gradients. The others meanwhile look whether states
+// stand: they only read objects that the GIL keeps still, and change no reference count.
+bool Plan::scan_in_team() {
+  constexpr std::ptrdiff_t block = 64;
+  const auto n = static_cast<std::ptrdiff_t>(entries_.size());
+  std::atomic<std::ptrdiff_t> next{0};
+  std::atomic<bool> stands{true};
+#pragma omp parallel
+  {
+#pragma omp master
+    if (!read_gradients()) stands = false;
+    for (std::ptrdiff_t begin; stands && (begin = next.fetch_add(block)) < n;) {
+      for (std::ptrdiff_t i = begin; i < std::min(begin + block, n); ++i) {
+        prefetch_states(static_cast<std::size_t>(i));
+        if (entries_[i].quick && !state_stands(entries_[i], rows_[i])) stands = false;
+      }
+    }
+  }
+  return stands;
+}
+
+// Tensors of many small parameters do not fit in cache. Their misses overlap when each stage works some
+// tensors ahead of the next. The gradient is a guess: torch's allocator likes to reuse places.
+bool Plan::read_gradients() {
+  constexpr std::ptrdiff_t object = 24, impl = 16, storage = 8;
+  const auto n = static_cast<std::ptrdiff_t>(entries_.size());
+  for (std::ptrdiff_t i = 0; i < n; ++i) {
+    if (i + object < n) {
+      Anatomy::prefetch({entries_[i + object].param, nullptr, nullptr});
+      Anatomy::prefetch(last_gradients_[i + object]);
+    }
+    if (i + impl < n) anatomy.prefetch_impl(entries_[i + impl].param);
+    if (i + storage < n) anatomy.prefetch_storage(entries_[i + storage].param);
+    const auto at = static_cast<std::size_t>(i);
+    const Entry& entry = entries_[at];
+    if (!(entry.quick ? param_stands(entry, rows_[at]) : entry_stands(entry, rows_[at]))) return false;
+    if (!fetch_gradient(at) || !place_gradient(at)) return false;
+    if (gradients_[at]) last_gradients_[at] = anatomy.places(gradients_[at]);
+  }
+  return true;
+}
+
+void Plan::prefetch_states(std::size_t i) const {
+  constexpr std::size_t object = 12, impl = 8, storage = 4;
+  const auto each = [&](std::size_t at, auto call) {
+    if (at >= entries_.size()) return;
+    for (int k = kFirstState; k < kMaxOperands; ++k) {
+      if (PyObject* tensor = entries_[at].operands[k]) call(tensor);
+    }
+    for (const Scalar& scalar : entries_[at].scalars) {
+      if (scalar.tensor) call(scalar.tensor);
+    }
+  };
+  each(i + object, [](PyObject* t) { Anatomy::prefetch({t, nullptr, nullptr}); });
+  each(i + impl, [](PyObject* t) { anatomy.prefetch_impl(t); });
+  each(i + storage, [](PyObject* t) { anatomy.prefetch_storage(t); });
 }
 
 bool Plan::groups_stand() {
@@ -146,23 +197,35 @@ bool Plan::states_stand() const {
 // Nothing that this row's addresses rely on has changed.
 bool Plan::entry_stands(const Entry& entry, const Row& row) const {
   if (!entry.mine) return true;
-  if (entry.state) {
-    Py_ssize_t position = 0;
-    std::size_t i = entry.first_value;
-    if (PyDict_GET_SIZE(entry.state) != static_cast<Py_ssize_t>(entry.n_values)) return false;
-    for (PyObject *key, *value; PyDict_Next(entry.state, &position, &key, &value); ++i) {
-      if (value != values_[i].ptr()) return false;
-    }
-  }
-  if (!entry.quick) return entry_stands_slowly(entry, row);
+  if (entry.quick) return param_stands(entry, row) && state_stands(entry, row);
+  return values_stand(entry) && entry_stands_slowly(entry, row);
+}
+
+bool Plan::param_stands(const Entry& entry, const Row& row) const {
   if (!anatomy.has_dims(entry.param, entry.ndim, dims_.data() + entry.dims)) return false;
+  return !row.numel || anatomy.address(entry.param, entry.item_size[kParam]) == row.data[kParam];
+}
+
+// The state dict has the same values as before, in the same order.
+bool Plan::values_stand(const Entry& entry) const {
+  if (!entry.state) return true;
+  if (PyDict_GET_SIZE(entry.state) != static_cast<Py_ssize_t>(entry.n_values)) return false;
+  Py_ssize_t position = 0;
+  std::size_t i = entry.first_value;
+  for (PyObject *key, *value; PyDict_Next(entry.state, &position, &key, &value); ++i) {
+    if (value != values_[i].ptr()) return false;
+  }
+  return true;
+}
+
+bool Plan::state_stands(const Entry& entry, const Row& row) const {
+  if (!values_stand(entry)) return false;
   if (!row.numel) return true;
-  for (int k = 0; k < kMaxOperands; ++k) {
+  for (int k = kFirstState; k < kMaxOperands; ++k) {
     PyObject* tensor = entry.operands[k];
     if (tensor && anatomy.address(tensor, entry.item_size[k]) != row.data[k]) return false;
   }
-  for (int k = 0; k < kMaxScalars; ++k) {
-    const Scalar& scalar = entry.scalars[k];
+  for (const Scalar& scalar : entry.scalars) {
     if (scalar.tensor && anatomy.address(scalar.tensor, scalar.wide ? 8 : 4) != scalar.address) return false;
   }
   return true;
@@ -188,64 +251,56 @@ bool Plan::has_dims(const DLTensor& t, const Entry& entry) const {
   return std::equal(t.shape, t.shape + t.ndim, dims) && std::equal(t.strides, t.strides + t.ndim, dims + t.ndim);
 }
 
-// Tensors of many small parameters do not fit in cache; their misses overlap when asked for ahead.
-void Plan::prefetch(std::size_t i) const {
-  constexpr std::size_t object = 12, impl = 8, storage = 4;
-  const auto each = [&](std::size_t at, auto call) {
-    if (at >= entries_.size()) return;
-    for (PyObject* tensor : entries_[at].operands) {
-      if (tensor) call(tensor);
-    }
-    for (const Scalar& scalar : entries_[at].scalars) {
-      if (scalar.tensor) call(scalar.tensor);
-    }
-  };
-  each(i + object, [](PyObject* t) { anatomy.prefetch_object(t); });
-  each(i + impl, [](PyObject* t) { anatomy.prefetch_impl(t); });
-  each(i + storage, [](PyObject* t) { anatomy.prefetch_storage(t); });
-}
-
-bool Plan::read_gradient(Entry& entry, Row& row) {
-  if (!entry.mine) return true;
-  PyObject* g = torch.grad(entry.param);
-  if (!g) return false;
-  row.active = g != Py_None;
-  if (!row.active) {
-    Py_DECREF(g);
-    return true;
+// Takes a reference to the parameter's gradient; null in gradients_ when there is none.
+bool Plan::fetch_gradient(std::size_t i) {
+  const Entry& entry = entries_[i];
+  PyObject* g = nullptr;
+  if (entry.mine) {
+    g = torch.grad(entry.param);
+    if (!g) return false;
+    if (g == Py_None) Py_CLEAR(g);
   }
   gradients_.push_back(g);
-  if (!entry.ready || !place_gradient(entry, row)) return false;
+  rows_[i].active = g != nullptr;
+  return !g || entry.ready;
+}
+
+// Checks the gradient, writes its address and layout into the row, and finds the row's cohort.
+bool Plan::place_gradient(std::size_t i) {
+  Row& row = rows_[i];
+  if (!row.active) return true;
+  const Entry& entry = entries_[i];
+  PyObject* const g = gradients_[i];
+  const bool usual = entry.quick && anatomy.kind(g) == entry.gradient_kind &&
+                     anatomy.has_dims(g, entry.ndim, dims_.data() + entry.dims);
+  if (usual) {
+    row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.item_size[kGrad]));
+    row.layouts = entry.layouts;
+    row.direct = entry.direct;
+  } else if (!place_unusual(i)) {
+    return false;
+  }
   row.cohort = join_cohort(entry, row);
   return row.cohort >= 0;
 }
 
-// Checks the newest gradient and writes its address and layout into the row.
-bool Plan::place_gradient(Entry& entry, Row& row) {
+// The same for a gradient that the anatomy cannot vouch for: it may not fit at all, be lazily negated or
+// conjugated, or laid out otherwise than its parameter.
+bool Plan::place_unusual(std::size_t i) {
+  Entry& entry = entries_[i];
+  Row& row = rows_[i];
+  PyObject* const given = gradients_[i];
+  gradients_[i] = resolved(given);
   DLTensor g;
-  if (!torch.view(gradients_.back(), &g)) return false;
+  if (!gradients_[i] || !torch.view(gradients_[i], &g)) return false;
   if (g.device.device_type != kDLCPU || !same_type(g.dtype, entry.gradient_type)) return false;
-  if (g.ndim != entry.ndim) return false;
   const std::int64_t* shape = dims_.data() + entry.dims;
-  const std::int64_t* strides = shape + entry.ndim;
-  if (!std::equal(shape, strides, g.shape)) return false;
-  const bool aligned = std::equal(strides, strides + entry.ndim, g.strides);
+  if (g.ndim != entry.ndim || !std::equal(shape, shape + g.ndim, g.shape)) return false;
+  if (entry.quick && gradients_[i] == given) entry.gradient_kind = anatomy.kind(given);
   row.data[kGrad] = address(g);
   row.layouts = entry.layouts;
   row.direct = entry.direct;
-  // torch hands out lazily conjugated gradients of complex, and lazily negated ones of real tensors
-  // that view the imaginary parts of complex ones: these have other strides, or one element.
-  if (aligned && row.numel > 1 && !is_complex(g)) return true;
-  gradients_.back() = resolved(gradients_.back());
-  if (!gradients_.back()) {
-    gradients_.pop_back();
-    return false;
-  }
-  if (!torch.view(gradients_.back(), &g)) return false;
-  row.data[kGrad] = address(g);
-  DLTensor parameter = g;
-  parameter.strides = const_cast<std::int64_t*>(strides);
-  const Layout layout = Geometry(parameter).layout_of(g);
+  const Layout layout = Geometry(g, shape + g.ndim).layout_of(g);
   const Layout* const usual = entry.layouts ? entry.layouts->operand[kGrad] : nullptr;
   if (!layout.ndim && !usual) return true;
   Layouts table = entry.layouts ? *entry.layouts : Layouts{};

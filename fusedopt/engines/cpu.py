@@ -46,17 +46,18 @@ def _build_failure() -> str | None:
 
 
 def _specimens() -> list[tuple[Any, ...]]:
-    """Tensors of distinctive geometry, and what torch says of them."""
-    tensors = [
-        torch.frombuffer(bytearray(40_000), dtype=torch.float32).as_strided((2, 3, 5), (307, 67, 11), 37),
-        torch.nn.Parameter(torch.empty(9_000).as_strided((7, 2), (131, 17), 53)),
-        torch.empty(9_000, dtype=torch.float64).as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_(),
-    ]
+    """Tensors of distinctive geometry and every dtype, and what torch says of them; see csrc/host/anatomy.h."""
+    tensors: list[Tensor] = [torch.frombuffer(bytearray(40_000), dtype=t) for t in checks.FLOATING]
+    tensors = [t.as_strided((2, 3, 5), (307, 67, 11), 37 + i) for i, t in enumerate(tensors)]
+    tensors += [torch.nn.Parameter(torch.empty(9_000, dtype=t).as_strided((7, 2), (131, 17), 53)) for t in checks.FLOATING]
+    tensors += [torch.empty(9_000).as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_()]
     facts = []
     for t in tensors:
         storage = t.untyped_storage()
         handles = (t._cdata, storage._cdata, storage.data_ptr())
-        facts.append((t, *handles, t.storage_offset(), list(t.shape), list(t.stride())))
+        keys = torch._C._dispatch_keys(t).raw_repr()
+        tag = checks.FLOATING.index(t.dtype)
+        facts.append((t, *handles, t.storage_offset(), keys, tag, list(t.shape), list(t.stride())))
     return facts
 
 
