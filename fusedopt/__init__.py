@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fusedopt import optimizers
+from fusedopt.fuse import fuse
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
 
@@ -11,4 +12,4 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["FusedOptimizer", "__version__", *optimizers.__all__]
+__all__ = ["FusedOptimizer", "__version__", "fuse", *optimizers.__all__]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ def load() -> tuple[Any, Any, str]:
     """
     try:
         host = import_module("fusedopt._host")
-        level = host.isa_level()
+        level = _isa_level(host.isa_level())
         engine = import_module(f"fusedopt._cpu_{level}")
     except ImportError as error:
         raise ImportError(_build_failure() or str(error)) from error
@@ -36,6 +37,17 @@ def load() -> tuple[Any, Any, str]:
     host.bind_torch(torch.Tensor, torch.nn.Parameter, capsule, torch._C.TensorBase.grad)
     host.learn_anatomy(_specimens())
     return host, engine, level
+
+
+def _isa_level(highest: str) -> str:
+    """The level to run: this CPU's, or a lower one that the environment asks for."""
+    levels = ("base", "v2", "v3", "v4")
+    wanted = os.environ.get("FUSEDOPT_ISA", highest)
+    if wanted not in levels[: levels.index(highest) + 1]:
+        raise ImportError(
+            f"FUSEDOPT_ISA is {wanted!r}; this CPU runs {', '.join(levels[1 : levels.index(highest) + 1])}"
+        )
+    return wanted
 
 
 def _build_failure() -> str | None:
@@ -49,7 +61,9 @@ def _specimens() -> list[tuple[Any, ...]]:
     """Tensors of distinctive geometry and every dtype, and what torch says of them; see csrc/host/anatomy.h."""
     tensors: list[Tensor] = [torch.frombuffer(bytearray(40_000), dtype=t) for t in checks.FLOATING]
     tensors = [t.as_strided((2, 3, 5), (307, 67, 11), 37 + i) for i, t in enumerate(tensors)]
-    tensors += [torch.nn.Parameter(torch.empty(9_000, dtype=t).as_strided((7, 2), (131, 17), 53)) for t in checks.FLOATING]
+    tensors += [
+        torch.nn.Parameter(torch.empty(9_000, dtype=t).as_strided((7, 2), (131, 17), 53)) for t in checks.FLOATING
+    ]
     tensors += [torch.empty(9_000).as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_()]
     facts = []
     for t in tensors:

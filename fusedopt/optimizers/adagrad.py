@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, initial_state
 from fusedopt.rule import EPS, Hyper, Rule, State
 
 
@@ -89,3 +89,12 @@ class Adagrad(FusedOptimizer):
             "capturable": capturable,
         }
         super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = initial_state(self.rule, p, group)
+
+    def share_memory(self) -> None:
+        """Move the state to shared memory, for processes that train one model together."""
+        for state in self.state.values():
+            for value in state.values():
+                value.share_memory_()

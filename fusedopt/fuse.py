@@ -1,0 +1,86 @@
+"""fuse: turn a live optimizer of another package into ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fusedopt import optimizers
+from fusedopt.optimizer import FusedOptimizer, adopt_state
+
+PACKAGES = ("torch", "timm", "lion_pytorch", "adabound")
+
+
+def fuse(
+    optimizer: torch.optim.Optimizer,
+    *,
+    max_grad_norm: float | None = None,
+    skip_nonfinite: bool = False,
+    engine: str = "auto",
+) -> FusedOptimizer:
+    """Turn a live optimizer into its fused counterpart, state included.
+
+    The new optimizer shares the old one's param group dicts and state tensors, so that schedulers made
+    for the old one still move the learning rate, and no memory is spent. Don't step the old one again.
+
+    Args:
+        optimizer: Of torch.optim, lion-pytorch, adabound or timm; of a class that fusedopt has too.
+        max_grad_norm, skip_nonfinite, engine: See :class:`fusedopt.FusedOptimizer`.
+
+    Returns:
+        The fused optimizer.
+
+    Raises:
+        TypeError: If there is no counterpart.
+        ValueError: If it uses an option that the counterpart does not have.
+
+    Example:
+        >>> optimizer = fusedopt.fuse(torch.optim.AdamW(model.parameters()))
+    """
+    kind = type(optimizer)
+    if isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"{kind.__name__} is a fused optimizer already")
+    known = kind.__module__.partition(".")[0] in PACKAGES and kind.__name__ in optimizers.__all__
+    if not known:
+        raise TypeError(
+            f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(optimizers.__all__)}"
+        )
+    ours: type[Any] = getattr(optimizers, kind.__name__)
+    _refuse_foreign_options(optimizer, ours)
+    groups = [_completed(optimizer, ours, i) for i in range(len(optimizer.param_groups))]
+    fused = ours([dict(g) for g in groups], max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, engine=engine)
+    for live, checked in zip(optimizer.param_groups, fused.param_groups, strict=True):
+        for key, value in checked.items():
+            live.setdefault(key, value)
+    fused.param_groups = optimizer.param_groups
+    fused.defaults.update({k: v for k, v in optimizer.defaults.items() if k in fused.defaults})
+    for group in fused.param_groups:
+        for p in group["params"]:
+            if state := optimizer.state.get(p):
+                fused.state[p] = adopt_state(ours.rule, p, state, copy=False)
+    for name, hooks in vars(optimizer).items():
+        if name.endswith("_hooks"):
+            getattr(fused, name).update(hooks)
+    return fused
+
+
+def _completed(optimizer: torch.optim.Optimizer, ours: type[Any], index: int) -> dict[str, Any]:
+    """A param group with what another package keeps elsewhere."""
+    group = optimizer.param_groups[index]
+    base_lrs = getattr(optimizer, "base_lrs", None)  # adabound: a list made at construction
+    return {"base_lr": base_lrs[index], **group} if base_lrs else group
+
+
+def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[Any]) -> None:
+    probe = ours([torch.nn.Parameter(torch.zeros(()))])
+    known = set(probe.param_groups[0]) | {"initial_lr", "param_names", "max_lr_snapshot"}
+    for i, group in enumerate(optimizer.param_groups):
+        for key in group.keys() - known:
+            scheduled = key in ("max_lr", "min_lr", "max_momentum", "base_momentum")  # OneCycleLR's and CyclicLR's own
+            if group[key] and not scheduled:
+                raise ValueError(f"group {i} has {key}={group[key]!r}, which fusedopt.{ours.__name__} does not have")
+    if getattr(optimizer, "decoupled_wd", False):
+        raise ValueError(
+            "lion-pytorch's decoupled_weight_decay divides weight_decay by the initial lr; set it so yourself"
+        )

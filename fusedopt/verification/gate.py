@@ -1,0 +1,198 @@
+"""The gate: an engine may err by twice what the reference itself errs in the same precision.
+
+fp32: 300 steps; the largest distance from the fp64 truth is at most twice the oracle's own.
+fp64: 300 steps; relative distance from the oracle at most 1e-12 (NAdam 1e-8: torch keeps a product in fp32).
+bf16, fp16: one step from the same state; at most one unit in the last place from the fp64 result, rounded once.
+Where a step is a sign (Lion), elements whose sign hangs on rounding are left out; there may be few.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.verification import oracles
+from fusedopt.verification.cases import CASES, Case
+from fusedopt.verification.trajectory import RESUME_AT, gradients, parameters, run, run_reference
+
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, *HALF)
+MAX_DOUBTFUL = 0.02
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. Passed when ``error <= limit``, both in ``unit``."""
+
+    optimizer: str
+    engine: str
+    dtype: str
+    oracle: str
+    error: float
+    limit: float
+    unit: str
+    passed: bool
+    note: str = ""
+
+
+def comparisons(engines: Iterable[str], optimizers: Iterable[str] | None) -> list[tuple[Case, str, torch.dtype]]:
+    """What ``verify`` goes through."""
+    wanted = None if optimizers is None else {name.lower() for name in optimizers}
+    cases = [c for c in CASES if wanted is None or {c.name.lower(), c.optimizer.lower()} & wanted]
+    return [(case, engine, dtype) for case in cases for engine in engines for dtype in DTYPES]
+
+
+def verify(
+    engines: Iterable[str],
+    optimizers: Iterable[str] | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> list[Result]:
+    """Compare optimizers on engines with their references.
+
+    Args:
+        engines: Names.
+        optimizers: Names of classes or cases; None for all.
+        progress: Called with a name before each comparison.
+
+    Returns:
+        One result for each case, engine and dtype.
+    """
+    results = []
+    for case, engine, dtype in comparisons(engines, optimizers):
+        progress(f"{case.name} on {engine}, {_name(dtype)}")
+        results.append(compare(case, engine, dtype))
+    return results
+
+
+def compare(case: Case, engine: str, dtype: torch.dtype) -> Result:
+    """One case on one engine."""
+    if dtype in HALF:
+        return _compare_one_step(case, engine, dtype)
+    truth, skip = _truth(case)
+    ours, _ = run(lambda p: case.build(p, engine=engine), dtype, resume_at=RESUME_AT)
+    error = _distance(ours, truth, skip)
+    if dtype == torch.float64:
+        scale = max(t.abs().max().item() for t in truth if t.numel())
+        return _result(case, engine, dtype, error / scale, case.exact, "relative")
+    return _result(case, engine, dtype, error, 2 * _own_error(case), "absolute")
+
+
+def has_oracle(case: Case) -> bool:
+    """Whether the oracle is installed; if not, the textbook loop stands in."""
+    return oracles.find(case.oracle) is not None
+
+
+def oracle(case: Case, params: Any) -> torch.optim.Optimizer:
+    """The oracle with a case's options."""
+    cls = oracles.find(case.oracle)
+    assert cls is not None
+    ours = case.build(parameters(torch.float32)).defaults
+    return cls(params, **oracles.options(cls, ours))
+
+
+@cache
+def _truth(case: Case) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The fp64 result, and which elements hang on rounding."""
+    reference, states = run_reference(case, torch.float64)
+    skip = [s.get("doubtful", torch.zeros_like(p, dtype=torch.bool)) for p, s in zip(reference, states, strict=True)]
+    if has_oracle(case):
+        reference, _ = run(lambda p: oracle(case, p), torch.float64)
+    return reference, skip if case.signs else None
+
+
+@cache
+def _own_error(case: Case) -> float:
+    """How far the oracle itself is from the truth in fp32."""
+    truth, skip = _truth(case)
+    if has_oracle(case):
+        theirs, _ = run(lambda p: oracle(case, p), torch.float32)
+    else:
+        theirs, _ = run_reference(case, torch.float32)
+    return _distance(theirs, truth, skip)
+
+
+def _distance(result: list[Tensor], truth: list[Tensor], skip: list[Tensor] | None) -> float:
+    worst = 0.0
+    for k, (a, b) in enumerate(zip(result, truth, strict=True)):
+        gap = (a.double() - b.double()).abs()
+        if skip is not None:
+            gap = gap[~skip[k]]
+        if gap.numel():
+            worst = max(worst, gap.max().item() if not gap.isnan().any() else float("inf"))
+    return worst
+
+
+def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
+    steps = 12
+    *_, last = gradients(steps + 1)
+    start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps)
+    state = copy.deepcopy(before.state_dict())
+
+    def step(make: Callable[[Any], torch.optim.Optimizer], kind: torch.dtype) -> tuple[list[Tensor], Any]:
+        params = [torch.nn.Parameter(p.to(kind, copy=True)) for p in start]
+        optimizer = make(params)
+        optimizer.load_state_dict(copy.deepcopy(state))
+        for p, g in zip(params, last, strict=True):
+            p.grad = None if g is None else g.to(kind)
+        oracles.step(optimizer)
+        return [p.detach() for p in params], optimizer
+
+    ours, _ = step(lambda p: case.build(p, engine=engine), dtype)
+    # The textbook rules share no code with the engine, but its eager form in fp64 reads the same state.
+    make = (lambda p: oracle(case, p)) if has_oracle(case) else (lambda p: case.build(p, engine="eager"))
+    truth, after = step(make, torch.float64)
+    worst, doubtful, total = 0, 0, 0
+    for k, (a, b) in enumerate(zip(ours, truth, strict=True)):
+        gap = ulps(a, b.to(dtype))
+        if case.signs and last[k] is not None:
+            beta1 = after.param_groups[0]["betas"][0]
+            m, g = state["state"][k]["exp_avg"].double(), last[k].double()
+            c = beta1 * m + (1 - beta1) * g
+            doubt = (c.abs() < 1e-5 * ((beta1 * m).abs() + ((1 - beta1) * g).abs())) & (c != 0)
+            doubtful += int(doubt.sum())
+            gap = gap[~doubt]
+        total += b.numel()
+        if gap.numel():
+            worst = max(worst, int(gap.max()))
+    note = f"{doubtful} of {total} signs hang on rounding" if case.signs else ""
+    if doubtful > MAX_DOUBTFUL * total:
+        worst = max(worst, 2)
+    return _result(case, engine, dtype, worst, 1, "ulp", note)
+
+
+def ulps(a: Tensor, b: Tensor) -> Tensor:
+    """Distance in units of the last place, for bfloat16 and float16 tensors; NaN only matches NaN."""
+
+    def ordered(t: Tensor) -> Tensor:
+        bits = t.contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    gap = (ordered(a) - ordered(b)).abs()
+    one_nan = a.isnan() ^ b.isnan()
+    return torch.where(one_nan, torch.full_like(gap, 1 << 16), torch.where(a.isnan() & b.isnan(), 0, gap))
+
+
+def _result(
+    case: Case, engine: str, dtype: torch.dtype, error: float, limit: float, unit: str, note: str = ""
+) -> Result:
+    source = oracles.version(case.oracle) if has_oracle(case) else "textbook loop"
+    if not has_oracle(case):
+        note = f"{case.oracle.partition(':')[0]} is not installed"
+    elif dtype == torch.float32 and case.signs:
+        _, skip = _truth(case)
+        assert skip is not None
+        doubtful, total = sum(int(s.sum()) for s in skip), sum(s.numel() for s in skip)
+        note = f"{doubtful} of {total} signs hang on rounding"
+        if doubtful > MAX_DOUBTFUL * total:
+            error = float("inf")
+    return Result(case.name, engine, _name(dtype), source, error, limit, unit, error <= limit, note)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

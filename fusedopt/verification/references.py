@@ -1,0 +1,130 @@
+"""Textbook loops, one tensor and one step at a time, in the tensor's own dtype.
+
+Written from the equations of the papers or of the packages named, and from nothing in this package:
+they are what its rules are judged by where no other implementation is installed. ``x`` is a tensor's
+state; ``h`` the group's options.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Memory = dict[str, Any]
+
+
+def sgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Heavy ball and Nesterov momentum as torch.optim.SGD documents them."""
+    g = _l2(p, g, h)
+    if h["momentum"]:
+        x["b"] = h["momentum"] * x["b"] + (1 - h["dampening"]) * g if "b" in x else g.clone()
+        g = g + h["momentum"] * x["b"] if h["nesterov"] else x["b"]
+    return _decay(p, h) - h["lr"] * g
+
+
+def adagrad(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Duchi et al. 2011, with torch's lr_decay."""
+    g, t = _l2(p, g, h), _tick(x)
+    x["s"] = x.get("s", torch.full_like(p, h["initial_accumulator_value"])) + g**2
+    return p - h["lr"] / (1 + (t - 1) * h["lr_decay"]) * g / (x["s"].sqrt() + h["eps"])
+
+
+def rmsprop(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Hinton's lecture 6.5; centered as Graves 2013."""
+    g, zero = _l2(p, g, h), torch.zeros_like(p)
+    a = h["alpha"]
+    x["v"] = a * x.get("v", zero) + (1 - a) * g**2
+    variance = x["v"]
+    if h["centered"]:
+        x["m"] = a * x.get("m", zero) + (1 - a) * g
+        variance = (x["v"] - x["m"] ** 2).clamp(min=0)
+    u = g / (variance.sqrt() + h["eps"])
+    if h["momentum"]:
+        x["b"] = u = h["momentum"] * x.get("b", zero) + u
+    return p - h["lr"] * u
+
+
+def adam(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Kingma and Ba 2015; Loshchilov and Hutter 2019; AMSGrad over the raw second moment, as torch."""
+    g, t = _l2(p, g, h), _tick(x)
+    (b1, b2), w = h["betas"], _moments(p, g, x, h, h["amsgrad"])
+    return _decay(p, h) - h["lr"] * (x["m"] / (1 - b1**t)) / ((w / (1 - b2**t)).sqrt() + h["eps"])
+
+
+def nadam(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Dozat 2016 with the schedule of torch.optim.NAdam."""
+    g, t = _l2(p, g, h), _tick(x)
+    (b1, b2), v = h["betas"], _moments(p, g, x, h)
+    mu, mu_next = (b1 * (1 - 0.5 * 0.96 ** (s * h["momentum_decay"])) for s in (t, t + 1))
+    x["product"] = product = x.get("product", 1.0) * mu
+    numerator = (1 - mu) / (1 - product) * g + mu_next / (1 - product * mu_next) * x["m"]
+    return _decay(p, h) - h["lr"] * numerator / ((v / (1 - b2**t)).sqrt() + h["eps"])
+
+
+def nadamw(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Choi et al. 2019, table 1, with decoupled decay."""
+    t = _tick(x)
+    (b1, b2), v = h["betas"], _moments(p, g, x, h)
+    n = b1 * x["m"] + (1 - b1) * g
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * (n / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + h["eps"])
+
+
+def radam(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Liu et al. 2020 with the threshold and fallback of torch.optim.RAdam."""
+    g, t = _l2(p, g, h), _tick(x)
+    (b1, b2), v = h["betas"], _moments(p, g, x, h)
+    m = x["m"] / (1 - b1**t)
+    longest = 2 / (1 - b2) - 1
+    length = longest - 2 * t * b2**t / (1 - b2**t)
+    if length > 5:
+        top, bottom = (length - 4) * (length - 2) * longest, (longest - 4) * (longest - 2) * length
+        m = m * math.sqrt(top / bottom) * math.sqrt(1 - b2**t) / (v.sqrt() + h["eps"])
+    return _decay(p, h) - h["lr"] * m
+
+
+def adabound(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Luo et al. 2019 in the form of the authors' code."""
+    g, t = _l2(p, g, h), _tick(x)
+    (b1, b2), w = h["betas"], _moments(p, g, x, h, h["amsbound"])
+    final = h["final_lr"] * h["lr"] / h["base_lr"]
+    low, high = final * (1 - 1 / (h["gamma"] * t + 1)), final * (1 + 1 / (h["gamma"] * t))
+    rate = h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t) / (w.sqrt() + h["eps"])
+    return _decay(p, h) - rate.clamp(low, high) * x["m"]
+
+
+def lion(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Chen et al. 2023. Remembers where the sign hangs on rounding, in ``x["doubtful"]``."""
+    b1, b2 = h["betas"]
+    m = x.get("m", torch.zeros_like(p))
+    c = b1 * m + (1 - b1) * g
+    scale = (b1 * m).abs() + ((1 - b1) * g).abs()
+    x["doubtful"] = x.get("doubtful", torch.zeros_like(p, dtype=torch.bool)) | ((c.abs() < 1e-5 * scale) & (c != 0))
+    x["m"] = b2 * m + (1 - b2) * g
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * c.sign()
+
+
+def _l2(p: Tensor, g: Tensor, h: Memory) -> Tensor:
+    return g if h.get("decoupled_weight_decay") else g + h["weight_decay"] * p
+
+
+def _decay(p: Tensor, h: Memory) -> Tensor:
+    return p * (1 - h["lr"] * h["weight_decay"]) if h.get("decoupled_weight_decay") else p
+
+
+def _tick(x: Memory) -> int:
+    x["t"] = x.get("t", 0) + 1
+    return x["t"]
+
+
+def _moments(p: Tensor, g: Tensor, x: Memory, h: Memory, maximum: bool = False) -> Tensor:
+    b1, b2 = h["betas"]
+    zero = torch.zeros_like(p)
+    x["m"] = b1 * x.get("m", zero) + (1 - b1) * g
+    x["v"] = b2 * x.get("v", zero) + (1 - b2) * g**2
+    if not maximum:
+        return x["v"]
+    x["max"] = torch.maximum(x.get("max", zero), x["v"])
+    return x["max"]

@@ -1,0 +1,94 @@
+"""The inputs that every comparison shares: hard gradients, schedules, and a resume in the middle."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.verification import oracles
+from fusedopt.verification.cases import Case
+
+STEPS = 300
+RESUME_AT = 140
+# Empty, scalar, odd, one past a vector, one past the smallest tile, and a matrix.
+SHAPES = ((0,), (), (1,), (31,), (4097,), (37, 29))
+
+Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+    """Parameters whose values any dtype holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES)
+    return [torch.nn.Parameter(v.to(dtype)) for v in values]
+
+
+def gradients(steps: int, seed: int = 1) -> Iterator[list[Tensor | None]]:
+    """Heavy-tailed gradients in bfloat16, a fifth of them zero; now and then a zero tensor, or none."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(steps):
+        step: list[Tensor | None] = []
+        for k, shape in enumerate(SHAPES):
+            tails = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(1.5).exp()
+            kept = torch.rand(shape, generator=generator) > 0.2
+            g = (tails * kept * ((t + k) % 11 != 5)).bfloat16()
+            step.append(None if (t + 2 * k) % 7 == 3 else g)
+        yield step
+
+
+def schedule(group: dict[str, Any], base: dict[str, Any], t: int) -> None:
+    """What schedulers do: lr moves, and beta1 or momentum with it."""
+    wave = math.sin(t / 9)
+    group["lr"] = base["lr"] * (1 + 0.5 * wave)
+    if "betas" in base:
+        group["betas"] = (base["betas"][0] - 0.04 * (1 + wave), base["betas"][1])
+    if base.get("momentum"):
+        group["momentum"] = base["momentum"] - 0.04 * (1 + wave)
+
+
+def run(make: Make, dtype: torch.dtype, steps: int = STEPS, resume_at: int | None = None) -> tuple[list[Tensor], Any]:
+    """Step an optimizer through the trajectory.
+
+    Args:
+        make: Builds it from parameters.
+        dtype: Of parameters and gradients.
+        steps: How many.
+        resume_at: Before this step, save the state, and go on with a new optimizer that loads it.
+
+    Returns:
+        The parameters at the end, and the optimizer.
+    """
+    params = parameters(dtype)
+    optimizer = make(params)
+    base = dict(optimizer.param_groups[0])
+    for t, step in enumerate(gradients(steps)):
+        if t == resume_at:
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            optimizer = make(params)
+            optimizer.load_state_dict(torch.load(file))
+        for p, g in zip(params, step, strict=True):
+            p.grad = None if g is None else g.to(dtype)
+        schedule(optimizer.param_groups[0], base, t)
+        oracles.step(optimizer)
+    return [p.detach() for p in params], optimizer
+
+
+def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Step a case's textbook loop through the trajectory; returns parameters and states."""
+    params: list[Tensor] = [p.detach() for p in parameters(dtype)]
+    states: list[dict[str, Any]] = [{} for _ in params]
+    options = dict(case.build(parameters(dtype)).param_groups[0])
+    base = dict(options)
+    for t, step in enumerate(gradients(steps)):
+        schedule(options, base, t)
+        for k, g in enumerate(step):
+            if g is not None:
+                params[k] = case.reference(params[k], g.to(dtype), states[k], options)
+    return params, states
