@@ -1,0 +1,97 @@
+"""``fusedopt info``: which engines run here, or why not, and what they step.
+
+JSON::
+
+    {"versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed},
+     "machine": {"platform", "cpu", "isa", "threads", "gpus"},
+     "engines": {name: {"available": bool, "reason": str or null}},
+     "optimizers": {name: [names of the engines that step it in every storage]}}
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt.cli import machine, report
+from fusedopt.engines import ENGINES
+
+HELP = "engines available here or the reason why not, versions, and what steps what"
+
+STORAGE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLANNED = ("triton", "cuda")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options: it has none of its own."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tables, and write the JSON file if one was asked for."""
+    engines = _engines()
+    stepped = _stepped([name for name, entry in engines.items() if entry["available"]])
+    content = {
+        "versions": machine.versions(),
+        "machine": machine.machine(),
+        "engines": engines,
+        "optimizers": {
+            name: [engine for engine, storages in row.items() if len(storages) == len(STORAGE)]
+            for name, row in stepped.items()
+        },
+    }
+    _print(content, stepped)
+    report.write_json(args.json, content)
+    return 0
+
+
+def _engines() -> dict[str, dict[str, Any]]:
+    reasons = {name: engine.available() for name, engine in ENGINES.items()}
+    for name in PLANNED:
+        reasons.setdefault(name, f"not part of fusedopt {fusedopt.__version__}")
+    return {name: {"available": reason is None, "reason": reason} for name, reason in reasons.items()}
+
+
+def _stepped(engines: list[str]) -> dict[str, dict[str, list[str]]]:
+    """For every optimizer and engine, the storages of parameters that it steps: found by trying."""
+    return {
+        name: {engine: [label for label, dtype in STORAGE.items() if _steps(name, engine, dtype)] for engine in engines}
+        for name in fusedopt.optimizers.__all__
+    }
+
+
+def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    p.grad = torch.ones_like(p)
+    try:
+        getattr(fusedopt, name)([p], engine=engine).step()
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) -> None:
+    here = content["machine"]
+    about = report.table("This machine", "", "")
+    about.show_header = False
+    for package, version in content["versions"].items():
+        about.add_row(package, version)
+    about.add_row("platform", here["platform"])
+    about.add_row("CPU", f"{here['cpu']}, {here['threads']} threads, ISA level {here['isa'] or 'unknown'}")
+    for gpu in here["gpus"] or ["none that torch sees"]:
+        about.add_row("GPU", gpu)
+    report.console.print(about)
+
+    engines = report.table("Engines", "engine", "available", "reason")
+    for name, entry in content["engines"].items():
+        engines.add_row(name, "yes" if entry["available"] else "no", entry["reason"] or "")
+    report.console.print(engines)
+
+    available = [name for name, entry in content["engines"].items() if entry["available"]]
+    optimizers = report.table("Parameters that each optimizer steps, by engine", "optimizer", *available)
+    for name, row in stepped.items():
+        optimizers.add_row(name, *(" ".join(row[engine]) or "none" for engine in available))
+    report.console.print(optimizers)
+    report.console.print("States of bf16 and fp16 parameters are fp32; others are of the parameter's dtype.")

@@ -1,0 +1,64 @@
+"""The demo's plot: both loss curves on top of each other, and the time that each optimizer took."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fusedopt.cli.report import CommandError
+
+COLORS = {"torch": "#e8a33d", "fusedopt": "#1f5fa8"}
+
+
+def draw(path: Path, runs: dict[str, Any], difference: float) -> None:
+    """Draw the plot into a PNG file.
+
+    Args:
+        path: The file.
+        runs: The runs "torch" and "fusedopt" of :mod:`fusedopt.cli.training`.
+        difference: The largest difference between their losses.
+
+    Raises:
+        CommandError: If the file cannot be written.
+    """
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    _losses(left, runs, difference)
+    _times(right, runs)
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    try:
+        figure.savefig(path, dpi=140, format="png")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _losses(axes: Axes, runs: dict[str, Any], difference: float) -> None:
+    styles: dict[str, dict[str, Any]] = {
+        "torch": {"linewidth": 5, "alpha": 0.6},
+        "fusedopt": {"linewidth": 1.2},
+    }
+    for key, run in runs.items():
+        axes.plot(range(1, len(run.losses) + 1), run.losses, color=COLORS[key], label=run.label, **styles[key])
+    axes.set_title(f"Training loss: curves differ by at most {difference:.1e}", loc="left")
+    axes.set_ylabel("nats per character")
+    axes.legend(frameon=False)
+
+
+def _times(axes: Axes, runs: dict[str, Any]) -> None:
+    for key, run in runs.items():
+        steps, median = range(1, len(run.step_ms) + 1), run.median_ms()
+        axes.plot(steps, run.step_ms, ".", markersize=2.5, alpha=0.45, color=COLORS[key])
+        axes.axhline(median, linewidth=2, color=COLORS[key], label=f"{run.label}: median {median:.2f} ms")
+    # The first steps, which create the states, and whatever else the machine did, would flatten the rest.
+    axes.set_ylim(0, 2 * max(run.median_ms() for run in runs.values()))
+    axes.set_title("Clip and optimizer step", loc="left")
+    axes.set_ylabel("milliseconds")
+    axes.legend(frameon=False, loc="upper right")

@@ -1,0 +1,70 @@
+"""What all subcommands share: the console, JSON files, and the error that a user can mend."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+
+
+class CommandError(Exception):
+    """Something the user can mend: one line on stderr and exit status 2."""
+
+
+def table(title: str, *columns: str, numeric: tuple[str, ...] = ()) -> Table:
+    """An empty table in the command line's style.
+
+    Args:
+        title: What stands above it.
+        columns: The headings.
+        numeric: Those of them whose cells are numbers, and so stand to the right.
+    """
+    result = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        result.add_column(column, justify="right" if column in numeric else "left")
+    return result
+
+
+def progress_bar(detail: str = "{task.description}") -> Progress:
+    """A progress bar that disappears when it is done.
+
+    Args:
+        detail: What stands behind the bar, in rich's markup.
+    """
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn(detail))
+    return Progress(*columns, console=console, transient=True)
+
+
+def check_writable(path: Path | None) -> None:
+    """A result file can be written, before the work for it is done.
+
+    Raises:
+        CommandError: If its folder is missing, or it is a folder itself.
+    """
+    if path is None:
+        return
+    if not path.absolute().parent.is_dir():
+        raise CommandError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise CommandError(f"cannot write {path}: it is a folder")
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+    """Write a command's result, if a file was asked for.
+
+    Raises:
+        CommandError: If the file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n")
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror}") from error
+    console.print(f"Wrote {path}")

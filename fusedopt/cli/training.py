@@ -1,0 +1,120 @@
+"""Training one model with torch's optimizer and one with ours, step by step in turn."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+import fusedopt
+from fusedopt.cli.gpt import GPT, Shape, Text, batch
+
+SEED = 0
+BATCH = 16
+MAX_GRAD_NORM = 1.0
+# What the optimizers that their own defaults do not suit are given; the others take LEARNING_RATE.
+LEARNING_RATE = 2e-3
+OPTIONS: dict[str, dict[str, float]] = {
+    "Adagrad": {"lr": 2e-2},
+    "SGD": {"lr": 0.2, "momentum": 0.9},
+}
+
+
+@dataclass
+class Run:
+    """A model, its optimizer, and what training them gave."""
+
+    label: str
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    schedule: LambdaLR
+    clips_itself: bool
+    losses: list[float] = field(default_factory=list)  # nats per character
+    step_ms: list[float] = field(default_factory=list)  # clipping and the optimizer's step
+    seconds: float = 0.0
+
+    def train(self, x: Tensor, y: Tensor) -> None:
+        """One step of training."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = self.model.loss(x, y)
+        loss.backward()
+        before = time.perf_counter()
+        if not self.clips_itself:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+        self.optimizer.step()
+        end = time.perf_counter()
+        self.schedule.step()
+        self.losses.append(loss.item())
+        self.step_ms.append(1e3 * (end - before))
+        self.seconds += end - start
+
+    def train_loss(self) -> float:
+        """Mean loss of the last twentieth of the steps."""
+        return statistics.fmean(self.losses[-max(1, len(self.losses) // 20) :])
+
+    def median_ms(self) -> float:
+        """Median milliseconds of clipping and the optimizer's step."""
+        return statistics.median(self.step_ms)
+
+    @torch.no_grad()
+    def held_out_loss(self, numbers: Tensor, batches: int = 8) -> float:
+        """Mean loss on text that was not trained on."""
+        generator = torch.Generator().manual_seed(SEED)
+        pairs = (batch(numbers, BATCH, self.model.context, generator) for _ in range(batches))
+        return statistics.fmean(self.model.loss(x, y).item() for x, y in pairs)
+
+
+def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[str, Run]:
+    """Two runs that differ in the optimizer's implementation only.
+
+    Args:
+        optimizer: A name that torch.optim and fusedopt share.
+        steps: How many steps the learning rate's schedule has.
+        characters: How many characters the text has.
+        shape: Sizes of the model.
+
+    Returns:
+        The runs "torch" and "fusedopt".
+    """
+    options: dict[str, Any] = OPTIONS.get(optimizer, {"lr": LEARNING_RATE})
+    reference, ours = getattr(torch.optim, optimizer), getattr(fusedopt, optimizer)
+    # torch's fastest; where it has no fused implementation, what it chooses by itself.
+    fused = {"fused": True} if "fused" in inspect.signature(reference).parameters else {}
+    runs = {}
+    for key, kind, extra in (("torch", reference, fused), ("fusedopt", ours, {"max_grad_norm": MAX_GRAD_NORM})):
+        torch.manual_seed(SEED)
+        model = GPT(characters, shape)
+        instance = kind(model.parameters(), **options, **extra)
+        label = f"{'torch.optim' if key == 'torch' else 'fusedopt'}.{optimizer}"
+        schedule = LambdaLR(instance, lambda step: _warmup_cosine(step / steps))
+        runs[key] = Run(label, model, instance, schedule, key == "fusedopt")
+    return runs
+
+
+def train(runs: dict[str, Run], text: Text, steps: int) -> Iterator[None]:
+    """Train all runs on the same batches, in turn, so that what else the machine does strikes all alike.
+
+    Yields:
+        Nothing, after every step.
+    """
+    generator = torch.Generator().manual_seed(SEED)
+    context = next(iter(runs.values())).model.context
+    for _ in range(steps):
+        x, y = batch(text.train, BATCH, context, generator)
+        for run in runs.values():
+            run.train(x, y)
+        yield
+
+
+def _warmup_cosine(done: float) -> float:
+    """Factor of the learning rate: up over a tenth of the steps, then down to a tenth."""
+    return (done + 0.01) / 0.11 if done < 0.1 else 0.1 + 0.45 * (1 + math.cos(math.pi * (done - 0.1) / 0.9))
