@@ -61,6 +61,8 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
     where = f" (group {index})"
     for hyper in (LR, WEIGHT_DECAY, *rule.hyper, *rule.settings):
         hyperparameter(hyper, group, where, stepping=stepping)
+    if conflict := rule.conflict(group):
+        raise ValueError(f"{conflict}{where}")
     if group["fused"] and group["foreach"]:
         raise ValueError(f"fused and foreach{where} cannot both be True")
     if group["fused"] and group["differentiable"]:
@@ -100,7 +102,7 @@ def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient is on {g.device}, the parameter on {p.device}")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: the gradient has shape {tuple(g.shape)}")
-    declared = getattr(p, "grad_dtype", p.dtype)
+    declared = getattr(p, "grad_dtype", p.dtype) if p.is_leaf else p.dtype
     if g.dtype != p.dtype and (g.dtype not in FLOATING or p.is_complex() or declared not in (None, g.dtype)):
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
 
@@ -128,7 +130,7 @@ def state(rule: type[Rule], p: Tensor, state: Mapping[str, Any], group: Group, n
             raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
         if value.shape != p.shape:
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
-        if value.is_complex() != p.is_complex():
+        if value.dtype not in (COMPLEX if p.is_complex() else FLOATING):
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
     for key in rule.scalars.keys() & state.keys():
         number(state[key], f"state {key!r} of {name}", "")
@@ -136,8 +138,3 @@ def state(rule: type[Rule], p: Tensor, state: Mapping[str, Any], group: Group, n
     required = needed | rule.scalars.keys()
     if present and needed and required - present:
         raise ValueError(f"the state of {name} lacks {', '.join(sorted(required - present))}")
-
-
-def finite(value: float) -> bool:
-    """Whether a number is neither NaN nor infinite."""
-    return math.isfinite(value)

@@ -183,7 +183,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                 name = checks.name_of(group, g, i, p)
                 if p.grad is not None:
                     checks.gradient(p, p.grad, name, type(self).__name__)
-                assigned.setdefault(engines.choose(self.engine, p, group, name), []).append(p)
+                try:
+                    engine = engines.choose(self.engine, p, group, name)
+                except RuntimeError:
+                    if p.grad is not None:
+                        raise
+                    engine = "eager"  # which looks again when there is a gradient
+                assigned.setdefault(engine, []).append(p)
         return assigned
 
     def _create_states(self) -> list[Tensor]:
@@ -191,24 +197,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh = []
         for group in self.param_groups:
             for p in group["params"]:
-                if p.grad is not None:
-                    if self.needs_state(p, group):
-                        new = initial_state(self.rule, p, group)
-                        self.state[p].update({k: v for k, v in new.items() if self.state[p].get(k) is None})
-                        fresh.append(p)
-                    self._widen_counters(p)
+                if p.grad is None or not self.needs_state(p, group):
+                    continue
+                state = self.state[p]
+                new = {k: v for k, v in initial_state(self.rule, p, group).items() if state.get(k) is None}
+                state.update(new)
+                state.update({k: state[k].double() for k in self.rule.scalars if _worn_out(state[k])})
+                if new:
+                    fresh.append(p)
         return fresh
 
     def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
+        """Whether a parameter lacks a state that its group's options ask for, or has one that is worn out."""
         state = self.state.get(p, {})
-        wanted = chain((s.name for s in self.rule.active_states(group)), self.rule.scalars)
-        return any(state.get(name) is None for name in wanted)
-
-    def _widen_counters(self, p: Tensor) -> None:
-        for name in self.rule.scalars:
-            value = self.state[p][name]
-            if value.dtype != torch.float64 and float(value) >= LAST_FLOAT_STEP:
-                self.state[p][name] = value.double()
+        tensors = (spec.name for spec in self.rule.active_states(group))
+        scalars = [state.get(name) for name in self.rule.scalars]
+        return any(state.get(name) is None for name in tensors) or any(s is None or _worn_out(s) for s in scalars)
 
     def _forget(self, fresh: list[Tensor]) -> None:
         """Take back states that were made for a step that did not happen."""
@@ -234,6 +238,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             result = hook(self, state_dict)
             if result is not None:
                 state_dict = result
+        for part in ("state", "param_groups"):
+            if part not in state_dict:
+                raise ValueError(f"the loaded state dict has no {part!r}")
         groups = self._loaded_groups(state_dict["param_groups"])
         state = self._loaded_state(state_dict, groups)
         self.__setstate__({"state": state, "param_groups": groups})
@@ -332,6 +339,11 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
         else:
             adopted[key] = deepcopy(value) if copy else value
     return adopted
+
+
+def _worn_out(counter: Tensor) -> bool:
+    """Whether a float32 counter has reached the end of its exact range."""
+    return counter.dtype != torch.float64 and float(counter) >= LAST_FLOAT_STEP
 
 
 def _scalar_dtype() -> torch.dtype:

@@ -117,6 +117,11 @@ class Rule(ABC):
         """``d`` of ``p -= lr * d``, and the new state. Changes none of its arguments."""
 
     @classmethod
+    def conflict(cls, group: Group) -> str | None:
+        """What is wrong with a group's options taken together; None if nothing."""
+        return None
+
+    @classmethod
     def active_states(cls, group: Group) -> tuple[State, ...]:
         """The states that a group's flags ask for."""
         return tuple(s for s in cls.states if not s.when or group[s.when])

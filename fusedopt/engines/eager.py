@@ -31,6 +31,7 @@ class Plan:
         self.optimizer = optimizer
         self.members = {id(p) for p in members}
         self.fresh = {id(p) for p in fresh}
+        self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
 
     def _parameters(self):
         for g, group in enumerate(self.optimizer.param_groups):
@@ -41,22 +42,22 @@ class Plan:
     def scan(self) -> bool:
         """Whether all is as it was planned; if not, planning anew says what is wrong."""
         optimizer = self.optimizer
-        planned = 0
+        everyone = [p for group in optimizer.param_groups for p in group["params"]]
+        if [id(p) for p in everyone] != [id(p) for p in self.everyone]:
+            return False
         try:
+            for g, group in enumerate(optimizer.param_groups):
+                checks.group(optimizer.rule, group, g, stepping=True)
             for g, i, p, group in self._parameters():
-                planned += 1
                 if p.grad is None:
                     continue
                 name = checks.name_of(group, g, i, p)
                 checks.gradient(p, p.grad, name, type(optimizer).__name__)
-                stale = optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager"
-                if stale:
+                if optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager":
                     return False
-            for g, group in enumerate(optimizer.param_groups):
-                checks.group(optimizer.rule, group, g, stepping=True)
         except (RuntimeError, TypeError, ValueError):
             return False
-        return planned == len(self.members)
+        return True
 
     def run(
         self,
@@ -104,7 +105,7 @@ class Plan:
             s.step += 1
         c = rule.prepare(h, s, id(p) in self.fresh)
 
-        value = _real(p).to(compute)
+        value = _real(p).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
         g = _real(p.grad).to(compute) * (-factor if group["maximize"] else factor)
         lr, weight_decay = group["lr"], float(group["weight_decay"])
         if not group["differentiable"]:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
+from fusedopt import checks
 from fusedopt.optimizer import FusedOptimizer, ParamsT
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
@@ -130,6 +131,6 @@ class AdaBound(FusedOptimizer):
             ValueError: As at construction; also if lr is 0, which leaves no base to scale the bounds by.
         """
         if isinstance(param_group, dict):
-            lr = param_group.get("lr", self.defaults["lr"])
-            param_group.setdefault("base_lr", float(lr))
+            lr = checks.number(param_group.get("lr", self.defaults["lr"]), "lr", f" (group {len(self.param_groups)})")
+            param_group.setdefault("base_lr", lr)
         super().add_param_group(param_group)

@@ -18,6 +18,12 @@ class SGDRule(Rule):
     hyper = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
     states = (State("momentum_buffer", when="momentum"),)
 
+    @classmethod
+    def conflict(cls, group):
+        if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
+            return "nesterov=True needs momentum > 0 and dampening = 0"
+        return None
+
     @staticmethod
     def prepare(h, s, first):
         return SimpleNamespace(momentum=h.momentum, gain=1.0 if first else 1 - h.dampening, nesterov=h.nesterov)
@@ -91,6 +97,4 @@ class SGD(FusedOptimizer):
             "capturable": capturable,
             "decoupled_weight_decay": decoupled_weight_decay,
         }
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("nesterov=True needs momentum > 0 and dampening = 0")
         super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)

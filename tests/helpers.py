@@ -1,0 +1,47 @@
+"""What several tests need."""
+
+import torch
+
+import fusedopt
+from fusedopt.verification.cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+ALL = list(fusedopt.optimizers.__all__)
+TORCH = [name for name in ALL if hasattr(torch.optim, name)]
+
+
+def params(*shapes, dtype=torch.float32):
+    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+
+
+def fill_gradients(parameters):
+    for p in parameters:
+        p.grad = torch.randn_like(p)
+
+
+def snapshot(optimizer):
+    """Everything a step may change, as independent copies."""
+    state = [
+        {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state.get(p, {}).items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    values = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    return values, state
+
+
+def assert_same(a, b):
+    """Bitwise equality of nested tensors."""
+    assert type(a) is type(b), (type(a), type(b))
+    if isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype and torch.equal(a.nan_to_num(nan=12345.0), b.nan_to_num(nan=12345.0)), (a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    else:
+        assert a == b
