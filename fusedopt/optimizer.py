@@ -20,6 +20,8 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 # A float32 counter stops counting here; it is then replaced by a float64 one.
 LAST_FLOAT_STEP = 2**24
 
+Fresh = list[tuple[Tensor, tuple[str, ...]]]  # parameters, and the names of states made for this step
+
 _OWN = ("max_grad_norm", "skip_nonfinite", "engine", "skipped_steps", "_norm")
 
 
@@ -130,7 +132,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         grad_scale = getattr(self, "grad_scale", None)
         inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
 
-        plans, fresh = self._plans, []
+        plans = self._plans
+        fresh: Fresh = []
         if plans is None or not all(plan.scan() for plan in plans):
             plans, fresh = self._plan()
         clips = self.max_grad_norm is not None
@@ -156,16 +159,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         wide = any(p.dtype in (torch.float64, torch.complex128) for g in self.param_groups for p in g["params"])
         return torch.tensor(self._norm, dtype=torch.float64 if wide else torch.float32, device=first.device)
 
-    def _plan(self) -> tuple[list[Any], list[Tensor]]:
+    def _plan(self) -> tuple[list[Any], Fresh]:
         """Check everything, make the states that are missing, and build the plans of all engines.
 
-        Returns the plans, scanned, and the parameters whose states are new.
+        Returns the plans, scanned, and which states are new.
         """
         self._plans = None
         assigned = self._assign()
         fresh = self._create_states()
+        new = [p for p, _ in fresh]
         try:
-            plans = [engines.plan(name, self, members, fresh) for name, members in assigned.items()]
+            plans = [engines.plan(name, self, members, new) for name, members in assigned.items()]
             if not all(plan.scan() for plan in plans):
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
         except BaseException:
@@ -192,9 +196,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                 assigned.setdefault(engine, []).append(p)
         return assigned
 
-    def _create_states(self) -> list[Tensor]:
-        """Make the states that parameters with gradients lack; returns the parameters that got one."""
-        fresh = []
+    def _create_states(self) -> Fresh:
+        """Make the states that parameters with gradients lack; returns which."""
+        fresh: Fresh = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or not self.needs_state(p, group):
@@ -204,7 +208,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state.update(new)
                 state.update({k: state[k].double() for k in self.rule.scalars if _worn_out(state[k])})
                 if new:
-                    fresh.append(p)
+                    fresh.append((p, tuple(new)))
         return fresh
 
     def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
@@ -214,10 +218,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = [state.get(name) for name in self.rule.scalars]
         return any(state.get(name) is None for name in tensors) or any(s is None or _worn_out(s) for s in scalars)
 
-    def _forget(self, fresh: list[Tensor]) -> None:
+    def _forget(self, fresh: Fresh) -> None:
         """Take back states that were made for a step that did not happen."""
-        for p in fresh:
-            self.state.pop(p, None)
+        for p, names in fresh:
+            state = self.state[p]
+            for name in names:
+                del state[name]
+            if not state:
+                del self.state[p]
         if fresh:
             self._plans = None
 

@@ -1,0 +1,171 @@
+"""Clipping, unscaling and skipping, against torch's own."""
+
+import pytest
+import torch
+from helpers import ALL, TORCH, assert_same, fill_gradients, params, snapshot
+
+import fusedopt
+
+SHAPES = [(4097,), (33, 7), (), (0,), (5,)]
+INF = float("inf")
+
+
+@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6, INF])
+@pytest.mark.parametrize("name", TORCH)
+def test_clip_is_clip_grad_norm(engine, name, max_norm):
+    ours = params(*SHAPES, dtype=torch.float64)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+
+    def groups(ps):
+        return [{"params": ps[:2]}, {"params": ps[2:], "lr": 0.05}]
+
+    a = getattr(fusedopt, name)(groups(ours), max_grad_norm=max_norm, engine=engine)
+    b = getattr(torch.optim, name)(groups(theirs))
+    for t in range(4):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn_like(p) if t != 2 or p.dim() else None
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step()
+        norm = torch.nn.utils.clip_grad_norm_(theirs, max_norm)
+        b.step()
+        torch.testing.assert_close(a.grad_norm, norm)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64], ids=str)
+def test_norm_of_other_dtypes(engine, dtype):
+    ps = params((70_001,), (3, 5), dtype=dtype)
+    fill_gradients(ps)
+    optimizer = fusedopt.SGD(ps, max_grad_norm=INF, engine=engine)
+    optimizer.step()
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    truth = torch.cat([p.grad.to(wide).flatten() for p in ps]).norm().item()
+    assert optimizer.grad_norm.dtype == torch.float32 and optimizer.grad_norm.dim() == 0
+    assert abs(optimizer.grad_norm.item() - truth) < 1e-6 * truth
+
+
+def test_norm_is_the_same_every_time(engine):
+    ps = params(*[(999,)] * 300)
+    fill_gradients(ps)
+    optimizer = fusedopt.SGD(ps, lr=0.0, max_grad_norm=1.0, engine=engine)
+    norms = set()
+    for _ in range(20):
+        optimizer.step()
+        norms.add(optimizer.grad_norm.item())
+    assert len(norms) == 1
+
+
+def test_norm_only_when_asked(engine):
+    ps = params((3,))
+    fill_gradients(ps)
+    optimizer = fusedopt.SGD(ps, engine=engine)
+    assert optimizer.grad_norm is None
+    optimizer.step()
+    assert optimizer.grad_norm is None
+    optimizer.max_grad_norm = 1.0
+    optimizer.step()
+    assert optimizer.grad_norm > 0
+
+
+@pytest.mark.parametrize("bad", [INF, -INF, float("nan")])
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("name", ALL)
+def test_skip_leaves_everything(engine, name, history, clip, bad):
+    ps = params((70,), (5,))
+    optimizer = getattr(fusedopt, name)(ps, skip_nonfinite=True, max_grad_norm=clip, engine=engine)
+    for _ in range(history):
+        fill_gradients(ps)
+        optimizer.step()
+    before = snapshot(optimizer)
+    fill_gradients(ps)
+    ps[1].grad[3] = bad
+    optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    assert optimizer.skipped_steps == 1
+    assert not optimizer.grad_norm.isfinite()
+    fill_gradients(ps)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1 and not torch.equal(ps[0], before[0][0])
+
+
+def test_first_step_after_a_skip_is_a_first_step(engine):
+    results = []
+    for skips in (0, 2):
+        torch.manual_seed(1)
+        ps = params((9,))
+        optimizer = fusedopt.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5, skip_nonfinite=True, engine=engine)
+        for _ in range(skips):
+            ps[0].grad = torch.full((9,), INF)
+            optimizer.step()
+        for _ in range(3):
+            fill_gradients(ps)
+            optimizer.step()
+        results.append(ps[0].detach())
+    assert torch.equal(*results)
+
+
+def test_nonfinite_gradients_without_skip_do_as_torch(engine):
+    for bad in (INF, float("nan")):
+        ours, theirs = params((6,)), None
+        theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+        gradient = torch.randn(6)
+        gradient[2] = bad
+        ours[0].grad, theirs[0].grad = gradient, gradient.clone()
+        fusedopt.SGD(ours, lr=0.1, max_grad_norm=1.0, engine=engine).step()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        torch.optim.SGD(theirs, lr=0.1).step()
+        torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("name", TORCH)
+def test_grad_scaler(engine, name, unscale):
+    """Ours under a GradScaler, at both of its stages, against torch's for-loop under another."""
+    ours = params((31,), (6, 5))
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    clip = 0.7
+    a = getattr(fusedopt, name)(ours, max_grad_norm=clip, engine=engine)
+    b = getattr(torch.optim, name)(theirs, foreach=False)
+    scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) for _ in range(2)]
+    for t in range(8):
+        gradients = [torch.randn_like(p) for p in ours]
+        if t == 4:
+            gradients[0][3] = INF
+        for ps, scaler in zip((ours, theirs), scalers, strict=True):
+            loss = sum((p * g).sum() for p, g in zip(ps, gradients, strict=True))
+            for p in ps:
+                p.grad = None
+            scaler.scale(loss).backward()
+        before = snapshot(a)
+        scales = [s.get_scale() for s in scalers]
+        assert scales[0] == scales[1]
+        if unscale:
+            scalers[0].unscale_(a)
+        scalers[0].step(a)
+        scalers[1].unscale_(b)
+        norm = torch.nn.utils.clip_grad_norm_(theirs, clip)
+        scalers[1].step(b)
+        for scaler in scalers:
+            scaler.update()
+        if t == 4:
+            assert_same(snapshot(a), before)
+            assert a.skipped_steps == 1
+        else:
+            torch.testing.assert_close(a.grad_norm, norm)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
+    assert not hasattr(a, "grad_scale") and not hasattr(a, "found_inf")
+
+
+def test_scaled_half_precision_gradients(engine):
+    ps, wide = params((50,), dtype=torch.float16), params((50,), dtype=torch.float64)
+    wide[0].data.copy_(ps[0].data)
+    gradient = (torch.randn(50) * 1000).half()
+    ps[0].grad, wide[0].grad = gradient, gradient.double() / 4096
+    a, b = (fusedopt.SGD(p, lr=0.5, engine=engine) for p in (ps, wide))
+    a.grad_scale, a.found_inf = torch.tensor(4096.0), torch.tensor(0.0)
+    a.step(), b.step()
+    assert torch.equal(ps[0], wide[0].half())
+    assert torch.equal(ps[0].grad, gradient)
