@@ -1,0 +1,1 @@
+"""Benchmarks: suites of shapes, an interleaving harness, limits and peers."""
