@@ -21,18 +21,17 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from fusedopt import optimizers
 from fusedopt.cli import machine, report
 
 HELP = "train a small GPT with torch's optimizer and with ours: the same losses, and the time of each"
 
-STEPS = 400
+STEPS = 1500
 SAMPLE_LENGTH = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    shared = [name for name in optimizers.__all__ if hasattr(torch.optim, name)]
+    shared = [name for name in machine.optimizer_names() if hasattr(torch.optim, name)]
     parser.add_argument("--steps", type=_positive, default=STEPS, help="of training (default: %(default)s)")
     parser.add_argument(
         "--optimizer",
@@ -59,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in ours.model.parameters())
     report.console.print(
         f"A GPT of {parameters:,} parameters learns {len(text.train):,} characters of Python's documentation,\n"
-        f"twice at once: same start, same batches, {torch.get_num_threads()} threads."
+        f"twice at once: same start, same batches, {torch.get_num_threads()} threads.\n"
     )
     _train(runs, text, args.steps)
 
@@ -122,5 +121,5 @@ def _print(content: dict[str, Any], labels: dict[str, str]) -> None:
         values = [content["runs"][name][key] for name in labels]
         table.add_row(row, *(format(value, form) for value in values), f"{values[0] / values[1]:.2f}")
     report.console.print(table)
-    report.console.print(f"Largest difference between the loss curves: {content['max_loss_difference']:.1e}")
+    report.console.print(f"\nLargest difference between the loss curves: {content['max_loss_difference']:.1e}")
     report.console.print(f"\n[bold]Our model writes:[/]\n{escape(content['sample'])}\n")

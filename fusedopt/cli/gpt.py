@@ -16,7 +16,7 @@ class Shape:
     layers: int = 4
     width: int = 128
     heads: int = 4
-    context: int = 128
+    context: int = 64
 
 
 class Text:

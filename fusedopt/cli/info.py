@@ -58,7 +58,7 @@ def _stepped(engines: list[str]) -> dict[str, dict[str, list[str]]]:
     """For every optimizer and engine, the storages of parameters that it steps: found by trying."""
     return {
         name: {engine: [label for label, dtype in STORAGE.items() if _steps(name, engine, dtype)] for engine in engines}
-        for name in fusedopt.optimizers.__all__
+        for name in machine.optimizer_names()
     }
 
 
@@ -82,16 +82,16 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
     about.add_row("CPU", f"{here['cpu']}, {here['threads']} threads, ISA level {here['isa'] or 'unknown'}")
     for gpu in here["gpus"] or ["none that torch sees"]:
         about.add_row("GPU", gpu)
-    report.console.print(about)
+    report.console.print(about, "")
 
     engines = report.table("Engines", "engine", "available", "reason")
     for name, entry in content["engines"].items():
         engines.add_row(name, "yes" if entry["available"] else "no", entry["reason"] or "")
-    report.console.print(engines)
+    report.console.print(engines, "")
 
     available = [name for name, entry in content["engines"].items() if entry["available"]]
     optimizers = report.table("Parameters that each optimizer steps, by engine", "optimizer", *available)
     for name, row in stepped.items():
         optimizers.add_row(name, *(" ".join(row[engine]) or "none" for engine in available))
     report.console.print(optimizers)
-    report.console.print("States of bf16 and fp16 parameters are fp32; others are of the parameter's dtype.")
+    report.console.print("\nStates of bf16 and fp16 parameters are fp32; others have the parameter's dtype.")

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -25,9 +26,10 @@ def table(title: str, *columns: str, numeric: tuple[str, ...] = ()) -> Table:
         columns: The headings.
         numeric: Those of them whose cells are numbers, and so stand to the right.
     """
-    result = Table(title=title, title_justify="left", title_style="bold")
+    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    result.padding = (0, 1, 0, 0)
     for column in columns:
-        result.add_column(column, justify="right" if column in numeric else "left")
+        result.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
     return result
 
 

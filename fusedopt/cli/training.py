@@ -101,17 +101,19 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
 
 
 def train(runs: dict[str, Run], text: Text, steps: int) -> Iterator[None]:
-    """Train all runs on the same batches, in turn, so that what else the machine does strikes all alike.
+    """Train all runs on the same batches, in turn: what else the machine does strikes both alike.
 
     Yields:
         Nothing, after every step.
     """
     generator = torch.Generator().manual_seed(SEED)
-    context = next(iter(runs.values())).model.context
+    order = list(runs.values())
+    context = order[0].model.context
     for _ in range(steps):
         x, y = batch(text.train, BATCH, context, generator)
-        for run in runs.values():
+        for run in order:
             run.train(x, y)
+        order.reverse()
         yield
 
 

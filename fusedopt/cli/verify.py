@@ -13,10 +13,12 @@ import argparse
 from dataclasses import asdict
 from typing import Any
 
-from fusedopt import engines, optimizers
+from fusedopt import engines
 from fusedopt.cli import machine, report
+from fusedopt.cli.info import STORAGE
 
 HELP = "check every optimizer on every engine against an independent implementation"
+SHORT = {str(dtype).removeprefix("torch."): label for label, dtype in STORAGE.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", action="append", choices=list(engines.ENGINES), help="repeatable; default: all available"
     )
     parser.add_argument(
-        "--optimizer", action="append", choices=optimizers.__all__, metavar="NAME", help="repeatable; default: all"
+        "--optimizer", action="append", metavar="NAME", help="class, or one of its cases; repeatable; default: all"
     )
 
 
@@ -33,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the gate, print its verdicts, and write the JSON file if one was asked for."""
     from fusedopt.verification import gate
 
-    results = []
+    names, wanted = _engines(args.engine), _optimizers(args.optimizer)
     with report.progress_bar() as bar:
-        task = bar.add_task("starting", total=None)
-        results = gate.verify(_engines(args.engine), args.optimizer, lambda label: bar.update(task, description=label))
+        task = bar.add_task("", total=len(gate.comparisons(names, wanted)), completed=-1)
+        results = gate.verify(names, wanted, lambda label: bar.update(task, advance=1, description=label))
     _print(results)
     passed = all(r.passed for r in results)
     content = {"passed": passed, "results": [asdict(r) for r in results], "versions": machine.versions()}
@@ -55,15 +57,25 @@ def _engines(asked: list[str] | None) -> list[str]:
     return list(dict.fromkeys(asked))
 
 
+def _optimizers(asked: list[str] | None) -> list[str] | None:
+    from fusedopt.verification.cases import CASES
+
+    known = dict.fromkeys(name for case in CASES for name in (case.optimizer, case.name))
+    unknown = [name for name in asked or () if name.lower() not in {n.lower() for n in known}]
+    if unknown:
+        raise report.CommandError(f"no optimizer is called {unknown[0]!r}; there are {', '.join(known)}")
+    return asked
+
+
 def _print(results: list[Any]) -> None:
     headings = ("optimizer", "engine", "dtype", "oracle", "error", "limit", "verdict")
-    table = report.table("Errors against their limits", *headings, numeric=("error", "limit"))
+    units = ", ".join(f"{SHORT[dtype]} {unit}" for dtype, unit in {r.dtype: r.unit for r in results}.items())
+    table = report.table(f"Errors against their limits ({units})", *headings, numeric=("error", "limit"))
     for r in results:
         verdict = "[green]pass[/]" if r.passed else "[bold red]MISS[/]"
-        limit = f"{r.limit:.2g} {r.unit}".strip()
-        table.add_row(r.optimizer, r.engine, r.dtype, r.oracle, f"{r.error:.2g}", limit, verdict)
+        table.add_row(r.optimizer, r.engine, SHORT[r.dtype], r.oracle, f"{r.error:.1e}", f"{r.limit:.1e}", verdict)
     report.console.print(table)
-    for note in dict.fromkeys(f"{r.optimizer} on {r.engine}, {r.dtype}: {r.note}" for r in results if r.note):
+    for note in dict.fromkeys(f"{r.optimizer} on {r.engine}, {SHORT[r.dtype]}: {r.note}" for r in results if r.note):
         report.console.print(note)
     failed = sum(not r.passed for r in results)
     report.console.print(f"{len(results) - failed} passed, {failed} failed")

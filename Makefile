@@ -1,0 +1,43 @@
+# `make demo` and `make test` do all the set-up: they need Python >= 3.11, a C++ compiler and pip's network.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
+
+.PHONY: demo test lint check clean
+
+demo: $(VENV)/.installed
+	$(BIN)/fusedopt demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+check: lint test
+
+$(VENV)/pyvenv.cfg:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fusedopt needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+# Built without isolation, so that the build's own requirements are the pinned ones too.
+# timm is an oracle of the tests; its torchvision is not needed.
+$(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $(SOURCES)
+	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
+	$(PIP) --no-build-isolation -e ".[test]"
+	$(PIP) --no-deps timm
+	touch $@
+
+# Brings pyright a node to run on.
+$(VENV)/.lint: $(VENV)/.installed
+	$(PIP) "fusedopt[lint]" "pyright[nodejs]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache fusedopt/*.so fusedopt/_build_report.json
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
