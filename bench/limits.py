@@ -37,7 +37,11 @@ class StreamLimit:
         """What moves the bytes of one step of an optimizer with so many states per element."""
         while len(self._updated) < 1 + states:
             self._updated.append(self._stream())
-        updated = [u.data_ptr() for u in self._updated[: 1 + states]]
-        read, n, threads = [self._gradient.data_ptr()], self._numel, torch.get_num_threads()
-        stream = cpu.load()[1].stream
-        return lambda: stream(updated, read, n, threads)
+        streams = self._updated[: 1 + states]
+        stream, n, threads = cpu.load()[1].stream, self._numel, torch.get_num_threads()
+
+        def touch() -> None:
+            # The addresses are taken here, so that the function keeps its streams alive.
+            stream([u.data_ptr() for u in streams], [self._gradient.data_ptr()], n, threads)
+
+        return touch
