@@ -156,7 +156,10 @@ class BuildPython(build_py):
     """Writes the stub that tells type checkers which optimizers fusedopt.optimizers discovers."""
 
     def run(self) -> None:
-        lines = []
+        lines = [
+            "from fusedopt.optimizer import FusedOptimizer",
+            "OPTIMIZERS: dict[str, type[FusedOptimizer]]",
+        ]
         for path in sorted((ROOT / "fusedopt" / "optimizers").glob("*.py")):
             classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
             names = [c.name for c in classes if any(getattr(b, "id", "") == "FusedOptimizer" for b in c.bases)]

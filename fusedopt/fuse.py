@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from fusedopt import optimizers
 from fusedopt.optimizer import FusedOptimizer, adopt_state
+from fusedopt.optimizers import OPTIMIZERS
 
 PACKAGES = ("torch", "timm", "lion_pytorch", "adabound")
 
@@ -26,7 +26,9 @@ def fuse(
 
     Args:
         optimizer: Of torch.optim, lion-pytorch, adabound or timm; of a class that fusedopt has too.
-        max_grad_norm, skip_nonfinite, engine: See :class:`fusedopt.FusedOptimizer`.
+        max_grad_norm: See :class:`fusedopt.FusedOptimizer`.
+        skip_nonfinite: See there.
+        engine: See there.
 
     Returns:
         The fused optimizer.
@@ -41,15 +43,16 @@ def fuse(
     kind = type(optimizer)
     if isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"{kind.__name__} is a fused optimizer already")
-    known = kind.__module__.partition(".")[0] in PACKAGES and kind.__name__ in optimizers.__all__
-    if not known:
+    if kind.__module__.partition(".")[0] not in PACKAGES or kind.__name__ not in OPTIMIZERS:
         raise TypeError(
-            f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(optimizers.__all__)}"
+            f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(OPTIMIZERS)}"
         )
-    ours: type[Any] = getattr(optimizers, kind.__name__)
-    _refuse_foreign_options(optimizer, ours)
-    groups = [_completed(optimizer, ours, i) for i in range(len(optimizer.param_groups))]
-    fused = ours([dict(g) for g in groups], max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, engine=engine)
+    counterpart: type[Any] = OPTIMIZERS[kind.__name__]
+    _refuse_foreign_options(optimizer, counterpart)
+    groups = [_completed(optimizer, i) for i in range(len(optimizer.param_groups))]
+    fused = counterpart(
+        [dict(g) for g in groups], max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, engine=engine
+    )
     for live, checked in zip(optimizer.param_groups, fused.param_groups, strict=True):
         for key, value in checked.items():
             live.setdefault(key, value)
@@ -58,14 +61,14 @@ def fuse(
     for group in fused.param_groups:
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                fused.state[p] = adopt_state(ours.rule, p, state, copy=False)
+                fused.state[p] = adopt_state(counterpart.rule, p, state, copy=False)
     for name, hooks in vars(optimizer).items():
         if name.endswith("_hooks"):
             getattr(fused, name).update(hooks)
     return fused
 
 
-def _completed(optimizer: torch.optim.Optimizer, ours: type[Any], index: int) -> dict[str, Any]:
+def _completed(optimizer: torch.optim.Optimizer, index: int) -> dict[str, Any]:
     """A param group with what another package keeps elsewhere."""
     group = optimizer.param_groups[index]
     base_lrs = getattr(optimizer, "base_lrs", None)  # adabound: a list made at construction

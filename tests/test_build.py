@@ -49,7 +49,7 @@ def test_stub_names_every_optimizer():
 
     if not stub.exists():
         subprocess.run([sys.executable, "setup.py", "-q", "build_py"], cwd=ROOT, check=True, capture_output=True)
-    assert sorted(line.split()[-1] for line in stub.read_text().splitlines()) == optimizers.__all__
+    assert sorted(line.split()[-1] for line in stub.read_text().splitlines() if " as " in line) == optimizers.__all__
 
 
 def test_no_machine_specific_flags():

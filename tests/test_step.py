@@ -528,11 +528,12 @@ def test_mixed_dtypes_in_one_step(engine):
         close(p.detach().cfloat().real, torch.full((50,), 0.495), 4e-3)
 
 
-def test_optimizer_in_a_parameters_hook_is_collected(engine):
+def test_optimizer_that_its_parameter_holds_is_collected(engine):
     (p,) = ps = params((3,))
     optimizer = fusedopt.SGD(ps, engine=engine)
-    p.register_post_accumulate_grad_hook(lambda _: optimizer.step())
+    p.owner = optimizer
     (p**2).sum().backward()
+    optimizer.step()
     alive = weakref.ref(optimizer)
     del p, ps, optimizer
     gc.collect()

@@ -1,0 +1,1 @@
+"""Home of the Triton engine's kernels; installed as fusedopt.triton_kernels."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.rule import LR, WEIGHT_DECAY, Rule
 
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 REPORT = Path(__file__).parent.parent / "_build_report.json"
 
 
@@ -105,7 +106,7 @@ def accepts(p: Tensor, group: Any) -> str | None:
         return f"its layout is {p.layout}"
     if p.dtype not in checks.FLOATING + checks.COMPLEX:
         return f"its dtype is {p.dtype}"
-    if type(p).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+    if getattr(type(p), "__torch_dispatch__", None) is not _NO_DISPATCH:
         return f"{type(p).__name__} is a tensor subclass with operations of its own"
     if checks.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"

@@ -106,6 +106,7 @@ class Plan:
         c = rule.prepare(h, s, id(p) in self.fresh)
 
         value = _real(p).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
+        assert p.grad is not None
         g = _real(p.grad).to(compute) * (-factor if group["maximize"] else factor)
         lr, weight_decay = group["lr"], float(group["weight_decay"])
         if not group["differentiable"]:

@@ -5,12 +5,17 @@ from pkgutil import iter_modules
 
 from fusedopt.optimizer import FusedOptimizer
 
-__all__: list[str] = []
 
-for _module in iter_modules(__path__, f"{__name__}."):
-    for _name, _value in vars(import_module(_module.name)).items():
-        if isinstance(_value, type) and issubclass(_value, FusedOptimizer) and _value.__module__ == _module.name:
-            globals()[_name] = _value
-            __all__.append(_name)
+def _discover() -> dict[str, type[FusedOptimizer]]:
+    modules = [import_module(m.name) for m in iter_modules(__path__, f"{__name__}.")]
+    return {
+        name: value
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, FusedOptimizer) and value.__module__ == module.__name__
+    }
 
-__all__.sort()
+
+OPTIMIZERS = _discover()
+globals().update(OPTIMIZERS)
+__all__ = sorted(OPTIMIZERS)  # pyright: ignore[reportUnsupportedDunderAll]

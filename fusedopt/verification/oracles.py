@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
+import inspect
 import sys
 import warnings
 from functools import cache
@@ -65,7 +67,5 @@ def version(name: str) -> str:
 
 def options(oracle: type[Any], wanted: dict[str, Any]) -> dict[str, Any]:
     """Those of our options that the oracle's constructor knows."""
-    import inspect
-
     known = inspect.signature(oracle.__init__).parameters
     return {k: v for k, v in wanted.items() if k in known}

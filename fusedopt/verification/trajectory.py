@@ -82,6 +82,8 @@ def run(make: Make, dtype: torch.dtype, steps: int = STEPS, resume_at: int | Non
 
 def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Step a case's textbook loop through the trajectory; returns parameters and states."""
+    if case.reference is None:
+        raise LookupError(f"{case.name} has no textbook loop, and its oracle {case.oracle} is not installed")
     params: list[Tensor] = [p.detach() for p in parameters(dtype)]
     states: list[dict[str, Any]] = [{} for _ in params]
     options = dict(case.build(parameters(dtype)).param_groups[0])
