@@ -19,6 +19,8 @@ import torch
 
 # Spread (interquartile range / median) above which a figure is called noisy.
 NOISY = 0.15
+# Share of the machine that others may use before a run is called disturbed.
+DISTURBED = 0.05
 
 PACKAGES = ("fusedopt", "torch", "numpy", "adabound", "lion-pytorch", "timm")
 
@@ -102,6 +104,30 @@ def interleave(
     finally:
         gc.enable()
     return Timings(seconds)
+
+
+class Neighbours:
+    """How much of the machine other processes use, from construction on."""
+
+    def __init__(self) -> None:
+        self._busy, self._since = self._others(), time.monotonic()
+
+    @staticmethod
+    def _others() -> float | None:
+        """Processor seconds that others have used since boot, or that the hypervisor took."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+    def share(self) -> float | None:
+        """Their share of all cores; None where the system doesn't tell."""
+        others, wall = self._others(), time.monotonic() - self._since
+        if others is None or self._busy is None:
+            return None
+        return max(0.0, others - self._busy) / (wall * (os.cpu_count() or 1))
 
 
 @dataclass
@@ -205,7 +231,6 @@ def _machine() -> dict[str, Any]:
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 2),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
     }
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.table import Table
 
-from fusedopt.bench.harness import NOISY, Row
+from fusedopt.bench.harness import DISTURBED, NOISY, Row
 
 TITLES = {
     "limit": "Time of the same-stream limit over ours",
@@ -88,8 +88,13 @@ def verdict_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def show(rows: list[Row]) -> None:
-    """Print everything that is known about a run."""
+def show(rows: list[Row], others: float | None = None) -> None:
+    """Print everything that is known about a run.
+
+    Args:
+        rows: Of all sections.
+        others: The share of the machine that other processes used meanwhile.
+    """
     out = console()
     for section in dict.fromkeys(row.section for row in rows):
         out.print(section_table(section, (row for row in rows if row.section == section)))
@@ -100,3 +105,5 @@ def show(rows: list[Row]) -> None:
             f"[yellow]Noisy run:[/] {noisy} of {len(rows)} rows (~) spread by more than {NOISY:.0%} between "
             "quartiles. Ratios, which are taken round by round, suffer less than times."
         )
+    if others is not None and others > DISTURBED:
+        out.print(f"[yellow]Disturbed run:[/] other processes used {others:.0%} of the machine meanwhile.")
