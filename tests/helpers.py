@@ -45,3 +45,25 @@ def assert_same(a, b):
             assert_same(x, y)
     else:
         assert a == b
+
+
+def close(a, b, tolerance=2e-6):
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+def pair(shapes, name="AdamW", dtype=torch.float32, engine="auto", **options):
+    """Ours and torch's on equal parameters."""
+    ours = params(*shapes, dtype=dtype)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    return (
+        ours,
+        getattr(fusedopt, name)(ours, engine=engine, **options),
+        theirs,
+        getattr(torch.optim, name)(theirs, **options),
+    )
+
+
+def same_gradients(ours, theirs, gradients=None):
+    for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+        p.grad = torch.randn_like(p) if gradients is None else gradients[i]
+        q.grad = None if p.grad is None else p.grad.detach().clone(memory_format=torch.contiguous_format)

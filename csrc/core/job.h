@@ -36,10 +36,10 @@ struct Kernel {
   const char* const* scalars;
   const char* const* hyper;
   void (*prepare)(const double* hyper, double* scalars, bool first, double* coefficients);
-  void (*tile_f32)(std::int64_t n, float* p, const float* g, float* const* states,
-                   const Common<float>& common, const double* coefficients);
-  void (*tile_f64)(std::int64_t n, double* p, const double* g, double* const* states,
-                   const Common<double>& common, const double* coefficients);
+  void (*tile_f32)(std::int64_t n, float* p, const float* g, float* const* states, const Common<float>& common,
+                   const double* coefficients);
+  void (*tile_f64)(std::int64_t n, double* p, const double* g, double* const* states, const Common<double>& common,
+                   const double* coefficients);
 };
 
 // Tensors whose steps advance together under the same hyperparameters.
@@ -75,8 +75,8 @@ struct Job {
   double* partials;  // n_bundles, squares of the gradients
 
   int threads;
-  bool measure;        // compute squared_norm
-  bool update;         // step, unless skipped
+  bool measure;  // compute squared_norm
+  bool update;   // step, unless skipped
   bool skip_nonfinite;
   double inverse_scale;  // 1 / loss scale
   double max_norm;       // clip to it; infinity: don't

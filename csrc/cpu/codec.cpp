@@ -110,18 +110,21 @@ inline void walk(const Layout& layout, std::int64_t begin, std::int64_t count, V
 template <class Call>
 inline void with_type(DType dtype, Call call) {
   switch (dtype) {
-    case DType::f32: return call(float{});
-    case DType::f64: return call(double{});
-    case DType::bf16: return call(bf16{});
-    case DType::f16: return call(f16{});
+    case DType::f32:
+      return call(float{});
+    case DType::f64:
+      return call(double{});
+    case DType::bf16:
+      return call(bf16{});
+    case DType::f16:
+      return call(f16{});
   }
 }
 
 }  // namespace
 
 template <class T>
-void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::int64_t begin,
-          std::int64_t count) {
+void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count) {
   with_type(dtype, [&](auto element) {
     using S = decltype(element);
     const S* source = static_cast<const S*>(data);
@@ -133,8 +136,7 @@ void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::i
 }
 
 template <class T>
-void store(const T* buffer, void* data, DType dtype, const Layout* layout, std::int64_t begin,
-           std::int64_t count) {
+void store(const T* buffer, void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count) {
   with_type(dtype, [&](auto element) {
     using D = decltype(element);
     D* target = static_cast<D*>(data);

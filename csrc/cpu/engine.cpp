@@ -35,9 +35,7 @@ constexpr DType compute_type = std::is_same_v<T, float> ? DType::f32 : DType::f6
 struct RowView {
   const Row& row;
 
-  const Layout* layout(int operand) const {
-    return row.layouts ? row.layouts->operand[operand] : nullptr;
-  }
+  const Layout* layout(int operand) const { return row.layouts ? row.layouts->operand[operand] : nullptr; }
   template <class T>
   T* direct(int operand) const {
     const bool plain = row.dtype[operand] == compute_type<T> && !layout(operand);

@@ -30,8 +30,8 @@ py::list describe_kernels() {
   return out;
 }
 
-void stream_from_python(const std::vector<std::size_t>& updated, const std::vector<std::size_t>& read,
-                        std::int64_t n, int threads) {
+void stream_from_python(const std::vector<std::size_t>& updated, const std::vector<std::size_t>& read, std::int64_t n,
+                        int threads) {
   std::vector<float*> u;
   std::vector<const float*> r;
   for (const std::size_t a : updated) u.push_back(reinterpret_cast<float*>(a));

@@ -54,9 +54,8 @@ template <class... Rules>
 bool add_kernels() {
   static_assert(((Rules::states.size() <= kMaxStates) && ...));
   (kernels().push_back(Kernel{Rules::name, static_cast<int>(Rules::states.size()),
-                              static_cast<int>(Rules::scalars.size()),
-                              static_cast<int>(Rules::hyper.size()), Rules::states.data(),
-                              Rules::scalars.data(), Rules::hyper.data(), prepare<Rules>,
+                              static_cast<int>(Rules::scalars.size()), static_cast<int>(Rules::hyper.size()),
+                              Rules::states.data(), Rules::scalars.data(), Rules::hyper.data(), prepare<Rules>,
                               step_tile<Rules, float>, step_tile<Rules, double>}),
    ...);
   return true;

@@ -3,8 +3,9 @@
 // Asking torch for a tensor's address costs ~30 ns plus its cache misses, and a step must know that
 // none of its parameters and states has moved since the last one. So at import we look, in tensors
 // whose facts torch tells us, at which offsets those facts stand: Python object -> TensorImpl ->
-// StorageImpl -> data, and in the TensorImpl the storage offset, dimensions, dispatch keys and dtype. Exactly one offset must fit all of them; otherwise
-// `known` stays false and every question goes through DLPack. Nothing here is ever written to.
+// StorageImpl -> data, and in the TensorImpl the storage offset, dimensions, dispatch keys and dtype. Exactly one
+// offset must fit all of them; otherwise `known` stays false and every question goes through DLPack. Nothing here is
+// ever written to.
 #pragma once
 
 #include <Python.h>

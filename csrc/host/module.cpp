@@ -50,7 +50,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("bind_torch", &bind_torch, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("exchange_api"),
         py::arg("grad_descriptor"), "Learn how to read torch tensors. Call once, before anything else.");
   m.def("learn_anatomy", &learn_anatomy, py::arg("specimens"),
-        "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, dispatch keys, dtype tag, shape, stride). "
+        "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, dispatch keys, dtype tag, shape, "
+        "stride). "
         "An empty list forgets it. Returns whether it is known.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 
@@ -58,8 +59,8 @@ PYBIND11_MODULE(_host, m) {
                      heap_type->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
                      heap_type->ht_type.tp_traverse = traverse_plan;
                    }))
-      .def(py::init<py::list, py::list, py::dict, const py::set&, const py::set&>(), py::arg("param_groups"), py::arg("groups"),
-           py::arg("state"), py::arg("mine"), py::arg("fresh"))
+      .def(py::init<py::list, py::list, py::dict, const py::set&, const py::set&>(), py::arg("param_groups"),
+           py::arg("groups"), py::arg("state"), py::arg("mine"), py::arg("fresh"))
       .def("scan", &Plan::scan)
       .def("run", &Plan::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
            py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))

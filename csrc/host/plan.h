@@ -53,23 +53,23 @@ struct Scalar {
 
 // What the plan knows of a row beyond what engines need.
 struct Entry {
-  PyObject* param;                                // kept alive by its group's list
-  PyObject* state;                                // its dict, or null
-  std::uint32_t first_value, n_values;            // in values_: the dict's values, in its order
-  std::uint32_t dims;                             // in dims_: the parameter's shape, then strides
+  PyObject* param;                      // kept alive by its group's list
+  PyObject* state;                      // its dict, or null
+  std::uint32_t first_value, n_values;  // in values_: the dict's values, in its order
+  std::uint32_t dims;                   // in dims_: the parameter's shape, then strides
   std::int32_t group;
   std::int32_t ndim;
   DLDataType gradient_type;
-  Anatomy::Kind gradient_kind;                    // of a gradient that was found to fit
+  Anatomy::Kind gradient_kind;  // of a gradient that was found to fit
   Scalar scalars[kMaxScalars];
-  PyObject* operands[kMaxOperands];               // kept alive by values_; the gradient's place is empty
-  std::uint8_t item_size[kMaxOperands];           // bytes of one element, as torch counts elements
-  const Layouts* layouts;                         // with a gradient laid out like the parameter
-  bool direct;                                    // likewise
-  bool mine;                                      // this plan steps it; else another engine does
-  bool ready;                                     // has all its states
-  bool first;                                     // its states are new
-  bool quick;                                     // the anatomy can vouch for it
+  PyObject* operands[kMaxOperands];      // kept alive by values_; the gradient's place is empty
+  std::uint8_t item_size[kMaxOperands];  // bytes of one element, as torch counts elements
+  const Layouts* layouts;                // with a gradient laid out like the parameter
+  bool direct;                           // likewise
+  bool mine;                             // this plan steps it; else another engine does
+  bool ready;                            // has all its states
+  bool first;                            // its states are new
+  bool quick;                            // the anatomy can vouch for it
 };
 
 class Plan {
@@ -142,7 +142,7 @@ class Plan {
 
   std::vector<Cohort> cohorts_;
   std::vector<CohortKey> cohort_keys_;
-  std::vector<PyObject*> gradients_;  // per entry, null without one; owned until the step is over
+  std::vector<PyObject*> gradients_;             // per entry, null without one; owned until the step is over
   std::vector<Anatomy::Places> last_gradients_;  // per entry; hints only
   std::vector<Item> items_;
   std::vector<std::int64_t> bundles_;

@@ -59,7 +59,8 @@ bool Plan::scan() {
   step_tables_.clear();
   cohorts_.clear();
   cohort_keys_.clear();
-  const bool stands = groups_stand() && states_stand() && (entries_.size() < kWorthTeam ? scan_alone() : scan_in_team());
+  const bool stands =
+      groups_stand() && states_stand() && (entries_.size() < kWorthTeam ? scan_alone() : scan_in_team());
   if (PyErr_Occurred()) PyErr_Clear();  // building anew finds the cause and says it
   if (!stands) release_gradients();
   return stands;
@@ -321,7 +322,8 @@ std::int32_t Plan::join_cohort(const Entry& entry, const Row& row) {
   const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
   for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
     const CohortKey& other = cohort_keys_[c];
-    if (other.group == key.group && other.first == key.first && std::equal(key.before, std::end(key.before), other.before)) {
+    if (other.group == key.group && other.first == key.first &&
+        std::equal(key.before, std::end(key.before), other.before)) {
       return static_cast<std::int32_t>(c);
     }
   }

@@ -24,13 +24,9 @@ struct AdaBound : AdamMoments<Amsbound> {
   };
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
-    const double scale =
-        std::sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step);
+    const double scale = std::sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step);
     const double final = h.final_lr / h.base_lr, growth = h.gamma * s.step;
-    return {1 - h.beta1, h.beta2,
-            1 - h.beta2, scale,
-            final * (1 - 1 / (growth + 1)), final * (1 + 1 / growth),
-            h.eps};
+    return {1 - h.beta1, h.beta2, 1 - h.beta2, scale, final * (1 - 1 / (growth + 1)), final * (1 + 1 / growth), h.eps};
   }
 
   template <class T>

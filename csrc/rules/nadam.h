@@ -25,13 +25,8 @@ struct NAdam : AdamRatio<false> {
     const double now = mu(h, s.step), next = mu(h, s.step + 1);
     s.mu_product *= now;
     const double root_scale = 1 / std::sqrt(bias_correction(h.beta2, s.step));
-    return {1 - h.beta1,
-            h.beta2,
-            1 - h.beta2,
-            next / (1 - s.mu_product * next),
-            (1 - now) / (1 - s.mu_product),
-            root_scale,
-            h.eps};
+    return {1 - h.beta1, h.beta2, 1 - h.beta2, next / (1 - s.mu_product * next), (1 - now) / (1 - s.mu_product),
+            root_scale,  h.eps};
   }
 };
 

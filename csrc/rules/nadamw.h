@@ -19,8 +19,7 @@ struct NAdamW : AdamRatio<false> {
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     const double root_scale = 1 / std::sqrt(bias_correction(h.beta2, s.step));
     const double scale = 1 / bias_correction(h.beta1, s.step);
-    return {1 - h.beta1,         h.beta2,    1 - h.beta2, h.beta1 * scale,
-            (1 - h.beta1) * scale, root_scale, h.eps};
+    return {1 - h.beta1, h.beta2, 1 - h.beta2, h.beta1 * scale, (1 - h.beta1) * scale, root_scale, h.eps};
   }
 };
 

@@ -53,7 +53,6 @@ struct RMSprop {
   }
 };
 
-FUSEDOPT_REGISTER(RMSprop<false, false>, RMSprop<true, false>, RMSprop<false, true>,
-                  RMSprop<true, true>)
+FUSEDOPT_REGISTER(RMSprop<false, false>, RMSprop<true, false>, RMSprop<false, true>, RMSprop<true, true>)
 
 }  // namespace fusedopt

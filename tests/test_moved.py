@@ -1,0 +1,97 @@
+"""Parameters, states and lists that change between steps are seen."""
+
+import pytest
+import torch
+from helpers import close, fill_gradients, pair, params, same_gradients
+
+import fusedopt
+
+
+def repoint(ps):
+    ps[0].data = ps[0].data.clone()
+
+
+def swap(ps):
+    other = torch.nn.Parameter(ps[0].detach().clone())
+    other.grad = ps[0].grad
+    torch.utils.swap_tensors(ps[0], other)
+
+
+def transpose_in_place(ps):
+    ps[1].data = ps[1].data.t().contiguous().t()
+
+
+def square_strides(ps):
+    ps[2].data = ps[2].data.t()
+
+
+@pytest.mark.parametrize("change", [repoint, swap, transpose_in_place, square_strides])
+def test_parameters_that_moved(engine, change):
+    ours, a, theirs, b = pair([(7,), (4, 6), (5, 5)], engine=engine)
+    for t in range(4):
+        same_gradients(ours, theirs)
+        if t == 2:
+            old = [p.data for p in ours]
+            kept = [d.clone() for d in old]
+            change(ours)
+            if change is square_strides:
+                theirs[2].data = theirs[2].data.t().contiguous()
+        a.step(), b.step()
+        if t == 2 and change in (repoint, transpose_in_place):
+            k = 0 if change is repoint else 1
+            assert torch.equal(old[k], kept[k])  # nothing was written where it had been
+    for k in (0, 1) if change is square_strides else (0, 1, 2):
+        close(ours[k], theirs[k])
+    if change is square_strides:
+        close(ours[2], theirs[2], 5e-3)  # its moments stay where they were, as torch's do
+
+
+def replace_entry(state):
+    state["exp_avg"] = state["exp_avg"].clone()
+
+
+def repoint_entry(state):
+    for value in state.values():
+        value.data = value.data.clone()
+
+
+def replace_step(state):
+    state["step"] = torch.tensor(7.0)
+
+
+@pytest.mark.parametrize("change", [replace_entry, repoint_entry, replace_step])
+@pytest.mark.parametrize("count", [2, 600])
+def test_states_that_moved(engine, change, count):
+    ours, a, theirs, b = pair([(3,)] * count, engine=engine)
+    for t in range(4):
+        same_gradients(ours, theirs)
+        if t == 2:
+            for p, q in zip(ours, theirs, strict=True):
+                change(a.state[p]), change(b.state[q])
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        assert torch.equal(a.state[p]["step"], b.state[q]["step"])
+
+
+def test_state_replaced_as_a_whole(engine):
+    ours, a, theirs, b = pair([(3,), (4,)], engine=engine)
+    for t in range(4):
+        same_gradients(ours, theirs)
+        if t == 2:
+            a.state[ours[1]] = {}
+            b.state[theirs[1]] = {}
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+
+
+def test_parameter_list_changed_in_place(engine):
+    ps = params((3,), (4,), (5,))
+    optimizer = fusedopt.AdamW(ps, engine=engine)
+    fill_gradients(ps)
+    optimizer.step()
+    del optimizer.param_groups[0]["params"][1]
+    before = [p.detach().clone() for p in ps]
+    optimizer.step()
+    assert [torch.equal(p, q) for p, q in zip(ps, before, strict=True)] == [False, True, False]
