@@ -22,6 +22,7 @@ import torch
 from rich.markup import escape
 
 from fusedopt.cli import machine, report
+from fusedopt.optimizers import OPTIMIZERS
 
 HELP = "train a small GPT with torch's optimizer and with ours: the same losses, and the time of each"
 
@@ -31,7 +32,7 @@ SAMPLE_LENGTH = 240
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    shared = [name for name in machine.optimizer_names() if hasattr(torch.optim, name)]
+    shared = [name for name in sorted(OPTIMIZERS) if hasattr(torch.optim, name)]
     parser.add_argument("--steps", type=_positive, default=STEPS, help="of training (default: %(default)s)")
     parser.add_argument(
         "--optimizer",

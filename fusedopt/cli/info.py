@@ -18,6 +18,7 @@ import torch
 import fusedopt
 from fusedopt.cli import machine, report
 from fusedopt.engines import ENGINES
+from fusedopt.optimizers import OPTIMIZERS
 
 HELP = "engines available here or the reason why not, versions, and what steps what"
 
@@ -58,15 +59,16 @@ def _stepped(engines: list[str]) -> dict[str, dict[str, list[str]]]:
     """For every optimizer and engine, the storages of parameters that it steps: found by trying."""
     return {
         name: {engine: [label for label, dtype in STORAGE.items() if _steps(name, engine, dtype)] for engine in engines}
-        for name in machine.optimizer_names()
+        for name in sorted(OPTIMIZERS)
     }
 
 
 def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
+    make: type[Any] = OPTIMIZERS[name]
     p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     p.grad = torch.ones_like(p)
     try:
-        getattr(fusedopt, name)([p], engine=engine).step()
+        make([p], engine=engine).step()
     except (LookupError, RuntimeError, TypeError, ValueError):
         return False
     return True

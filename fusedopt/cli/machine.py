@@ -1,4 +1,4 @@
-"""What the results depend on: versions, CPU, GPUs; and which optimizers there are."""
+"""What the results depend on: versions, CPU, GPUs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 import fusedopt
-from fusedopt import optimizers
 from fusedopt.engines import cpu
 
 
@@ -23,12 +22,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return result
-
-
-def optimizer_names() -> list[str]:
-    """Names of all optimizers of fusedopt."""
-    # The generated stub names the classes and has no __all__.
-    return list(vars(optimizers)["__all__"])
 
 
 def machine() -> dict[str, Any]:

@@ -43,7 +43,7 @@ def draw(path: Path, runs: dict[str, Any], difference: float) -> None:
 def _losses(axes: Axes, runs: dict[str, Any], difference: float) -> None:
     styles: dict[str, dict[str, Any]] = {
         "torch": {"linewidth": 5, "alpha": 0.6},
-        "fusedopt": {"linewidth": 1.2},
+        "fusedopt": {"linewidth": 1.1},
     }
     for key, run in runs.items():
         axes.plot(range(1, len(run.losses) + 1), run.losses, color=COLORS[key], label=run.label, **styles[key])
@@ -58,7 +58,7 @@ def _times(axes: Axes, runs: dict[str, Any]) -> None:
         axes.plot(steps, run.step_ms, ".", markersize=2.5, alpha=0.45, color=COLORS[key])
         axes.axhline(median, linewidth=2, color=COLORS[key], label=f"{run.label}: median {median:.2f} ms")
     # The first steps, which create the states, and whatever else the machine did, would flatten the rest.
-    axes.set_ylim(0, 2 * max(run.median_ms() for run in runs.values()))
+    axes.set_ylim(0, 2.2 * max(run.median_ms() for run in runs.values()))
     axes.set_title("Clip and optimizer step", loc="left")
     axes.set_ylabel("milliseconds")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(framealpha=1, edgecolor="white", loc="upper right")

@@ -20,8 +20,9 @@ from fusedopt.cli.gpt import GPT, Shape, Text, batch
 SEED = 0
 BATCH = 16
 MAX_GRAD_NORM = 1.0
-# What the optimizers that their own defaults do not suit are given; the others take LEARNING_RATE.
-LEARNING_RATE = 2e-3
+# Measured with AdamW: here the curves stay within 1e-5; at 2e-3 any two implementations' rounding grows to 0.04.
+LEARNING_RATE = 1e-3
+# What those are given that learn nothing at that rate.
 OPTIONS: dict[str, dict[str, float]] = {
     "Adagrad": {"lr": 2e-2},
     "SGD": {"lr": 0.2, "momentum": 0.9},
