@@ -15,7 +15,7 @@ test: $(VENV)/.installed
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
-	$(BIN)/ruff format --check --exclude '*.md'
+	$(BIN)/ruff format --check --extend-exclude '*.md'
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
