@@ -95,3 +95,17 @@ def test_parameter_list_changed_in_place(engine):
     before = [p.detach().clone() for p in ps]
     optimizer.step()
     assert [torch.equal(p, q) for p, q in zip(ps, before, strict=True)] == [False, True, False]
+
+
+def test_param_groups_and_state_replaced(engine):
+    ours, a, theirs, b = pair([(3,), (4,)], engine=engine)
+    for t in range(4):
+        same_gradients(ours, theirs)
+        if t == 2:
+            for optimizer in (a, b):
+                optimizer.param_groups = [dict(g, lr=0.5) for g in optimizer.param_groups]
+                optimizer.state = type(optimizer.state)(dict, {p: dict(s) for p, s in optimizer.state.items()})
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        assert torch.equal(a.state[p]["step"], b.state[q]["step"])

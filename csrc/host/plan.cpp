@@ -42,7 +42,7 @@ void Plan::add_group(py::dict dict, const py::tuple& spec) {
   Group group;
   group.dict = std::move(dict);
   group.params = py::reinterpret_borrow<py::list>(group.dict["params"]);
-  group.n_params = group.params.size();
+  group.held = py::reinterpret_steal<py::list>(PyList_GetSlice(group.params.ptr(), 0, PY_SSIZE_T_MAX));
   group.kernel = py::reinterpret_borrow<py::capsule>(spec[0]).get_pointer<const Kernel>();
   for (const py::handle hyper : spec[1]) {
     const auto h = py::reinterpret_borrow<py::tuple>(hyper);
@@ -111,8 +111,8 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
     dense &= !layouts.operand[k];
   }
   entry.layouts = dense ? nullptr : &tables_.emplace_back(layouts);
-  entry.quick = anatomy.known() && p.ndim <= Anatomy::kInlineDims;
-  entry.quick = entry.quick && entry_stands(entry, row);
+  entry.quick = anatomy.known() && torch.is_plain(param) && p.ndim <= Anatomy::kInlineDims;
+  entry.quick = entry.quick && param_stands(entry, row) && state_stands(entry, row);
   numel_ += row.numel;
   entries_.push_back(entry);
   rows_.push_back(row);
@@ -222,6 +222,7 @@ int Plan::traverse(visitproc visit, void* arg) const {
   for (const Group& group : groups_) {
     Py_VISIT(group.dict.ptr());
     Py_VISIT(group.params.ptr());
+    Py_VISIT(group.held.ptr());
   }
   for (const py::object& value : values_) Py_VISIT(value.ptr());
   for (const py::object& value : state_values_) Py_VISIT(value.ptr());

@@ -35,7 +35,7 @@ struct Switch {
 struct Group {
   py::dict dict;
   py::list params;
-  std::size_t n_params;
+  py::list held;  // the same parameters, kept alive so that an address means the same object
   const Kernel* kernel;
   std::vector<HyperKey> hyper;  // lr, weight_decay, then the kernel's
   std::vector<Switch> switches;
@@ -53,7 +53,7 @@ struct Scalar {
 
 // What the plan knows of a row beyond what engines need.
 struct Entry {
-  PyObject* param;                      // kept alive by its group's list
+  PyObject* param;                      // kept alive by its group
   PyObject* state;                      // its dict, or null
   std::uint32_t first_value, n_values;  // in values_: the dict's values, in its order
   std::uint32_t dims;                   // in dims_: the parameter's shape, then strides
@@ -106,20 +106,19 @@ class Plan {
   bool groups_stand();
   bool read_group(Group& group) const;
   bool states_stand() const;
-  bool scan_alone();
-  bool scan_in_team();
-  bool entry_stands(const Entry& entry, const Row& row) const;
   bool entry_stands_slowly(const Entry& entry, const Row& row) const;
   bool param_stands(const Entry& entry, const Row& row) const;
   bool state_stands(const Entry& entry, const Row& row) const;
   bool values_stand(const Entry& entry) const;
   bool has_dims(const DLTensor& t, const Entry& entry) const;
   void prefetch_states(std::size_t i) const;
-  bool read_gradients();
+  void prefetch_gradient(std::size_t i) const;
+  bool read_all();
+  bool read_in_team();
+  bool read_entry(std::size_t i);
+  bool read_unusual(std::size_t i);
   bool fetch_gradient(std::size_t i);
-  bool place_gradient(std::size_t i);
-  bool place_unusual(std::size_t i);
-  std::int32_t join_cohort(const Entry& entry, const Row& row);
+  bool join_cohort(const Entry& entry, Row& row);
 
   struct CohortKey {
     std::int32_t group;
@@ -143,6 +142,7 @@ class Plan {
   std::vector<Cohort> cohorts_;
   std::vector<CohortKey> cohort_keys_;
   std::vector<PyObject*> gradients_;             // per entry, null without one; owned until the step is over
+  std::vector<std::size_t> unusual_;             // entries to read by asking torch
   std::vector<Anatomy::Places> last_gradients_;  // per entry; hints only
   std::vector<Item> items_;
   std::vector<std::int64_t> bundles_;

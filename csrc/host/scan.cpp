@@ -59,23 +59,33 @@ bool Plan::scan() {
   step_tables_.clear();
   cohorts_.clear();
   cohort_keys_.clear();
-  const bool stands =
-      groups_stand() && states_stand() && (entries_.size() < kWorthTeam ? scan_alone() : scan_in_team());
+  const bool stands = groups_stand() && states_stand() && read_all();
   if (PyErr_Occurred()) PyErr_Clear();  // building anew finds the cause and says it
   if (!stands) release_gradients();
   return stands;
 }
 
-bool Plan::scan_alone() {
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    if (!entry_stands(entries_[i], rows_[i]) || !fetch_gradient(i) || !place_gradient(i)) return false;
+bool Plan::read_all() {
+  gradients_.assign(entries_.size(), nullptr);
+  unusual_.clear();
+  if (entries_.size() >= kWorthTeam) {
+    if (!read_in_team()) return false;
+  } else {
+    for (std::size_t i = 0; i < entries_.size(); ++i) {
+      if (entries_[i].quick && !state_stands(entries_[i], rows_[i])) return false;
+      if (!read_entry(i)) return false;
+    }
+  }
+  for (const std::size_t i : unusual_) {
+    if (!read_unusual(i)) return false;
   }
   return true;
 }
 
 // This thread, which holds the GIL, reads the gradients. The others meanwhile look whether states
-// stand: they only read objects that the GIL keeps still, and change no reference count.
-bool Plan::scan_in_team() {
+// stand: they only read objects that the GIL keeps still, and change no reference count. What may run
+// Python code waits in unusual_ until they are done.
+bool Plan::read_in_team() {
   constexpr std::ptrdiff_t block = 64;
   const auto n = static_cast<std::ptrdiff_t>(entries_.size());
   std::atomic<std::ptrdiff_t> next{0};
@@ -83,7 +93,10 @@ bool Plan::scan_in_team() {
 #pragma omp parallel
   {
 #pragma omp master
-    if (!read_gradients()) stands = false;
+    for (std::ptrdiff_t i = 0; stands && i < n; ++i) {
+      prefetch_gradient(static_cast<std::size_t>(i));
+      if (!read_entry(static_cast<std::size_t>(i))) stands = false;
+    }
     for (std::ptrdiff_t begin; stands && (begin = next.fetch_add(block)) < n;) {
       for (std::ptrdiff_t i = begin; i < std::min(begin + block, n); ++i) {
         prefetch_states(static_cast<std::size_t>(i));
@@ -95,24 +108,15 @@ bool Plan::scan_in_team() {
 }
 
 // Tensors of many small parameters do not fit in cache. Their misses overlap when each stage works some
-// tensors ahead of the next. The gradient is a guess: torch's allocator likes to reuse places.
-bool Plan::read_gradients() {
-  constexpr std::ptrdiff_t object = 24, impl = 16, storage = 8;
-  const auto n = static_cast<std::ptrdiff_t>(entries_.size());
-  for (std::ptrdiff_t i = 0; i < n; ++i) {
-    if (i + object < n) {
-      Anatomy::prefetch({entries_[i + object].param, nullptr, nullptr});
-      Anatomy::prefetch(last_gradients_[i + object]);
-    }
-    if (i + impl < n) anatomy.prefetch_impl(entries_[i + impl].param);
-    if (i + storage < n) anatomy.prefetch_storage(entries_[i + storage].param);
-    const auto at = static_cast<std::size_t>(i);
-    const Entry& entry = entries_[at];
-    if (!(entry.quick ? param_stands(entry, rows_[at]) : entry_stands(entry, rows_[at]))) return false;
-    if (!fetch_gradient(at) || !place_gradient(at)) return false;
-    if (gradients_[at]) last_gradients_[at] = anatomy.places(gradients_[at]);
+// tensors ahead of the next. The gradient's place is a guess: torch's allocator likes to reuse places.
+void Plan::prefetch_gradient(std::size_t i) const {
+  constexpr std::size_t object = 24, impl = 16, storage = 8;
+  if (i + object < entries_.size()) {
+    Anatomy::prefetch({entries_[i + object].param, nullptr, nullptr});
+    Anatomy::prefetch(last_gradients_[i + object]);
+    anatomy.prefetch_impl(entries_[i + impl].param);
+    anatomy.prefetch_storage(entries_[i + storage].param);
   }
-  return true;
 }
 
 void Plan::prefetch_states(std::size_t i) const {
@@ -139,8 +143,8 @@ bool Plan::groups_stand() {
     if (PyList_GET_ITEM(param_groups_.ptr(), g) != group.dict.ptr()) return false;
     static PyObject* const params = PyUnicode_InternFromString("params");
     if (PyDict_GetItemWithError(group.dict.ptr(), params) != group.params.ptr()) return false;
-    if (group.params.size() != group.n_params) return false;
-    for (std::size_t k = 0; k < group.n_params; ++k, ++i) {
+    if (group.params.size() != group.held.size()) return false;
+    for (std::size_t k = 0; k < group.held.size(); ++k, ++i) {
       if (PyList_GET_ITEM(group.params.ptr(), k) != entries_[i].param) return false;
     }
     if (!read_group(group)) return false;
@@ -195,13 +199,6 @@ bool Plan::states_stand() const {
   return true;
 }
 
-// Nothing that this row's addresses rely on has changed.
-bool Plan::entry_stands(const Entry& entry, const Row& row) const {
-  if (!entry.mine) return true;
-  if (entry.quick) return param_stands(entry, row) && state_stands(entry, row);
-  return values_stand(entry) && entry_stands_slowly(entry, row);
-}
-
 bool Plan::param_stands(const Entry& entry, const Row& row) const {
   if (!anatomy.has_dims(entry.param, entry.ndim, dims_.data() + entry.dims)) return false;
   return !row.numel || anatomy.address(entry.param, entry.item_size[kParam]) == row.data[kParam];
@@ -232,8 +229,9 @@ bool Plan::state_stands(const Entry& entry, const Row& row) const {
   return true;
 }
 
-// The same, by asking torch.
+// Nothing that the row's addresses rely on has changed; found by asking torch.
 bool Plan::entry_stands_slowly(const Entry& entry, const Row& row) const {
+  if (!values_stand(entry)) return false;
   DLTensor t;
   for (int k = 0; k < kMaxOperands; ++k) {
     if (!entry.operands[k]) continue;
@@ -252,45 +250,51 @@ bool Plan::has_dims(const DLTensor& t, const Entry& entry) const {
   return std::equal(t.shape, t.shape + t.ndim, dims) && std::equal(t.strides, t.strides + t.ndim, dims + t.ndim);
 }
 
-// Takes a reference to the parameter's gradient; null in gradients_ when there is none.
+// Takes a reference to the parameter's gradient, if it has one.
 bool Plan::fetch_gradient(std::size_t i) {
   const Entry& entry = entries_[i];
-  PyObject* g = nullptr;
-  if (entry.mine) {
-    g = torch.grad(entry.param);
-    if (!g) return false;
-    if (g == Py_None) Py_CLEAR(g);
+  PyObject* g = torch.grad(entry.param);
+  if (!g) return false;
+  rows_[i].active = g != Py_None;
+  if (!rows_[i].active) {
+    Py_DECREF(g);
+    return true;
   }
-  gradients_.push_back(g);
-  rows_[i].active = g != nullptr;
-  return !g || entry.ready;
+  gradients_[i] = g;
+  return entry.ready;
 }
 
-// Checks the gradient, writes its address and layout into the row, and finds the row's cohort.
-bool Plan::place_gradient(std::size_t i) {
+// Looks whether the parameter stands, writes its gradient's address into the row, and finds the row's cohort.
+// What the anatomy cannot vouch for is left to read_unusual.
+bool Plan::read_entry(std::size_t i) {
   Row& row = rows_[i];
-  if (!row.active) return true;
   const Entry& entry = entries_[i];
-  PyObject* const g = gradients_[i];
-  const bool usual = entry.quick && anatomy.kind(g) == entry.gradient_kind &&
-                     anatomy.has_dims(g, entry.ndim, dims_.data() + entry.dims);
-  if (usual) {
-    row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.item_size[kGrad]));
-    row.layouts = entry.layouts;
-    row.direct = entry.direct;
-  } else if (!place_unusual(i)) {
-    return false;
+  if (!entry.quick) {
+    if (entry.mine) unusual_.push_back(i);
+    return true;
   }
-  row.cohort = join_cohort(entry, row);
-  return row.cohort >= 0;
+  if (!param_stands(entry, row) || !fetch_gradient(i)) return false;
+  PyObject* const g = gradients_[i];
+  if (!g) return true;
+  last_gradients_[i] = anatomy.places(g);
+  if (anatomy.kind(g) != entry.gradient_kind || !anatomy.has_dims(g, entry.ndim, dims_.data() + entry.dims)) {
+    unusual_.push_back(i);
+    return true;
+  }
+  row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.item_size[kGrad]));
+  row.layouts = entry.layouts;
+  row.direct = entry.direct;
+  return join_cohort(entry, row);
 }
 
-// The same for a gradient that the anatomy cannot vouch for: it may not fit at all, be lazily negated or
-// conjugated, or laid out otherwise than its parameter.
-bool Plan::place_unusual(std::size_t i) {
+// The same by asking torch. The gradient may not fit at all, be lazily negated or conjugated, or laid out
+// otherwise than its parameter.
+bool Plan::read_unusual(std::size_t i) {
   Entry& entry = entries_[i];
   Row& row = rows_[i];
+  if (!entry.quick && !(entry_stands_slowly(entry, row) && fetch_gradient(i))) return false;
   PyObject* const given = gradients_[i];
+  if (!given) return true;
   gradients_[i] = resolved(given);
   DLTensor g;
   if (!gradients_[i] || !torch.view(gradients_[i], &g)) return false;
@@ -303,28 +307,30 @@ bool Plan::place_unusual(std::size_t i) {
   row.direct = entry.direct;
   const Layout layout = Geometry(g, shape + g.ndim).layout_of(g);
   const Layout* const usual = entry.layouts ? entry.layouts->operand[kGrad] : nullptr;
-  if (!layout.ndim && !usual) return true;
-  Layouts table = entry.layouts ? *entry.layouts : Layouts{};
-  table.operand[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
-  row.layouts = &step_tables_.emplace_back(table);
-  row.direct = false;
-  return true;
+  if (layout.ndim || usual) {
+    Layouts table = entry.layouts ? *entry.layouts : Layouts{};
+    table.operand[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
+    row.layouts = &step_tables_.emplace_back(table);
+    row.direct = false;
+  }
+  return join_cohort(entry, row);
 }
 
-// The cohort of a row with a gradient: those of its group with equal counters. -1: a counter must be widened.
-std::int32_t Plan::join_cohort(const Entry& entry, const Row& row) {
+// Puts a row with a gradient into the cohort of its group with equal counters; false when a counter must be widened.
+bool Plan::join_cohort(const Entry& entry, Row& row) {
   const Kernel& kernel = *row.kernel;
   CohortKey key{entry.group, entry.first, {}, {}};
   for (int k = 0; k < kernel.n_scalars; ++k) {
     key.before[k] = read_scalar(entry.scalars[k]);
-    if (!entry.scalars[k].wide && key.before[k] >= kLastFloatStep) return -1;
+    if (!entry.scalars[k].wide && key.before[k] >= kLastFloatStep) return false;
   }
   const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
   for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
     const CohortKey& other = cohort_keys_[c];
     if (other.group == key.group && other.first == key.first &&
         std::equal(key.before, std::end(key.before), other.before)) {
-      return static_cast<std::int32_t>(c);
+      row.cohort = static_cast<std::int32_t>(c);
+      return true;
     }
   }
   const Group& group = groups_[static_cast<std::size_t>(entry.group)];
@@ -334,7 +340,8 @@ std::int32_t Plan::join_cohort(const Entry& entry, const Row& row) {
   kernel.prepare(group.values, key.after, key.first, cohort.coefficients);
   cohorts_.push_back(cohort);
   cohort_keys_.push_back(key);
-  return static_cast<std::int32_t>(cohorts_.size()) - 1;
+  row.cohort = static_cast<std::int32_t>(cohorts_.size()) - 1;
+  return true;
 }
 
 }  // namespace fusedopt::host

@@ -121,9 +121,15 @@ class Plan:
         rule = optimizer.rule
         specs = [_group_spec(rule, group) for group in optimizer.param_groups]
         mine, new = {id(p) for p in members}, {id(p) for p in fresh}
-        self._tables = host.Plan(optimizer.param_groups, specs, optimizer.state, mine, new)
+        self._optimizer = optimizer
+        self._groups, self._state = optimizer.param_groups, optimizer.state
+        self._tables = host.Plan(self._groups, specs, self._state, mine, new)
         self._engine = engine.run
-        self.scan = self._tables.scan
+
+    def scan(self) -> bool:
+        """Read gradients and hyperparameters; False when the plan no longer fits and must be built anew."""
+        replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
+        return not replaced and self._tables.scan()
 
     def run(self, *arguments: Any) -> tuple[float, bool]:
         """Measure the gradients, update the parameters, or both; see ``Plan::run``."""
