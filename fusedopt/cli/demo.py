@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     parameters = sum(p.numel() for p in ours.model.parameters())
     report.console.print(
         f"A GPT of {parameters:,} parameters learns {len(text.train):,} characters of Python's documentation,\n"
-        f"twice at once: same start, same batches, {torch.get_num_threads()} threads.\n"
+        f"twice at once: same start, same batches; threads: {torch.get_num_threads()}.\n"
     )
     _train(runs, text, args.steps)
 
