@@ -29,6 +29,7 @@ LIMIT = "limit"
 LIMIT_TARGET = 0.95
 SMALL_TARGETS = ((TEN_THOUSAND, 30.0), (THOUSAND, 6.0))
 SMALL_ROUNDS = 5  # small steps are short: so many times the rounds
+FLUSHED = 2**26  # elements, 256 MiB: more than any cache
 HOST_COUNTS = (500, 1000, 2000, 4000, 8000)
 HOST_ELEMENTS = 8
 HOST_TARGET = 0.15
@@ -79,15 +80,30 @@ def large(
     return rows
 
 
+def warm(step: Callable[[], object]) -> Variant:
+    """A step right after another: what it touches is in cache, as far as it fits."""
+    return Variant(step, before=step)
+
+
+def cold(step: Callable[[], object], flush: Tensor) -> Variant:
+    """A step after much other memory was touched, as a model's backward pass does."""
+    return Variant(step, before=lambda: flush.mul_(1))
+
+
 def small(suite: Suite, target: float, repeats: int, tick: Ticker) -> list[Row]:
     """Section ``small``: tensors so small that everything but bytes decides."""
     case, params = BY_NAME["AdamW"], parameters(suite)
+    limit, flush = StreamLimit(suite.numel), torch.ones(FLUSHED)
+    made = steps(case, params, peers=True) | {LIMIT: Variant(limit.step(case.states))}
     nbytes = step_bytes(suite.numel, case.states)
-    variants = steps(case, params, peers=True)
-    variants[LIMIT] = Variant(StreamLimit(suite.numel).step(case.states))
-    timings = interleave(variants, repeats * SMALL_ROUNDS, case.warmup, tick)
-    rows = [timed_row("small", suite.name, v, timings, nbytes, OURS, LIMIT) for v in variants if v != LIMIT]
-    judge_fastest(rows, target)
+    rows = []
+    for cache in ("warm", "cold"):
+        variants = {name: warm(v.step) if cache == "warm" else cold(v.step, flush) for name, v in made.items()}
+        timings = interleave(variants, repeats * SMALL_ROUNDS, case.warmup, tick)
+        name = f"{suite.name} {cache}"
+        judged = [timed_row("small", name, v, timings, nbytes, OURS, LIMIT) for v in variants if v != LIMIT]
+        judge_fastest(judged, target)
+        rows += judged
     return rows
 
 
@@ -106,14 +122,26 @@ def renewed(params: list[Tensor]) -> Callable[[], None]:
 def host(repeats: int, tick: Ticker) -> list[Row]:
     """Section ``host``: how step time grows with the number of tensors, when they hold next to nothing."""
     variants: dict[str, Variant] = {}
-    labels = (OURS, f"{OURS}, new gradients", "torch fused")
+    flush = torch.ones(FLUSHED)
+    labels = (OURS, f"{OURS}, new gradients", f"{OURS}, cold", "torch fused", "torch fused, cold")
     for n in HOST_COUNTS:
         params = parameters(Suite("", ((HOST_ELEMENTS,),) * n))
-        variants[f"{labels[0]} {n}"] = Variant(fusedopt.AdamW(params).step)
-        variants[f"{labels[2]} {n}"] = Variant(torch.optim.AdamW(params, fused=True).step)
-        params = parameters(Suite("", ((HOST_ELEMENTS,),) * n))
-        variants[f"{labels[1]} {n}"] = Variant(fusedopt.AdamW(params).step, before=renewed(params))
-    timings = interleave(variants, repeats * SMALL_ROUNDS, 3, tick)
+        ours, theirs = fusedopt.AdamW(params).step, torch.optim.AdamW(params, fused=True).step
+        renew = renewed(params)
+
+        def step_and_renew(step: Callable[[], object] = ours, renew: Callable[[], None] = renew) -> None:
+            step()
+            renew()
+
+        made = (
+            warm(ours),
+            Variant(ours, before=step_and_renew),
+            cold(ours, flush),
+            warm(theirs),
+            cold(theirs, flush),
+        )
+        variants |= {f"{label} {n}": variant for label, variant in zip(labels, made, strict=True)}
+    timings = interleave(variants, repeats, 3, tick)
     rows = []
     most = HOST_COUNTS[-1]
     nbytes = step_bytes(most * HOST_ELEMENTS, BY_NAME["AdamW"].states)
@@ -122,7 +150,7 @@ def host(repeats: int, tick: Ticker) -> list[Row]:
         row.variant = label
         medians = [timings.seconds(f"{label} {n}").median for n in HOST_COUNTS]
         slope = float(np.polyfit(HOST_COUNTS, medians, 1)[0]) * 1e6
-        if label.startswith(OURS):
+        if label in labels[:2]:
             row.judge("us/tensor", slope, HOST_TARGET, at_most=True)
         else:
             row.measure, row.value = "us/tensor", slope
@@ -144,7 +172,7 @@ def clip(params: list[Tensor], repeats: int, tick: Ticker) -> list[Row]:
 
     variants = {
         OURS: Variant(case.build(params, max_grad_norm=1.0).step),
-        "torch clip for-loop + fused": Variant(two_calls(False)),
+        "torch clip loop + fused": Variant(two_calls(False)),
         "torch clip foreach + fused": Variant(two_calls(True)),
     }
     timings = interleave(variants, repeats, case.warmup, tick)
@@ -203,9 +231,9 @@ def run(sections: Sequence[str], cases: Sequence[Case], repeats: int) -> list[Ro
             del params, limit
         if "small" in sections:
             for suite, target in SMALL_TARGETS:
-                rows += small(suite, target, repeats, ticker(suite.name, repeats * SMALL_ROUNDS + 2))
+                rows += small(suite, target, repeats, ticker(suite.name, 2 * (repeats * SMALL_ROUNDS + 2)))
         if "host" in sections:
-            rows += host(repeats, ticker("host", repeats * SMALL_ROUNDS + 3))
+            rows += host(repeats, ticker("host", repeats + 3))
         if {"clip", "memory"} & set(sections):
             params = parameters(GPT2)
             if "clip" in sections:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -29,29 +30,30 @@ def _number(value: float | None, digits: int, suffix: str = "") -> str:
     return "" if value is None else f"{value:.{digits}f}{suffix}"
 
 
-def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.4g}"
+def _time_and_spread(row: Row) -> tuple[str, str]:
+    """Median in milliseconds, and what the quartiles are apart; ~ marks a noisy row."""
+    if row.median is None or row.q1 is None or row.q3 is None:
+        return "", ""
+    return f"{row.median * 1e3:.4g}", f"{'~' if row.noisy else ''}{(row.q3 - row.q1) / row.median:.0%}"
 
 
 def section_table(section: str, rows: Iterable[Row]) -> Table:
     """The rows of one section."""
-    table = Table(title=TITLES.get(section, section), title_justify="left")
+    table = Table(title=TITLES.get(section, section), title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("name", "variant"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("ms", "q1", "q3", "GB/s", "limit", "ratio", "figure"):
+    for heading in ("ms", "spread", "GB/s", "limit", "ratio", "figure"):
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in rows:
-        if previous is not None and row.name != previous:
-            table.add_section()
         table.add_row(
             row.name if row.name != previous else "",
             row.variant,
-            *map(_milliseconds, (row.median, row.q1, row.q3)),
+            *_time_and_spread(row),
             _number(row.gbps, 1),
             _number(row.limit, 3),
             _number(row.ratio, 2),
-            _figure(row) + (" ~" if row.noisy else ""),
+            _figure(row),
         )
         previous = row.name
     return table
@@ -65,7 +67,7 @@ def _figure(row: Row) -> str:
 
 def verdict_table(rows: Iterable[Row]) -> Table:
     """One line per target."""
-    table = Table(title="Verdicts", title_justify="left")
+    table = Table(title="Verdicts", title_justify="left", box=box.SIMPLE_HEAD)
     for heading in ("section", "name", "variant"):
         table.add_column(heading, no_wrap=True)
     for heading in ("figure", "target"):
@@ -83,7 +85,7 @@ def verdict_table(rows: Iterable[Row]) -> Table:
             row.variant,
             f"{row.value:.3g}{unit}",
             f"{bound} {row.target:g}",
-            verdict + (" (noisy)" if row.noisy else ""),
+            verdict + (" ~" if row.noisy else ""),
         )
     return table
 
