@@ -117,13 +117,11 @@ def overlaps(t: Tensor) -> bool:
     return False
 
 
-def state(rule: type[Rule], p: Tensor, state: Mapping[str, Any], group: Group, name: str) -> None:
-    """A loaded state fits its parameter, and is whole."""
-    needed = {s.name for s in rule.active_states(group)}
-    known = {s.name for s in rule.states}
-    for key in known & state.keys():
+def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: str) -> None:
+    """The rule's states that a parameter has fit it; those it lacks are not asked for."""
+    for key in {s.name for s in rule.states} & state.keys():
         value = state[key]
-        if value is None and key not in needed:
+        if value is None:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
@@ -131,9 +129,23 @@ def state(rule: type[Rule], p: Tensor, state: Mapping[str, Any], group: Group, n
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
         if value.dtype not in (COMPLEX if p.is_complex() else FLOATING):
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
+        if value.layout != torch.strided or overlaps(value):
+            raise ValueError(f"state {key!r} of {name} is not a tensor with memory of its own for each element")
     for key in rule.scalars.keys() & state.keys():
         number(state[key], f"state {key!r} of {name}", "")
-    present = {key for key, value in state.items() if value is not None}
+
+
+def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: str) -> None:
+    """A parameter's states are where it is."""
+    for key in {s.name for s in rule.states} & state.keys():
+        if state[key] is not None and state[key].device != p.device:
+            raise RuntimeError(f"state {key!r} of {name} is on {state[key].device}, the parameter on {p.device}")
+
+
+def whole_state(rule: type[Rule], state: Mapping[str, Any], group: Group, name: str) -> None:
+    """A loaded state is empty, or has all that its group's options ask for."""
+    needed = {s.name for s in rule.active_states(group)}
     required = needed | rule.scalars.keys()
+    present = {key for key, value in state.items() if value is not None}
     if present and needed and required - present:
         raise ValueError(f"the state of {name} lacks {', '.join(sorted(required - present))}")

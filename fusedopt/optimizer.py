@@ -185,8 +185,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.group(self.rule, group, g, stepping=True)
             for i, p in enumerate(group["params"]):
                 name = checks.name_of(group, g, i, p)
-                if p.grad is not None:
-                    checks.gradient(p, p.grad, name, type(self).__name__)
+                self.check_parameter(p, name)
                 try:
                     engine = engines.choose(self.engine, p, group, name)
                 except RuntimeError:
@@ -195,6 +194,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     engine = "eager"  # which looks again when there is a gradient
                 assigned.setdefault(engine, []).append(p)
         return assigned
+
+    def check_parameter(self, p: Tensor, name: str) -> None:
+        """A parameter's gradient and state, as far as it has them, can be stepped with; raises otherwise."""
+        if p.grad is not None:
+            checks.gradient(p, p.grad, name, type(self).__name__)
+        if state := self.state.get(p):
+            checks.state_tensors(self.rule, p, state, name)
+            checks.state_devices(self.rule, p, state, name)
 
     def _create_states(self) -> Fresh:
         """Make the states that parameters with gradients lack; returns which."""
@@ -206,17 +213,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state = self.state[p]
                 new = {k: v for k, v in initial_state(self.rule, p, group).items() if state.get(k) is None}
                 state.update(new)
-                state.update({k: state[k].double() for k in self.rule.scalars if _worn_out(state[k])})
+                state.update({k: _counter(state[k]) for k in self.rule.scalars if _unfit(state[k])})
                 if new:
                     fresh.append((p, tuple(new)))
         return fresh
 
     def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a parameter lacks a state that its group's options ask for, or has one that is worn out."""
+        """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count."""
         state = self.state.get(p, {})
         tensors = (spec.name for spec in self.rule.active_states(group))
         scalars = [state.get(name) for name in self.rule.scalars]
-        return any(state.get(name) is None for name in tensors) or any(s is None or _worn_out(s) for s in scalars)
+        return any(state.get(name) is None for name in tensors) or any(s is None or _unfit(s) for s in scalars)
 
     def _forget(self, fresh: Fresh) -> None:
         """Take back states that were made for a step that did not happen."""
@@ -284,7 +291,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 state[key] = value
                 continue
             p, group, name = places[key]
-            checks.state(self.rule, p, value, group, name)
+            checks.state_tensors(self.rule, p, value, name)
+            checks.whole_state(self.rule, value, group, name)
             state[p] = adopt_state(self.rule, p, value, copy=True)
         return state
 
@@ -336,9 +344,7 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     tensors = {s.name for s in rule.states}
     for key, value in state.items():
         if key in rule.scalars:
-            wide = isinstance(value, Tensor) and value.dtype == torch.float64
-            dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
-            adopted[key] = torch.tensor(float(value), dtype=dtype)
+            adopted[key] = _counter(value)
         elif key in tensors and value is None:
             continue  # torch's SGD says so that there is no momentum buffer yet
         elif key in tensors:
@@ -349,9 +355,18 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def _worn_out(counter: Tensor) -> bool:
-    """Whether a float32 counter has reached the end of its exact range."""
-    return counter.dtype != torch.float64 and float(counter) >= LAST_FLOAT_STEP
+def _unfit(counter: Any) -> bool:
+    """Whether a scalar state is not a CPU float, or a float32 at the end of its exact range."""
+    if not isinstance(counter, Tensor) or counter.device.type != "cpu" or counter.dim():
+        return True
+    return counter.dtype != torch.float64 and (counter.dtype != torch.float32 or float(counter) >= LAST_FLOAT_STEP)
+
+
+def _counter(value: Any) -> Tensor:
+    """A scalar state of its own: float64 if it was or must be, else float32."""
+    wide = isinstance(value, Tensor) and value.dtype == torch.float64
+    dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
+    return torch.tensor(float(value), dtype=dtype)
 
 
 def _scalar_dtype() -> torch.dtype:

@@ -282,3 +282,35 @@ def test_state_of_another_optimizer(engine):
     lion.step()
     with pytest.raises(ValueError, match="lacks"):
         fusedopt.AdamW(params((3,)), engine=engine).load_state_dict(lion.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("exp_avg", torch.zeros(7), "exp_avg.*parameter 1.*shape"),
+        ("exp_avg", torch.zeros(5, 2, dtype=torch.int64), "exp_avg.*parameter 1.*dtype"),
+        ("exp_avg_sq", torch.zeros(5, 2, device="meta"), "exp_avg_sq.*parameter 1.*meta"),
+        ("exp_avg_sq", torch.zeros(1).expand(5, 2), "exp_avg_sq.*parameter 1.*memory"),
+        ("exp_avg", 3.0, "exp_avg.*parameter 1.*float"),
+        ("step", "many", "step.*parameter 1"),
+    ],
+    ids=str,
+)
+def test_bad_state_entry(engine, key, value, named):
+    ps, optimizer = stepped(engine)
+    good = optimizer.state[ps[1]][key]
+    optimizer.state[ps[1]][key] = value
+    before = [p.detach().clone() for p in ps]
+    with pytest.raises((ValueError, RuntimeError, TypeError), match=named):
+        optimizer.step()
+    assert_same([p.detach() for p in ps], before)
+    optimizer.state[ps[1]][key] = good
+    optimizer.step()
+
+
+@pytest.mark.parametrize("step", [7, 7.0, torch.tensor(7), torch.tensor([7.0])], ids=str)
+def test_any_step_counter_is_understood(engine, step):
+    ps, optimizer = stepped(engine)
+    optimizer.state[ps[1]]["step"] = step
+    optimizer.step()
+    assert optimizer.state[ps[1]]["step"] == 8 and optimizer.state[ps[0]]["step"] == 3

@@ -15,7 +15,7 @@ constexpr int kParam = 0;
 constexpr int kGrad = 1;
 constexpr int kFirstState = 2;
 constexpr int kMaxOperands = kFirstState + kMaxStates;
-constexpr int kMaxDims = 16;
+constexpr int kMaxDims = 64;  // as many as torch has
 
 // Strides of an operand in the order in which its row is walked (outermost first), in elements.
 struct Layout {

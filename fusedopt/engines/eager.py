@@ -52,7 +52,7 @@ class Plan:
                 if p.grad is None:
                     continue
                 name = checks.name_of(group, g, i, p)
-                checks.gradient(p, p.grad, name, type(optimizer).__name__)
+                optimizer.check_parameter(p, name)
                 if optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
