@@ -15,7 +15,7 @@ TITLES = {
     "limit": "Time of the same-stream limit over ours",
     "torch": "Other implementations' time over ours",
     "small": "Many small tensors: other implementations' time over ours",
-    "host": "Work on the host per tensor: slope of step time over tensors of 8 elements",
+    "host": "Work on the host per tensor: slope of step time over tensors of 8 elements, between two counts",
     "clip": "Clipping by global norm and stepping: time over ours",
     "memory": "Growth of peak memory during a step, beyond parameters, gradients and states",
 }
