@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from copy import deepcopy
-from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -125,6 +124,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        checks.options(self.max_grad_norm, self.skip_nonfinite)
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and float(found_inf) != 0:
             self.skipped_steps += 1
@@ -136,9 +136,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh: Fresh = []
         if plans is None or not all(plan.scan() for plan in plans):
             plans, fresh = self._plan()
-        clips = self.max_grad_norm is not None
-        max_norm = float(self.max_grad_norm) if clips else math.inf  # type: ignore[arg-type]
-        measures = clips or self.skip_nonfinite
+        max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
+        measures = self.max_grad_norm is not None or self.skip_nonfinite
         try:
             squared, skipped = _launch(plans, inverse_scale, max_norm, measures, self.skip_nonfinite)
         except BaseException:
@@ -155,9 +154,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The gradients' global L2 norm in the last step, before clipping and after unscaling."""
         if self._norm is None:
             return None
-        first = next(chain.from_iterable(group["params"] for group in self.param_groups))
-        wide = any(p.dtype in (torch.float64, torch.complex128) for g in self.param_groups for p in g["params"])
-        return torch.tensor(self._norm, dtype=torch.float64 if wide else torch.float32, device=first.device)
+        params = [p for group in self.param_groups for p in group["params"]]
+        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        device = params[0].device if params else None
+        return torch.tensor(self._norm, dtype=torch.float64 if wide else torch.float32, device=device)
 
     def _plan(self) -> tuple[list[Any], Fresh]:
         """Check everything, make the states that are missing, and build the plans of all engines.
@@ -166,9 +166,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self._plans = None
         assigned = self._assign()
-        fresh = self._create_states()
-        new = [p for p, _ in fresh]
+        fresh: Fresh = []
         try:
+            self._create_states(fresh)
+            new = [p for p, _ in fresh]
             plans = [engines.plan(name, self, members, new) for name, members in assigned.items()]
             if not all(plan.scan() for plan in plans):
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
@@ -203,20 +204,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.state_tensors(self.rule, p, state, name)
             checks.state_devices(self.rule, p, state, name)
 
-    def _create_states(self) -> Fresh:
-        """Make the states that parameters with gradients lack; returns which."""
-        fresh: Fresh = []
+    def _create_states(self, fresh: Fresh) -> None:
+        """Make the states that parameters with gradients lack, and enter them in ``fresh``."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None or not self.needs_state(p, group):
                     continue
-                state = self.state[p]
-                new = {k: v for k, v in initial_state(self.rule, p, group).items() if state.get(k) is None}
-                state.update(new)
-                state.update({k: _counter(state[k]) for k in self.rule.scalars if _unfit(state[k])})
+                has = self.state.get(p, {})
+                new = {k: v for k, v in initial_state(self.rule, p, group).items() if has.get(k) is None}
+                counters = {k: _counter(has[k]) for k in self.rule.scalars if k not in new and _unfit(has[k])}
+                self.state[p].update(new | counters)
                 if new:
                     fresh.append((p, tuple(new)))
-        return fresh
 
     def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
         """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count."""

@@ -314,3 +314,35 @@ def test_any_step_counter_is_understood(engine, step):
     optimizer.state[ps[1]]["step"] = step
     optimizer.step()
     assert optimizer.state[ps[1]]["step"] == 8 and optimizer.state[ps[0]]["step"] == 3
+
+
+@pytest.mark.parametrize("bad", [-1.0, NAN, 0, "much"])
+def test_bad_max_grad_norm_while_training(engine, bad):
+    ps, optimizer = stepped(engine)
+    before = snapshot(optimizer)
+    optimizer.max_grad_norm = bad
+    with pytest.raises((ValueError, TypeError), match="max_grad_norm"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_no_memory_for_states(engine, monkeypatch):
+    ps = params((4,), (5,))
+    fill_gradients(ps)
+    optimizer = fusedopt.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5, engine=engine)
+    make = fusedopt.optimizer.initial_state
+
+    def fail_at_second(rule, p, group):
+        if p is ps[1]:
+            raise MemoryError("no memory")
+        return make(rule, p, group)
+
+    before = [p.detach().clone() for p in ps]
+    with monkeypatch.context() as patch:
+        patch.setattr(fusedopt.optimizer, "initial_state", fail_at_second)
+        with pytest.raises(MemoryError):
+            optimizer.step()
+    assert not optimizer.state and all(torch.equal(p, q) for p, q in zip(ps, before, strict=True))
+    optimizer.step()
+    for p in ps:  # a first step: the buffer is the whole gradient
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
