@@ -87,6 +87,12 @@ class Anatomy {
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
     for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
   }
+  void prefetch_address(PyObject* tensor) const {  // no more of the impl than `address` reads
+    if (!known_) return;
+    const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
+    __builtin_prefetch(impl + storage_);
+    __builtin_prefetch(impl + offset_);
+  }
   void prefetch_storage(PyObject* tensor) const {
     if (!known_) return;
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);

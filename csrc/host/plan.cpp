@@ -64,12 +64,12 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   Row row{};
   entry.param = param;
   entry.mine = mine;
+  states_.push_back({});
   if (!mine) {
     entries_.push_back(entry);
     rows_.push_back(row);
     return;
   }
-  entry.operands[kParam] = param;
   entry.group = static_cast<std::int32_t>(group);
   entry.first = fresh;
 
@@ -83,13 +83,11 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   row.numel = geometry.numel();
   row.data[kParam] = address(p);
   row.dtype[kParam] = element_type(p);
-  entry.item_size[kParam] = static_cast<std::uint8_t>(p.dtype.bits / 8);
+  entry.param_item = static_cast<std::uint8_t>(p.dtype.bits / 8);
 
   Layouts layouts;
-  const auto keep = [&](const Layout& layout) -> const Layout* {
-    return layout.ndim ? &layouts_.emplace_back(layout) : nullptr;
-  };
-  layouts.operand[kParam] = layouts.operand[kGrad] = keep(geometry.layout_of(p));
+  const Layout layout = geometry.layout_of(p);
+  if (layout.ndim) layouts.operand[kParam] = layouts.operand[kGrad] = &layouts_.emplace_back(layout);
 
   entry.gradient_type = p.dtype;
   const auto grad = py::reinterpret_steal<py::object>(torch.grad(param));
@@ -98,7 +96,7 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   DLTensor typed = p;
   typed.dtype = entry.gradient_type;
   row.dtype[kGrad] = element_type(typed);
-  entry.item_size[kGrad] = static_cast<std::uint8_t>(entry.gradient_type.bits / 8);
+  entry.gradient_item = static_cast<std::uint8_t>(entry.gradient_type.bits / 8);
 
   entry.ready = add_states(entry, row, layouts, geometry);
 
@@ -111,42 +109,50 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
     dense &= !layouts.operand[k];
   }
   entry.layouts = dense ? nullptr : &tables_.emplace_back(layouts);
-  entry.quick = anatomy.known() && torch.is_plain(param) && p.ndim <= Anatomy::kInlineDims;
-  entry.quick = entry.quick && param_stands(entry, row) && state_stands(entry, row);
   numel_ += row.numel;
   entries_.push_back(entry);
   rows_.push_back(row);
+  const bool plain = anatomy.known() && torch.is_plain(param) && p.ndim <= Anatomy::kInlineDims;
+  entries_.back().quick = plain && param_stands(entry, row) && state_stands(entries_.size() - 1);
 }
 
 // Takes up the parameter's states; false when it has none yet, or not all.
 bool Plan::add_states(Entry& entry, Row& row, Layouts& layouts, const Geometry& geometry) {
   const Kernel& kernel = *row.kernel;
-  PyObject* state = PyDict_GetItemWithError(state_.ptr(), entry.param);
-  if (!state && PyErr_Occurred()) throw py::error_already_set();
-  if (!state) return kernel.n_states + kernel.n_scalars == 0;
-  entry.state = state;
-  entry.first_value = static_cast<std::uint32_t>(values_.size());
+  PyObject* dict = PyDict_GetItemWithError(state_.ptr(), entry.param);
+  if (!dict && PyErr_Occurred()) throw py::error_already_set();
+  if (!dict) return kernel.n_states + kernel.n_scalars == 0;
+  StateWatch& state = states_.back();
+  state.dict = dict;
+  state.first = static_cast<std::uint32_t>(watches_.size());
   Py_ssize_t position = 0;
-  for (PyObject *key, *value; PyDict_Next(state, &position, &key, &value); ++entry.n_values) {
+  for (PyObject *key, *value; PyDict_Next(dict, &position, &key, &value); ++state.count) {
     values_.push_back(py::reinterpret_borrow<py::object>(value));
+    watches_.push_back({value, nullptr, 0});
   }
-  const auto entry_of = [&](const char* name) { return PyDict_GetItemString(state, name); };
-  for (int k = 0; k < kernel.n_states; ++k) {
-    PyObject* tensor = entry_of(kernel.states[k]);
+  const auto take = [&](const char* name, DLTensor* out) {
+    PyObject* tensor = PyDict_GetItemString(dict, name);
     if (!tensor) return false;
-    const DLTensor s = view(tensor);
-    entry.operands[kFirstState + k] = tensor;
+    *out = view(tensor);
+    if (row.numel) {
+      Watch& watch = *std::find_if(watches_.begin() + state.first, watches_.end(),
+                                   [&](const Watch& w) { return w.object == tensor; });
+      watch.address = address(*out);
+      watch.item_size = out->dtype.bits / 8;
+    }
+    return true;
+  };
+  DLTensor s;
+  for (int k = 0; k < kernel.n_states; ++k) {
+    if (!take(kernel.states[k], &s)) return false;
     row.data[kFirstState + k] = address(s);
     row.dtype[kFirstState + k] = element_type(s);
-    entry.item_size[kFirstState + k] = static_cast<std::uint8_t>(s.dtype.bits / 8);
     const Layout layout = geometry.layout_of(s);
     if (layout.ndim) layouts.operand[kFirstState + k] = &layouts_.emplace_back(layout);
   }
   for (int k = 0; k < kernel.n_scalars; ++k) {
-    PyObject* tensor = entry_of(kernel.scalars[k]);
-    if (!tensor) return false;
-    const DLTensor s = view(tensor);
-    entry.scalars[k] = {tensor, address(s), element_type(s) == DType::f64};
+    if (!take(kernel.scalars[k], &s)) return false;
+    entry.scalars[k] = {address(s), element_type(s) == DType::f64};
   }
   return true;
 }

@@ -46,30 +46,38 @@ struct Group {
 
 // A 0-dim state such as `step`.
 struct Scalar {
-  PyObject* tensor;  // kept alive by the plan's values
   void* address;
   bool wide;  // double, else float
 };
 
-// What the plan knows of a row beyond what engines need.
+// What the plan knows of a row beyond what engines need. Small: a step goes through all of them.
 struct Entry {
-  PyObject* param;                      // kept alive by its group
-  PyObject* state;                      // its dict, or null
-  std::uint32_t first_value, n_values;  // in values_: the dict's values, in its order
-  std::uint32_t dims;                   // in dims_: the parameter's shape, then strides
+  PyObject* param;              // kept alive by its group
+  const Layouts* layouts;       // with a gradient laid out like the parameter
+  Anatomy::Kind gradient_kind;  // of a gradient that was found to fit
+  Scalar scalars[kMaxScalars];
+  std::uint32_t dims;  // in dims_: the parameter's shape, then strides
   std::int32_t group;
   std::int32_t ndim;
   DLDataType gradient_type;
-  Anatomy::Kind gradient_kind;  // of a gradient that was found to fit
-  Scalar scalars[kMaxScalars];
-  PyObject* operands[kMaxOperands];      // kept alive by values_; the gradient's place is empty
-  std::uint8_t item_size[kMaxOperands];  // bytes of one element, as torch counts elements
-  const Layouts* layouts;                // with a gradient laid out like the parameter
-  bool direct;                           // likewise
-  bool mine;                             // this plan steps it; else another engine does
-  bool ready;                            // has all its states
-  bool first;                            // its states are new
-  bool quick;                            // the anatomy can vouch for it
+  std::uint8_t param_item, gradient_item;  // bytes of one element, as torch counts elements
+  bool direct;                             // with a gradient laid out like the parameter
+  bool mine;                               // this plan steps it; else another engine does
+  bool ready;                              // has all its states
+  bool first;                              // its states are new
+  bool quick;                              // the anatomy can vouch for it
+};
+
+// A value in a parameter's state dict: it must stay the same object and, if it is a tensor of ours, in place.
+struct Watch {
+  PyObject* object;     // kept alive by values_
+  const void* address;  // null: only the object matters
+  int item_size;
+};
+
+struct StateWatch {
+  PyObject* dict;              // null: no state; kept alive by state_values_
+  std::uint32_t first, count;  // in watches_, in the dict's order
 };
 
 class Plan {
@@ -106,10 +114,10 @@ class Plan {
   bool groups_stand();
   bool read_group(Group& group) const;
   bool states_stand() const;
-  bool entry_stands_slowly(const Entry& entry, const Row& row) const;
+  bool entry_stands_slowly(std::size_t i) const;
   bool param_stands(const Entry& entry, const Row& row) const;
-  bool state_stands(const Entry& entry, const Row& row) const;
-  bool values_stand(const Entry& entry) const;
+  bool state_stands(std::size_t i) const;
+  bool values_stand(const StateWatch& state) const;
   bool has_dims(const DLTensor& t, const Entry& entry) const;
   void prefetch_states(std::size_t i) const;
   void prefetch_gradient(std::size_t i) const;
@@ -131,8 +139,10 @@ class Plan {
   std::vector<Group> groups_;
   std::vector<Entry> entries_;
   std::vector<Row> rows_;
+  std::vector<StateWatch> states_;  // per entry
+  std::vector<Watch> watches_;
   std::vector<std::int64_t> dims_;
-  std::vector<py::object> values_;        // all values of all state dicts
+  std::vector<py::object> values_;        // what watches_ watch
   std::vector<py::object> state_values_;  // the values of the optimizer's state, in its order
   std::deque<Layout> layouts_;            // of parameters and states
   std::deque<Layouts> tables_;

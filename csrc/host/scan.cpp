@@ -72,7 +72,7 @@ bool Plan::read_all() {
     if (!read_in_team()) return false;
   } else {
     for (std::size_t i = 0; i < entries_.size(); ++i) {
-      if (entries_[i].quick && !state_stands(entries_[i], rows_[i])) return false;
+      if (entries_[i].quick && !state_stands(i)) return false;
       if (!read_entry(i)) return false;
     }
   }
@@ -100,7 +100,7 @@ bool Plan::read_in_team() {
     for (std::ptrdiff_t begin; stands && (begin = next.fetch_add(block)) < n;) {
       for (std::ptrdiff_t i = begin; i < std::min(begin + block, n); ++i) {
         prefetch_states(static_cast<std::size_t>(i));
-        if (entries_[i].quick && !state_stands(entries_[i], rows_[i])) stands = false;
+        if (entries_[i].quick && !state_stands(static_cast<std::size_t>(i))) stands = false;
       }
     }
   }
@@ -112,7 +112,7 @@ bool Plan::read_in_team() {
 void Plan::prefetch_gradient(std::size_t i) const {
   constexpr std::size_t object = 24, impl = 16, storage = 8;
   if (i + object < entries_.size()) {
-    Anatomy::prefetch({entries_[i + object].param, nullptr, nullptr});
+    __builtin_prefetch(entries_[i + object].param);
     Anatomy::prefetch(last_gradients_[i + object]);
     anatomy.prefetch_impl(entries_[i + impl].param);
     anatomy.prefetch_storage(entries_[i + storage].param);
@@ -121,18 +121,21 @@ void Plan::prefetch_gradient(std::size_t i) const {
 
 void Plan::prefetch_states(std::size_t i) const {
   constexpr std::size_t object = 12, impl = 8, storage = 4;
+  if (i + object >= states_.size()) return;
   const auto each = [&](std::size_t at, auto call) {
-    if (at >= entries_.size()) return;
-    for (int k = kFirstState; k < kMaxOperands; ++k) {
-      if (PyObject* tensor = entries_[at].operands[k]) call(tensor);
-    }
-    for (const Scalar& scalar : entries_[at].scalars) {
-      if (scalar.tensor) call(scalar.tensor);
+    const StateWatch& state = states_[at];
+    for (std::uint32_t k = state.first; k < state.first + state.count; ++k) {
+      if (watches_[k].address) call(watches_[k].object);
     }
   };
-  each(i + object, [](PyObject* t) { Anatomy::prefetch({t, nullptr, nullptr}); });
-  each(i + impl, [](PyObject* t) { anatomy.prefetch_impl(t); });
+  each(i + object, [](PyObject* t) { __builtin_prefetch(t); });
+  each(i + impl, [](PyObject* t) { anatomy.prefetch_address(t); });
   each(i + storage, [](PyObject* t) { anatomy.prefetch_storage(t); });
+  __builtin_prefetch(states_[i + object].dict);
+  if (const auto* dict = reinterpret_cast<const PyDictObject*>(states_[i + impl].dict)) {
+    const char* keys = reinterpret_cast<const char*>(dict->ma_keys);
+    for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+  }
 }
 
 bool Plan::groups_stand() {
@@ -201,45 +204,40 @@ bool Plan::states_stand() const {
 
 bool Plan::param_stands(const Entry& entry, const Row& row) const {
   if (!anatomy.has_dims(entry.param, entry.ndim, dims_.data() + entry.dims)) return false;
-  return !row.numel || anatomy.address(entry.param, entry.item_size[kParam]) == row.data[kParam];
+  return !row.numel || anatomy.address(entry.param, entry.param_item) == row.data[kParam];
 }
 
 // The state dict has the same values as before, in the same order.
-bool Plan::values_stand(const Entry& entry) const {
-  if (!entry.state) return true;
-  if (PyDict_GET_SIZE(entry.state) != static_cast<Py_ssize_t>(entry.n_values)) return false;
+bool Plan::values_stand(const StateWatch& state) const {
+  if (!state.dict) return true;
+  if (PyDict_GET_SIZE(state.dict) != static_cast<Py_ssize_t>(state.count)) return false;
   Py_ssize_t position = 0;
-  std::size_t i = entry.first_value;
-  for (PyObject *key, *value; PyDict_Next(entry.state, &position, &key, &value); ++i) {
-    if (value != values_[i].ptr()) return false;
+  const Watch* watch = watches_.data() + state.first;
+  for (PyObject *key, *value; PyDict_Next(state.dict, &position, &key, &value); ++watch) {
+    if (value != watch->object) return false;
   }
   return true;
 }
 
-bool Plan::state_stands(const Entry& entry, const Row& row) const {
-  if (!values_stand(entry)) return false;
-  if (!row.numel) return true;
-  for (int k = kFirstState; k < kMaxOperands; ++k) {
-    PyObject* tensor = entry.operands[k];
-    if (tensor && anatomy.address(tensor, entry.item_size[k]) != row.data[k]) return false;
-  }
-  for (const Scalar& scalar : entry.scalars) {
-    if (scalar.tensor && anatomy.address(scalar.tensor, scalar.wide ? 8 : 4) != scalar.address) return false;
+bool Plan::state_stands(std::size_t i) const {
+  const StateWatch& state = states_[i];
+  if (!values_stand(state)) return false;
+  for (std::uint32_t k = state.first; k < state.first + state.count; ++k) {
+    const Watch& watch = watches_[k];
+    if (watch.address && anatomy.address(watch.object, watch.item_size) != watch.address) return false;
   }
   return true;
 }
 
 // Nothing that the row's addresses rely on has changed; found by asking torch.
-bool Plan::entry_stands_slowly(const Entry& entry, const Row& row) const {
-  if (!values_stand(entry)) return false;
+bool Plan::entry_stands_slowly(std::size_t i) const {
+  const StateWatch& state = states_[i];
   DLTensor t;
-  for (int k = 0; k < kMaxOperands; ++k) {
-    if (!entry.operands[k]) continue;
-    if (!torch.view(entry.operands[k], &t) || address(t) != row.data[k]) return false;
-    if (k == kParam && !has_dims(t, entry)) return false;
-  }
-  for (const Scalar& scalar : entry.scalars) {
-    if (scalar.tensor && (!torch.view(scalar.tensor, &t) || address(t) != scalar.address)) return false;
+  if (!values_stand(state) || !torch.view(entries_[i].param, &t)) return false;
+  if (address(t) != rows_[i].data[kParam] || !has_dims(t, entries_[i])) return false;
+  for (std::uint32_t k = state.first; k < state.first + state.count; ++k) {
+    const Watch& watch = watches_[k];
+    if (watch.address && !(torch.view(watch.object, &t) && address(t) == watch.address)) return false;
   }
   return true;
 }
@@ -281,7 +279,7 @@ bool Plan::read_entry(std::size_t i) {
     unusual_.push_back(i);
     return true;
   }
-  row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.item_size[kGrad]));
+  row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.gradient_item));
   row.layouts = entry.layouts;
   row.direct = entry.direct;
   return join_cohort(entry, row);
@@ -292,7 +290,7 @@ bool Plan::read_entry(std::size_t i) {
 bool Plan::read_unusual(std::size_t i) {
   Entry& entry = entries_[i];
   Row& row = rows_[i];
-  if (!entry.quick && !(entry_stands_slowly(entry, row) && fetch_gradient(i))) return false;
+  if (!entry.quick && !(entry_stands_slowly(i) && fetch_gradient(i))) return false;
   PyObject* const given = gradients_[i];
   if (!given) return true;
   gradients_[i] = resolved(given);
