@@ -274,16 +274,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if (reason := cpu.available()) is not None:
         parser.exit(1, f"the CPU engine is not available: {reason}\n")
 
-    neighbours = harness.Neighbours()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # some peers are older than torch's deprecations
         rows = run(options.only, [c for c in CASES if c.name in options.cases], options.repeats)
-    others = neighbours.share()
-    report.show(rows, others)
+    report.show(rows)
     if options.json:
-        harness.write_json(
-            options.json, rows, others=others, isa=cpu.load()[2], suite=GPT2.name, repeats=options.repeats
-        )
+        harness.write_json(options.json, rows, isa=cpu.load()[2], suite=GPT2.name, repeats=options.repeats)
     return int(options.strict and any(row.met is False for row in rows))
 
 

@@ -19,7 +19,7 @@ import torch
 
 # Spread (interquartile range / median) above which a figure is called noisy.
 NOISY = 0.15
-# Share of the machine that others may use before a run is called disturbed.
+# Share of the machine that others may use before a run is called noisy, whatever its spread.
 DISTURBED = 0.05
 
 PACKAGES = ("fusedopt", "torch", "numpy", "adabound", "lion-pytorch", "timm")
@@ -58,10 +58,39 @@ class Spread:
         return (self.q3 - self.q1) / self.median
 
 
-class Timings:
-    """Seconds of every variant in every round of an interleaved run."""
+class Neighbours:
+    """How much of the machine other processes use, from construction on."""
 
-    def __init__(self, seconds: Mapping[str, list[float]]) -> None:
+    def __init__(self) -> None:
+        self._busy, self._since = self._others(), time.monotonic()
+
+    @staticmethod
+    def _others() -> float | None:
+        """Processor seconds that others have used since boot, or that the hypervisor took."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+    def share(self) -> float | None:
+        """Their share of all cores; None where the system doesn't tell."""
+        others, wall = self._others(), time.monotonic() - self._since
+        if others is None or self._busy is None:
+            return None
+        return max(0.0, others - self._busy) / (wall * (os.cpu_count() or 1))
+
+
+class Timings:
+    """Seconds of every variant in every round of an interleaved run.
+
+    Attributes:
+        others: The share of the machine that other processes used meanwhile.
+    """
+
+    def __init__(self, seconds: Mapping[str, list[float]], others: float | None) -> None:
+        self.others = others
         self._seconds = {name: np.asarray(values) for name, values in seconds.items()}
 
     def seconds(self, name: str) -> Spread:
@@ -90,6 +119,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     gc.collect()
     gc.disable()
+    neighbours = Neighbours()
     try:
         for r in range(warmup + repeats):
             for name, variant in variants.items():
@@ -103,31 +133,7 @@ def interleave(
             tick()
     finally:
         gc.enable()
-    return Timings(seconds)
-
-
-class Neighbours:
-    """How much of the machine other processes use, from construction on."""
-
-    def __init__(self) -> None:
-        self._busy, self._since = self._others(), time.monotonic()
-
-    @staticmethod
-    def _others() -> float | None:
-        """Processor seconds that others have used since boot, or that the hypervisor took."""
-        stat = Path("/proc/stat")
-        if not stat.exists():
-            return None
-        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
-        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-        return busy - time.process_time()
-
-    def share(self) -> float | None:
-        """Their share of all cores; None where the system doesn't tell."""
-        others, wall = self._others(), time.monotonic() - self._since
-        if others is None or self._busy is None:
-            return None
-        return max(0.0, others - self._busy) / (wall * (os.cpu_count() or 1))
+    return Timings(seconds, neighbours.share())
 
 
 @dataclass
@@ -143,7 +149,8 @@ class Row:
         gbps: ``bytes`` over ``median``, in 1e9 bytes per second.
         limit: Time of the same-stream limit over this variant's, round by round.
         ratio, ratio_q1, ratio_q3: This variant's time over fusedopt's, round by round.
-        noisy: The times or the ratios spread by more than ``NOISY``.
+        others: The share of the machine that other processes used meanwhile.
+        noisy: The times or the ratios spread by more than ``NOISY``, or others used more than ``DISTURBED``.
         measure, value, target, met: What is judged in this row, if anything is, and how it went.
     """
 
@@ -159,6 +166,7 @@ class Row:
     ratio: float | None = None
     ratio_q1: float | None = None
     ratio_q3: float | None = None
+    others: float | None = None
     noisy: bool = False
     measure: str | None = None
     value: float | None = None
@@ -187,7 +195,8 @@ def timed_row(
     """
     t, ratio = timings.seconds(variant), timings.ratio(variant, base)
     row = Row(section, name, variant, t.median, t.q1, t.q3, nbytes, nbytes / t.median / 1e9)
-    row.noisy = t.noise > NOISY or ratio.noise > NOISY
+    row.others = timings.others
+    row.noisy = t.noise > NOISY or ratio.noise > NOISY or (timings.others or 0) > DISTURBED
     if variant != base:
         row.ratio, row.ratio_q1, row.ratio_q3 = ratio.median, ratio.q1, ratio.q3
     if limit is not None:

@@ -90,13 +90,8 @@ def verdict_table(rows: Iterable[Row]) -> Table:
     return table
 
 
-def show(rows: list[Row], others: float | None = None) -> None:
-    """Print everything that is known about a run.
-
-    Args:
-        rows: Of all sections.
-        others: The share of the machine that other processes used meanwhile.
-    """
+def show(rows: list[Row]) -> None:
+    """Print everything that is known about a run."""
     out = console()
     for section in dict.fromkeys(row.section for row in rows):
         out.print(section_table(section, (row for row in rows if row.section == section)))
@@ -105,7 +100,6 @@ def show(rows: list[Row], others: float | None = None) -> None:
     if noisy:
         out.print(
             f"[yellow]Noisy run:[/] {noisy} of {len(rows)} rows (~) spread by more than {NOISY:.0%} between "
-            "quartiles. Ratios, which are taken round by round, suffer less than times."
+            f"quartiles, or saw other processes use more than {DISTURBED:.0%} of the machine. Ratios, which are taken "
+            "round by round, suffer less than times."
         )
-    if others is not None and others > DISTURBED:
-        out.print(f"[yellow]Disturbed run:[/] other processes used {others:.0%} of the machine meanwhile.")
