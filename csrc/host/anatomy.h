@@ -98,7 +98,9 @@ class Anatomy {
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
     __builtin_prefetch(follow(impl + storage_) + data_);
     // What follows the storage is the autograd metadata, which has the gradient; if not, no harm is done.
-    __builtin_prefetch(follow(impl + storage_ + 8));
+    const char* autograd = follow(impl + storage_ + 8);
+    __builtin_prefetch(autograd);
+    __builtin_prefetch(autograd + 64);
   }
 
  private:

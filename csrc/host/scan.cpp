@@ -113,6 +113,7 @@ void Plan::prefetch_gradient(std::size_t i) const {
   constexpr std::size_t object = 24, impl = 16, storage = 8;
   if (i + object < entries_.size()) {
     __builtin_prefetch(entries_[i + object].param);
+    __builtin_prefetch(entries_[i + object].scalars[0].address, 1);
     Anatomy::prefetch(last_gradients_[i + object]);
     anatomy.prefetch_impl(entries_[i + impl].param);
     anatomy.prefetch_storage(entries_[i + storage].param);
