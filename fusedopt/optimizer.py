@@ -56,6 +56,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.
 
+    Engines other than eager write parameters without autograd seeing it: version counters do not move, so
+    that going backward through a graph from before the step is not reported as an error.
+
     Raises:
         ValueError: For a hyperparameter outside its domain, a repeated parameter, an unknown engine.
     """
