@@ -106,6 +106,12 @@ def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
 
 
+def differentiable(p: Tensor, name: str) -> None:
+    """Autograd can follow an in-place step of the parameter."""
+    if p.is_leaf and p.requires_grad:
+        raise RuntimeError(f"{name}: differentiable=True cannot step a leaf that requires grad; give it a clone")
+
+
 def overlaps(t: Tensor) -> bool:
     """Whether elements may share memory, so that they cannot be stepped in place."""
     reach = 1

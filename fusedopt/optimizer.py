@@ -189,7 +189,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.group(self.rule, group, g, stepping=True)
             for i, p in enumerate(group["params"]):
                 name = checks.name_of(group, g, i, p)
-                self.check_parameter(p, name)
+                self.check_parameter(p, group, name)
                 try:
                     engine = engines.choose(self.engine, p, group, name)
                 except RuntimeError:
@@ -199,10 +199,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 assigned.setdefault(engine, []).append(p)
         return assigned
 
-    def check_parameter(self, p: Tensor, name: str) -> None:
+    def check_parameter(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         """A parameter's gradient and state, as far as it has them, can be stepped with; raises otherwise."""
         if p.grad is not None:
             checks.gradient(p, p.grad, name, type(self).__name__)
+            if group["differentiable"]:
+                checks.differentiable(p, name)
         if state := self.state.get(p):
             checks.state_tensors(self.rule, p, state, name)
             checks.state_devices(self.rule, p, state, name)

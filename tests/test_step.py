@@ -273,6 +273,41 @@ def test_differentiable(case):
     assert torch.autograd.gradcheck(step, (value, gradient))
 
 
+def test_differentiable_leaf_is_refused():
+    ps = params((3,), (4,))
+    before = [p.detach().clone() for p in ps]
+    optimizer = fusedopt.SGD(ps, differentiable=True)
+    fill_gradients(ps)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0.*leaf"):
+        optimizer.step()
+    assert_same([p.detach() for p in ps], before)
+
+
+def test_engines_share_a_step():
+    """One optimizer, two engines: the norm spans both, and so does the decision to skip."""
+    ours, theirs = params((50,), (31,), (7,)), None
+    ours[0].requires_grad_(False)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = fusedopt.AdamW(
+        [{"params": ours[:1], "differentiable": True}, {"params": ours[1:]}], max_grad_norm=0.3, skip_nonfinite=True
+    )
+    b = torch.optim.AdamW(theirs)
+    for t in range(6):
+        same_gradients(ours, theirs)
+        if t == 3:
+            ours[1].grad[0] = float("inf")
+            before = snapshot(a)
+            a.step()
+            assert_same(snapshot(a), before)
+            continue
+        a.step()
+        close(a.grad_norm, torch.nn.utils.clip_grad_norm_(theirs, 0.3))
+        b.step()
+    assert a.skipped_steps == 1
+    for p, q in zip(ours, theirs, strict=True):
+        close(p.detach(), q.detach())
+
+
 def test_differentiable_lr():
     lr = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     value = torch.randn(4, dtype=torch.float64)

@@ -52,7 +52,7 @@ class Plan:
                 if p.grad is None:
                     continue
                 name = checks.name_of(group, g, i, p)
-                optimizer.check_parameter(p, name)
+                optimizer.check_parameter(p, group, name)
                 if optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
