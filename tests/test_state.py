@@ -146,6 +146,21 @@ def test_old_group_lacks_newer_options(engine):
     advance(optimizer, ps, 1, 1)
 
 
+def test_adamw_stays_decoupled_whatever_it_loads(engine):
+    results = []
+    for package, more in ((fusedopt, {"engine": engine}), (torch.optim, {})):
+        torch.manual_seed(3)
+        ps = params((9,))
+        adam = package.Adam(ps, weight_decay=0.5, **more)
+        advance(adam, ps, 2, 1)
+        optimizer = package.AdamW(ps, **more)
+        optimizer.load_state_dict(adam.state_dict())
+        assert optimizer.param_groups[0]["decoupled_weight_decay"] is True
+        advance(optimizer, ps, 3, 2)
+        results.append(ps[0].detach())
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+
+
 def test_load_hooks(engine):
     optimizer = fusedopt.SGD(params((3,)), engine=engine)
     calls = []

@@ -70,22 +70,19 @@ class Anatomy {
     const char* storage;
   };
   Places places(PyObject* tensor) const {
-    if (!known_) return {tensor, nullptr, nullptr};
     const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
     return {tensor, impl, follow(impl + storage_)};
   }
   static void prefetch(const Places& at) {
     __builtin_prefetch(at.object);
-    if (!at.impl) return;
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(at.impl + 64 * line);
+    prefetch_lines(at.impl);
     __builtin_prefetch(at.storage);
   }
 
   // Of a live tensor, in two stages: its object must be in cache for the first, its impl for the second.
   void prefetch_impl(PyObject* tensor) const {
     if (!known_) return;
-    const char* impl = follow(reinterpret_cast<const char*>(tensor) + impl_);
-    for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
+    prefetch_lines(follow(reinterpret_cast<const char*>(tensor) + impl_));
   }
   void prefetch_address(PyObject* tensor) const {  // no more of the impl than `address` reads
     if (!known_) return;
@@ -105,6 +102,9 @@ class Anatomy {
 
  private:
   static const char* follow(const char* at) { return *reinterpret_cast<const char* const*>(at); }
+  static void prefetch_lines(const char* impl) {
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(impl + 64 * line);
+  }
   static std::int64_t integer(const char* at) { return *reinterpret_cast<const std::int64_t*>(at); }
 
   bool known_ = false;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,3 +170,8 @@ class AdamW(FusedOptimizer):
             "decoupled_weight_decay": True,
         }
         super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:  # whatever was loaded: Adam's groups say otherwise
+            group["decoupled_weight_decay"] = True
