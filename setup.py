@@ -176,6 +176,7 @@ setup(
         "fusedopt.verification",
         "fusedopt.cli",
         "fusedopt.triton_kernels",
+        "fusedopt.triton_kernels.rules",
         "fusedopt.bench",
     ],
     package_dir={"fusedopt.triton_kernels": "triton_kernels", "fusedopt.bench": "bench"},

@@ -14,6 +14,7 @@ from fusedopt.rule import LR, WEIGHT_DECAY, Group, Hyper, Rule
 SCHEDULE_ROUNDING = 1e-9
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 
 
@@ -121,6 +122,27 @@ def overlaps(t: Tensor) -> bool:
             return True
         reach = stride * (size - 1) + reach
     return False
+
+
+def has_gaps(t: Tensor) -> bool:
+    """Whether a tensor without overlaps leaves memory between its elements."""
+    reach = 1 + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+    return t.numel() > 0 and reach != t.numel()
+
+
+def unsteppable(p: Tensor, group: Group) -> str | None:
+    """Why no engine but eager can step a parameter, wherever it is; None if they can."""
+    if group["differentiable"]:
+        return "differentiable=True runs on engine 'eager'"
+    if p.layout != torch.strided:
+        return f"its layout is {p.layout}"
+    if p.dtype not in FLOATING + COMPLEX:
+        return f"its dtype is {p.dtype}"
+    if getattr(type(p), "__torch_dispatch__", None) is not _NO_DISPATCH:
+        return f"{type(p).__name__} is a tensor subclass with operations of its own"
+    if overlaps(p):
+        return f"its elements may overlap in memory (strides {p.stride()})"
+    return None
 
 
 def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: str) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,25 @@ LAST_FLOAT_STEP = 2**24
 
 Fresh = list[tuple[Tensor, tuple[str, ...]]]  # parameters, and the names of states made for this step
 
-_OWN = ("max_grad_norm", "skip_nonfinite", "engine", "skipped_steps", "_norm")
+_OWN = ("max_grad_norm", "skip_nonfinite", "engine")
+
+
+@dataclass(slots=True)
+class Scaling:
+    """What a GradScaler hands to a step: one-element tensors on its device, or None."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def inverse(self) -> float:
+        """What unscales gradients. Waits for the device."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether gradients were found that are not finite. Waits for the device."""
+        return self.found_inf is not None and float(self.found_inf) != 0
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -54,6 +73,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             as a 0-dim tensor; None unless clipping or ``skip_nonfinite`` asked for it.
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
+    On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
+    step of a parameter, and steps that need a plan. Steps can be captured in a CUDA graph, once one step was done
+    outside of it; whatever is a tensor on the device, such as lr, can change between replays.
+
     States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.
 
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
@@ -80,9 +103,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.engine = engine
-        self.skipped_steps = 0
-        self._norm: float | None = None
+        self._skipped = 0
+        self._norm: float | Tensor | None = None
         self._plans: list[Any] | None = None
+        self._verdicts: dict[torch.device, Any] = {}
+        self._captured: list[Any] = []
         super().__init__(params, defaults)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- groups
@@ -128,27 +153,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         checks.options(self.max_grad_norm, self.skip_nonfinite)
-        found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and float(found_inf) != 0:
-            self.skipped_steps += 1
-            return loss
-        grad_scale = getattr(self, "grad_scale", None)
-        inverse_scale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         plans = self._plans
+        stands = plans is not None and all(plan.scan() for plan in plans)
+        if not (stands and self._asynchronous):  # else the devices look at it
+            if scaling.refuses:
+                self._skipped += 1
+                return loss
+            scaling.found_inf = None
         fresh: Fresh = []
-        if plans is None or not all(plan.scan() for plan in plans):
+        if plans is None or not stands:
             plans, fresh = self._plan()
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
         try:
-            squared, skipped = _launch(plans, inverse_scale, max_norm, measures, self.skip_nonfinite)
+            norm, skipped = _launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(fresh))
         except BaseException:
             self._forget(fresh)
             raise
-        self._norm = math.sqrt(squared) * inverse_scale if measures else None
+        self._norm = norm if measures else None
         if skipped:
-            self.skipped_steps += 1
+            self._skipped += not self._asynchronous
             self._forget(fresh)
         return loss
 
@@ -160,7 +185,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         params = [p for group in self.param_groups for p in group["params"]]
         wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
         device = params[0].device if params else None
-        return torch.tensor(self._norm, dtype=torch.float64 if wide else torch.float32, device=device)
+        dtype = torch.float64 if wide else torch.float32
+        return torch.as_tensor(self._norm).detach().to(device, dtype, copy=True)
+
+    @property
+    def skipped_steps(self) -> int:
+        """How many steps were skipped. Waits for the device."""
+        return self._skipped + max((int(v.skipped_steps) for v in self._verdicts.values()), default=0)
+
+    def verdict(self, device: torch.device) -> Any:
+        """Where the steps of a device tell whether they were skipped, and the norm."""
+        if device not in self._verdicts:
+            self._verdicts[device] = engines.Verdict(device)
+        return self._verdicts[device]
+
+    def keep(self, plan: Any) -> None:
+        """Hold a plan for as long as the optimizer lives: a graph may launch on its tables."""
+        if not any(plan is kept for kept in self._captured):
+            self._captured.append(plan)
 
     def _plan(self) -> tuple[list[Any], Fresh]:
         """Check everything, make the states that are missing, and build the plans of all engines.
@@ -171,20 +213,24 @@ class FusedOptimizer(torch.optim.Optimizer):
         assigned = self._assign()
         fresh: Fresh = []
         try:
-            self._create_states(fresh)
+            self._create_states(assigned, fresh)
             new = [p for p, _ in fresh]
-            plans = [engines.plan(name, self, members, new) for name, members in assigned.items()]
+            members: dict[Any, list[Tensor]] = {}
+            for name, p, _ in assigned:
+                members.setdefault((name, engines.place(name, p)), []).append(p)
+            plans = [engines.plan(name, self, mine, new) for (name, _), mine in members.items()]
             if not all(plan.scan() for plan in plans):
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
         except BaseException:
             self._forget(fresh)
             raise
         self._plans = plans
+        self._asynchronous = all(plan.asynchronous for plan in plans)
         return plans, fresh
 
-    def _assign(self) -> dict[str, list[Tensor]]:
-        """Which engine steps which parameters; raises for whatever none of them may step."""
-        assigned: dict[str, list[Tensor]] = {}
+    def _assign(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
+        """Which engine steps each parameter, and its group; raises for whatever none of them may step."""
+        assigned = []
         for g, group in enumerate(self.param_groups):
             checks.group(self.rule, group, g, stepping=True)
             for i, p in enumerate(group["params"]):
@@ -196,7 +242,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if p.grad is not None:
                         raise
                     engine = "eager"  # which looks again when there is a gradient
-                assigned.setdefault(engine, []).append(p)
+                engines.refuse_capture(engine, p)
+                assigned.append((engine, p, group))
         return assigned
 
     def check_parameter(self, p: Tensor, group: dict[str, Any], name: str) -> None:
@@ -209,25 +256,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.state_tensors(self.rule, p, state, name)
             checks.state_devices(self.rule, p, state, name)
 
-    def _create_states(self, fresh: Fresh) -> None:
+    def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], fresh: Fresh) -> None:
         """Make the states that parameters with gradients lack, and enter them in ``fresh``."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None or not self.needs_state(p, group):
-                    continue
-                has = self.state.get(p, {})
-                new = {k: v for k, v in initial_state(self.rule, p, group).items() if has.get(k) is None}
-                counters = {k: _counter(has[k]) for k in self.rule.scalars if k not in new and _unfit(has[k])}
-                self.state[p].update(new | counters)
-                if new:
-                    fresh.append((p, tuple(new)))
+        counters = _Counters()
+        for engine, p, group in assigned:
+            place = engines.counters(engine, p)
+            if p.grad is None or not self.needs_state(p, group, place):
+                continue
+            has = self.state.get(p, {})
+            new = {k: v for k, v in initial_state(self.rule, p, group).items() if has.get(k) is None}
+            values = {k: new.get(k, has.get(k)) for k in self.rule.scalars}
+            counters.want(self.state[p], {k: v for k, v in values.items() if _unfit(v, place)}, place)
+            self.state[p].update(new)
+            if new:
+                fresh.append((p, tuple(new)))
+        counters.make()
 
-    def needs_state(self, p: Tensor, group: dict[str, Any]) -> bool:
-        """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count."""
+    def needs_state(self, p: Tensor, group: dict[str, Any], place: torch.device) -> bool:
+        """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
         state = self.state.get(p, {})
         tensors = (spec.name for spec in self.rule.active_states(group))
         scalars = [state.get(name) for name in self.rule.scalars]
-        return any(state.get(name) is None for name in tensors) or any(s is None or _unfit(s) for s in scalars)
+        return any(state.get(name) is None for name in tensors) or any(s is None or _unfit(s, place) for s in scalars)
 
     def _forget(self, fresh: Fresh) -> None:
         """Take back states that were made for a step that did not happen."""
@@ -303,29 +353,44 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = None
+        self.__dict__.setdefault("_verdicts", {})
+        self.__dict__.setdefault("_captured", [])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in _OWN}}
+        own = {name: self.__dict__[name] for name in _OWN}
+        norm = None if self._norm is None else float(self._norm)
+        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}
 
 
 def _launch(
-    plans: list[Any], inverse_scale: float, max_norm: float, measure: bool, skip_nonfinite: bool
-) -> tuple[float, bool]:
-    """Run a step on all plans. Returns the squared norm of the scaled gradients, and whether it was skipped."""
+    plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, wait: bool
+) -> tuple[float | Tensor, bool]:
+    """Run a step on all plans. Returns the gradients' norm, and whether the step was skipped, if that is known.
+
+    It is known without asking where a plan is not asynchronous; and with ``wait``.
+    """
     if len(plans) == 1:
-        (plan,) = plans
-        squared, skipped = plan.run(inverse_scale, max_norm, measure, True, skip_nonfinite, 0.0)
+        outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
     else:  # the norm spans devices: measure on all before updating any
-        squared, skipped = 0.0, False
-        if measure:
-            squared = sum(plan.run(inverse_scale, math.inf, True, False, False, 0.0)[0] for plan in plans)
-            skipped = skip_nonfinite and not math.isfinite(squared)
-        if not skipped:
-            for plan in plans:
-                plan.run(inverse_scale, max_norm, False, True, False, squared)
+        squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
+        outcomes = [
+            plan.run(scaling, max_norm, False, True, skip_nonfinite, None if squares is None else _sum(squares, plan))
+            for plan in plans
+        ]
+    _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
+    if isinstance(skipped, Tensor):
+        skipped = wait and bool(skipped)
     for plan in plans:
         plan.finish(stepped=not skipped)
-    return squared, skipped
+    return norm, skipped
+
+
+def _sum(squares: list[float | Tensor], plan: Any) -> float | Tensor:
+    """The sum in the same order for all plans; waits only for those who cannot."""
+    if not plan.asynchronous:
+        return sum(float(s) for s in squares)
+    parts = [torch.as_tensor(s, dtype=torch.float64).to(plan.device, non_blocking=True) for s in squares]
+    return torch.stack(parts).cumsum(0)[-1]
 
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
@@ -359,11 +424,16 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def _unfit(counter: Any) -> bool:
-    """Whether a scalar state is not a CPU float, or a float32 at the end of its exact range."""
-    if not isinstance(counter, Tensor) or counter.device.type != "cpu" or counter.dim():
+def _unfit(counter: Any, place: torch.device) -> bool:
+    """Whether a scalar state is not a float there, or a float32 at the end of its exact range.
+
+    The latter is not asked of a device, which would have to be waited for.
+    """
+    if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
         return True
-    return counter.dtype != torch.float64 and (counter.dtype != torch.float32 or float(counter) >= LAST_FLOAT_STEP)
+    if counter.dtype == torch.float64:
+        return False
+    return counter.dtype != torch.float32 or (place.type == "cpu" and float(counter) >= LAST_FLOAT_STEP)
 
 
 def _counter(value: Any) -> Tensor:
@@ -371,6 +441,27 @@ def _counter(value: Any) -> Tensor:
     wide = isinstance(value, Tensor) and value.dtype == torch.float64
     dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
     return torch.tensor(float(value), dtype=dtype)
+
+
+class _Counters:
+    """Scalar states to be made, together for each place: many tensors of one number are slow to send to a device."""
+
+    def __init__(self) -> None:
+        self._wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str, float]]] = {}
+
+    def want(self, state: dict[str, Any], values: dict[str, Any], place: torch.device) -> None:
+        for name, value in values.items():
+            counter = _counter(value)
+            self._wanted.setdefault((place, counter.dtype), []).append((state, name, float(counter)))
+
+    def make(self) -> None:
+        for (place, dtype), wanted in self._wanted.items():
+            if place.type == "cpu":
+                made = [torch.tensor(value, dtype=dtype) for _, _, value in wanted]
+            else:
+                made = torch.tensor([value for _, _, value in wanted], dtype=dtype).to(place).unbind()
+            for (state, name, _), counter in zip(wanted, made, strict=True):
+                state[name] = counter
 
 
 def _scalar_dtype() -> torch.dtype:

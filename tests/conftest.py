@@ -1,9 +1,24 @@
-import pytest
+import os
+
 import torch
 
-from fusedopt import engines
+# Before anything imports Triton: without a GPU, its kernels are interpreted.
+INTERPRETED = not (torch.cuda.is_available() or torch.xpu.is_available())
+if INTERPRETED:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
-AVAILABLE = [name for name, engine in engines.ENGINES.items() if engine.available() is None]
+import pytest  # noqa: E402
+
+from fusedopt import engines  # noqa: E402
+
+# Where the tests' tensors are the engine must be too: theirs are on the CPU, a GPU's tests in test_gpu.py.
+AVAILABLE = [
+    name for name, engine in engines.ENGINES.items() if engine.available() is None and engine.home().type == "cpu"
+]
+if "triton" in AVAILABLE:
+    import interpreter
+
+    interpreter.patch_language_once()
 
 
 @pytest.fixture(params=AVAILABLE)

@@ -9,6 +9,7 @@ import torch
 from helpers import assert_same, fill_gradients, params, snapshot
 
 import fusedopt
+from fusedopt import host
 from fusedopt.engines import cpu
 from fusedopt.verification import gate
 
@@ -18,8 +19,8 @@ LEVELS = ("v2", "v3", "v4")
 
 
 def lower_levels():
-    host, _, _ = cpu.load()
-    highest = host.isa_level()
+    extension = host.load()
+    highest = extension.isa_level()
     return LEVELS[: LEVELS.index(highest) + 1] if highest in LEVELS else ()
 
 
@@ -53,16 +54,16 @@ def test_extensions_link_no_torch():
 
 
 def test_anatomy_is_known_for_this_torch():
-    host, _, _ = cpu.load()
-    assert host.learn_anatomy(cpu._specimens())
+    extension = host.load()
+    assert extension.learn_anatomy(host._specimens())
 
 
 @pytest.fixture
 def without_anatomy():
-    host, _, _ = cpu.load()
-    assert not host.learn_anatomy([])
+    extension = host.load()
+    assert not extension.learn_anatomy([])
     yield
-    assert host.learn_anatomy(cpu._specimens())
+    assert extension.learn_anatomy(host._specimens())
 
 
 def busy_run():
@@ -86,10 +87,10 @@ def busy_run():
 
 def test_results_do_not_hang_on_the_anatomy(without_anatomy):
     slow = busy_run()
-    host, _, _ = cpu.load()
-    assert host.learn_anatomy(cpu._specimens())
+    extension = host.load()
+    assert extension.learn_anatomy(host._specimens())
     assert_same(busy_run(), slow)
-    host.learn_anatomy([])
+    extension.learn_anatomy([])
 
 
 @pytest.mark.parametrize(
@@ -104,13 +105,13 @@ def test_results_do_not_hang_on_the_anatomy(without_anatomy):
     ids=["storage", "data", "offset", "keys", "shape"],
 )
 def test_anatomy_that_does_not_fit_is_not_used(change):
-    host, _, _ = cpu.load()
-    facts = cpu._specimens()
+    extension = host.load()
+    facts = host._specimens()
     facts[-1] = change(facts[-1])
     try:
-        assert not host.learn_anatomy(facts)
+        assert not extension.learn_anatomy(facts)
     finally:
-        assert host.learn_anatomy(cpu._specimens())
+        assert extension.learn_anatomy(host._specimens())
 
 
 def test_20000_tiny_tensors():

@@ -1,1 +1,5 @@
-"""Home of the Triton engine's kernels; installed as fusedopt.triton_kernels."""
+"""The Triton engine's kernels; installed as fusedopt.triton_kernels.
+
+Rules (rules/, moments.py, math.py) know values. Kernels (norm.py, step.py, walk.py, variants.py) know
+addresses, types and tiles, and no optimizer by name.
+"""

@@ -27,6 +27,22 @@ bool learn_anatomy(const std::vector<SpecimenFacts>& facts) {
   return fusedopt::host::anatomy.known();
 }
 
+// A capsule of a kernel of which only the names matter.
+py::capsule describe(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
+                     std::vector<std::string> hyper) {
+  using fusedopt::host::NamedKernel;
+  auto* named = new NamedKernel(std::move(rule), std::move(states), std::move(scalars), std::move(hyper));
+  PyObject* capsule = PyCapsule_New(&named->kernel, nullptr, [](PyObject* self) {
+    delete static_cast<NamedKernel*>(PyCapsule_GetContext(self));
+  });
+  if (!capsule) {
+    delete named;
+    throw py::error_already_set();
+  }
+  PyCapsule_SetContext(capsule, named);
+  return py::reinterpret_steal<py::capsule>(capsule);
+}
+
 const char* isa_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -53,6 +69,8 @@ PYBIND11_MODULE(_host, m) {
         "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, dispatch keys, dtype tag, shape, "
         "stride). "
         "An empty list forgets it. Returns whether it is known.");
+  m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
+        "A kernel for plans whose rows a device steps and counts.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 
   py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
@@ -64,6 +82,7 @@ PYBIND11_MODULE(_host, m) {
       .def("scan", &Plan::scan)
       .def("run", &Plan::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
            py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
+      .def("write", &Plan::write, py::arg("live"))
       .def("commit", &Plan::commit)
       .def("release_gradients", &Plan::release_gradients)
       .def_property_readonly("rows", &Plan::rows)

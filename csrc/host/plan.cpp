@@ -2,6 +2,8 @@
 #include "host/plan.h"
 
 #include <algorithm>
+#include <bit>
+#include <numeric>
 #include <stdexcept>
 
 #include "host/anatomy.h"
@@ -36,7 +38,25 @@ Plan::Plan(py::list param_groups, py::list groups, py::dict state, const py::set
   }
   for (const auto& item : state_) state_values_.push_back(py::reinterpret_borrow<py::object>(item.second));
   last_gradients_.resize(entries_.size());
-  split_into_items();
+  if (!counts_on_device_) split_into_items();
+}
+
+NamedKernel::NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
+                         std::vector<std::string> hyper)
+    : rule(std::move(rule)), states(std::move(states)), scalars(std::move(scalars)), hyper(std::move(hyper)), kernel{} {
+  if (this->states.size() > kMaxStates || this->scalars.size() > kMaxScalars || this->hyper.size() > kMaxHyper) {
+    throw std::invalid_argument("rule " + this->rule + " has more names than csrc/core/rule.h allows");
+  }
+  for (const auto* names : {&this->states, &this->scalars, &this->hyper}) {
+    for (const std::string& name : *names) pointers.push_back(name.c_str());
+  }
+  kernel.rule = this->rule.c_str();
+  kernel.n_states = static_cast<int>(this->states.size());
+  kernel.n_scalars = static_cast<int>(this->scalars.size());
+  kernel.n_hyper = static_cast<int>(this->hyper.size());
+  kernel.states = pointers.data();
+  kernel.scalars = kernel.states + kernel.n_states;
+  kernel.hyper = kernel.scalars + kernel.n_scalars;
 }
 
 void Plan::add_group(py::dict dict, const py::tuple& spec) {
@@ -45,6 +65,8 @@ void Plan::add_group(py::dict dict, const py::tuple& spec) {
   group.params = py::reinterpret_borrow<py::list>(group.dict["params"]);
   group.held = py::reinterpret_steal<py::list>(PyList_GetSlice(group.params.ptr(), 0, PY_SSIZE_T_MAX));
   group.kernel = py::reinterpret_borrow<py::capsule>(spec[0]).get_pointer<const Kernel>();
+  group.kernel_owner = py::reinterpret_borrow<py::object>(spec[0]);
+  counts_on_device_ |= !group.kernel->prepare;
   for (const py::handle hyper : spec[1]) {
     const auto h = py::reinterpret_borrow<py::tuple>(hyper);
     group.hyper.push_back({h[0], h[1].cast<Py_ssize_t>(), h[2].cast<double>(), h[3].cast<double>()});
@@ -80,6 +102,8 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   entry.dims = static_cast<std::uint32_t>(dims_.size());
   dims_.insert(dims_.end(), p.shape, p.shape + p.ndim);
   dims_.insert(dims_.end(), p.strides, p.strides + p.ndim);
+  dims_.insert(dims_.end(), p.strides, p.strides + p.ndim);
+  device_ = p.device;
   row.kernel = groups_[group].kernel;
   row.numel = geometry.numel();
   row.data[kParam] = address(p);
@@ -93,7 +117,11 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   entry.gradient_type = p.dtype;
   const auto grad = py::reinterpret_steal<py::object>(torch.grad(param));
   if (!grad) throw py::error_already_set();
-  if (!grad.is_none()) entry.gradient_type = view(grad.ptr()).dtype;
+  if (!grad.is_none()) {
+    const DLTensor g = view(grad.ptr());
+    entry.gradient_type = g.dtype;
+    if (g.ndim == p.ndim) std::copy_n(g.strides, g.ndim, dims_.end() - g.ndim);
+  }
   DLTensor typed = p;
   typed.dtype = entry.gradient_type;
   row.dtype[kGrad] = element_type(typed);
@@ -113,7 +141,9 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   numel_ += row.numel;
   entries_.push_back(entry);
   rows_.push_back(row);
-  const bool plain = anatomy.known() && torch.is_plain(param) && p.ndim <= Anatomy::kInlineDims;
+  const std::int64_t* const strides = dims_.data() + entry.dims + p.ndim;
+  const bool usual = !counts_on_device_ || std::equal(strides, strides + p.ndim, strides + p.ndim);
+  const bool plain = usual && anatomy.known() && torch.is_plain(param) && p.ndim <= Anatomy::kInlineDims;
   entries_.back().quick = plain && param_stands(entry, row) && state_stands(entries_.size() - 1);
 }
 
@@ -202,7 +232,40 @@ py::tuple Plan::run(const py::capsule& engine, int threads, double inverse_scale
   return py::make_tuple(job.squared_norm, job.skipped);
 }
 
+bool Plan::write(const py::handle& live) const {
+  const DLTensor table = view(live.ptr());
+  auto* out = reinterpret_cast<std::int64_t*>(address(table));
+  const std::size_t words = 2 * rows_.size() + std::accumulate(groups_.begin(), groups_.end(), std::size_t{0},
+                                                               [](std::size_t sum, const Group& group) {
+                                                                 return sum + 2 * group.hyper.size() + 2;
+                                                               });
+  if (table.dtype.code != kDLInt || table.dtype.bits != 64 || table.ndim != 1 || table.device.device_type != kDLCPU ||
+      table.shape[0] != static_cast<std::int64_t>(words)) {
+    throw std::invalid_argument("the table must be a CPU int64 tensor of " + std::to_string(words) + " elements");
+  }
+  std::int64_t changed = 0;
+  const auto put = [&](std::int64_t word) {
+    changed |= *out ^ word;
+    *out++ = word;
+  };
+  for (const Row& row : rows_) put(row.active ? reinterpret_cast<std::int64_t>(row.data[kGrad]) : 0);
+  for (const Row& row : rows_) put(row.active ? row.cohort : -1);
+  for (const Group& group : groups_) {
+    for (std::size_t k = 0; k < group.hyper.size(); ++k) {
+      put(std::bit_cast<std::int64_t>(group.values[k]));
+      put(group.sources[k]);
+    }
+    put(group.is_decoupled);
+    put(group.common.sign < 0 ? -1 : 1);
+  }
+  return changed != 0;
+}
+
 void Plan::commit() {
+  if (counts_on_device_) {
+    for (std::size_t i = 0; i < rows_.size(); ++i) entries_[i].first &= !rows_[i].active;
+    return;
+  }
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     if (i + kAhead < rows_.size()) __builtin_prefetch(entries_[i + kAhead].scalars[0].address, 1);
     if (!rows_[i].active) continue;

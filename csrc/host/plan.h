@@ -8,6 +8,7 @@
 #include <pybind11/pybind11.h>
 
 #include <deque>
+#include <string>
 #include <vector>
 
 #include "core/job.h"
@@ -32,16 +33,33 @@ struct Switch {
   bool on;
 };
 
+// Where an engine on a device reads hyperparameter k of a group: an address, if it is a tensor there.
+// Bit 0 of the address is set when it is a double.
+using Sources = std::int64_t[2 + kMaxHyper];
+
+// A kernel of which the host knows only names: a device prepares its coefficients, and counts its steps.
+struct NamedKernel {
+  std::string rule;
+  std::vector<std::string> states, scalars, hyper;
+  std::vector<const char*> pointers;
+  Kernel kernel;
+  NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
+              std::vector<std::string> hyper);
+};
+
 struct Group {
   py::dict dict;
   py::list params;
   py::list held;  // the same parameters, kept alive so that an address means the same object
   const Kernel* kernel;
+  py::object kernel_owner;
   std::vector<HyperKey> hyper;  // lr, weight_decay, then the kernel's
   std::vector<Switch> switches;
   py::object decoupled;  // True, False, or the key of a flag
   Cohort common;         // read in each scan, without coefficients
-  double values[kMaxHyper];
+  double values[2 + kMaxHyper];  // in the order of hyper
+  Sources sources;
+  bool is_decoupled;
 };
 
 // A 0-dim state such as `step`.
@@ -56,7 +74,7 @@ struct Entry {
   const Layouts* layouts;       // with a gradient laid out like the parameter
   Anatomy::Kind gradient_kind;  // of a gradient that was found to fit
   Scalar scalars[kMaxScalars];
-  std::uint32_t dims;  // in dims_: the parameter's shape, then strides
+  std::uint32_t dims;  // in dims_: the parameter's shape, its strides, its gradient's when it was planned
   std::int32_t group;
   std::int32_t ndim;
   DLDataType gradient_type;
@@ -97,6 +115,11 @@ class Plan {
   py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                 bool update, bool skip_nonfinite, double squared_norm);
 
+  // For engines on a device: writes for every row the gradient's address (0: none), then for every row its group
+  // times two, plus one if its states are new (-1: no gradient), then for every group the pairs of a value and a
+  // source of its hyperparameters, whether decay is decoupled, and the sign. Returns whether anything changed.
+  bool write(const py::handle& live) const;
+
   // The step happened: advance the step counters.
   void commit();
   void release_gradients();
@@ -127,6 +150,8 @@ class Plan {
   bool read_unusual(std::size_t i);
   bool fetch_gradient(std::size_t i);
   bool join_cohort(const Entry& entry, Row& row);
+  bool find_source(PyObject* value, std::int64_t* source) const;
+  bool strides_planned(const DLTensor& gradient, const Entry& entry) const;
 
   struct CohortKey {
     std::int32_t group;
@@ -158,6 +183,8 @@ class Plan {
   std::vector<std::int64_t> bundles_;
   std::vector<double> partials_;
   std::int64_t numel_ = 0;
+  DLDevice device_{kDLCPU, 0};
+  bool counts_on_device_ = false;
 };
 
 }  // namespace fusedopt::host

@@ -159,7 +159,7 @@ bool Plan::groups_stand() {
 bool Plan::read_group(Group& group) const {
   static PyObject* const maximize_key = PyUnicode_InternFromString("maximize");
   PyObject* const dict = group.dict.ptr();
-  double numbers[2 + kMaxHyper];
+  double* const numbers = group.values;
   for (std::size_t k = 0; k < group.hyper.size(); ++k) {
     const HyperKey& h = group.hyper[k];
     PyObject* value = PyDict_GetItemWithError(dict, h.key.ptr());
@@ -168,6 +168,11 @@ bool Plan::read_group(Group& group) const {
       if (!PyTuple_Check(value) && !PyList_Check(value)) return false;
       if (PySequence_Fast_GET_SIZE(value) <= h.index) return false;
       value = PySequence_Fast_GET_ITEM(value, h.index);
+    }
+    group.sources[k] = 0;
+    if (counts_on_device_ && find_source(value, &group.sources[k])) {
+      numbers[k] = 0;
+      continue;
     }
     if (!read_number(value, &numbers[k]) || !(numbers[k] >= h.low && numbers[k] <= h.high)) return false;
   }
@@ -188,7 +193,22 @@ bool Plan::read_group(Group& group) const {
   group.common.coupled_decay = decoupled ? 0 : weight_decay;
   group.common.keep = decoupled ? 1 - lr * weight_decay : 1;
   group.common.sign = truth(maximize) ? -1 : 1;
-  std::copy_n(numbers + 2, group.kernel->n_hyper, group.values);
+  group.is_decoupled = decoupled;
+  return true;
+}
+
+// A one-element tensor on the device of the plan is read there, so that nothing waits for it.
+bool Plan::find_source(PyObject* value, std::int64_t* source) const {
+  DLTensor t;
+  if (PyFloat_CheckExact(value) || !torch.is_plain(value)) return false;
+  if (!torch.view(value, &t)) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool here = t.device.device_type == device_.device_type && t.device.device_id == device_.device_id;
+  const bool is_float = t.dtype.code == kDLFloat && (t.dtype.bits == 32 || t.dtype.bits == 64);
+  if (!here || !is_float || std::any_of(t.shape, t.shape + t.ndim, [](std::int64_t n) { return n != 1; })) return false;
+  *source = reinterpret_cast<std::int64_t>(address(t)) | (t.dtype.bits == 64);
   return true;
 }
 
@@ -297,11 +317,13 @@ bool Plan::read_unusual(std::size_t i) {
   gradients_[i] = resolved(given);
   DLTensor g;
   if (!gradients_[i] || !torch.view(gradients_[i], &g)) return false;
-  if (g.device.device_type != kDLCPU || !same_type(g.dtype, entry.gradient_type)) return false;
+  if (g.device.device_type != device_.device_type || g.device.device_id != device_.device_id) return false;
+  if (!same_type(g.dtype, entry.gradient_type)) return false;
   const std::int64_t* shape = dims_.data() + entry.dims;
   if (g.ndim != entry.ndim || !std::equal(shape, shape + g.ndim, g.shape)) return false;
   if (entry.quick && gradients_[i] == given) entry.gradient_kind = anatomy.kind(given);
   row.data[kGrad] = address(g);
+  if (counts_on_device_) return strides_planned(g, entry) && join_cohort(entry, row);
   row.layouts = entry.layouts;
   row.direct = entry.direct;
   const Layout layout = Geometry(g, shape + g.ndim).layout_of(g);
@@ -315,9 +337,24 @@ bool Plan::read_unusual(std::size_t i) {
   return join_cohort(entry, row);
 }
 
+// Tables on a device have the strides of the gradient that was there when they were made.
+bool Plan::strides_planned(const DLTensor& gradient, const Entry& entry) const {
+  const std::int64_t* planned = dims_.data() + entry.dims + 2 * entry.ndim;
+  std::int64_t* const end = gradient.shape + gradient.ndim;
+  if (std::find(gradient.shape, end, std::int64_t{0}) != end) return true;
+  for (int d = 0; d < gradient.ndim; ++d) {
+    if (gradient.shape[d] != 1 && gradient.strides[d] != planned[d]) return false;
+  }
+  return true;
+}
+
 // Puts a row with a gradient into the cohort of its group with equal counters; false when a counter must be widened.
 bool Plan::join_cohort(const Entry& entry, Row& row) {
   const Kernel& kernel = *row.kernel;
+  if (counts_on_device_) {
+    row.cohort = 2 * entry.group + entry.first;
+    return true;
+  }
   CohortKey key{entry.group, entry.first, {}, {}};
   for (int k = 0; k < kernel.n_scalars; ++k) {
     key.before[k] = read_scalar(entry.scalars[k]);
@@ -336,7 +373,7 @@ bool Plan::join_cohort(const Entry& entry, Row& row) {
   Cohort cohort = group.common;
   std::copy(std::begin(key.before), std::end(key.before), key.after);
   if (kernel.n_scalars) key.after[0] += 1;  // `step` comes first
-  kernel.prepare(group.values, key.after, key.first, cohort.coefficients);
+  kernel.prepare(group.values + 2, key.after, key.first, cohort.coefficients);
   cohorts_.push_back(cohort);
   cohort_keys_.push_back(key);
   row.cohort = static_cast<std::int32_t>(cohorts_.size()) - 1;

@@ -1,7 +1,9 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
 ``available() -> None | str`` says why an engine cannot run here; ``accepts(p, group) -> None | str`` why it
-cannot step a parameter; ``Plan(optimizer, members, fresh)`` is what one step runs on.
+cannot step a parameter; ``counters(p) -> device`` where it keeps a parameter's step; ``home() -> device`` what it is for;
+``Plan(optimizer, members, fresh)`` is what one step runs on. A plan that is ``asynchronous`` belongs to one device,
+and tells its verdicts in tensors there; others know them when ``run`` returns.
 """
 
 from __future__ import annotations
@@ -9,12 +11,15 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fusedopt.engines import cpu, eager
+from fusedopt.engines import cpu, device, eager, triton
+
+Verdict = device.Verdict
 
 # In the order in which "auto" prefers them.
-ENGINES: dict[str, ModuleType] = {"cpu": cpu, "eager": eager}
+ENGINES: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
 
 
 def require(name: str) -> None:
@@ -58,6 +63,22 @@ def choose(name: str, p: Tensor, group: dict[str, Any], label: str) -> str:
         if reason is None:
             return candidate
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
+
+
+def counters(name: str, p: Tensor) -> torch.device:
+    """Where an engine keeps a parameter's step."""
+    return ENGINES[name].counters(p)
+
+
+def place(name: str, p: Tensor) -> torch.device | None:
+    """The device that a plan of the engine with this parameter belongs to; None if one plan serves all."""
+    return p.device if ENGINES[name].Plan.asynchronous else None
+
+
+def refuse_capture(name: str, p: Tensor) -> None:
+    """Raises while a graph is captured on the parameter's device: what was not planned before cannot be in it."""
+    if ENGINES[name].Plan.asynchronous:
+        device.refuse_capture(p.device, "a step needed new states, or found other tensors than the one before,")
 
 
 def plan(name: str, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> Any:

@@ -24,8 +24,21 @@ def accepts(p: Tensor, group: Any) -> str | None:
     return None
 
 
+def home() -> torch.device:
+    """The device that the engine is for."""
+    return torch.device("cpu")
+
+
+def counters(p: Tensor) -> torch.device:
+    """Where the engine keeps a parameter's step."""
+    return torch.device("cpu")
+
+
 class Plan:
     """The parameters of an optimizer that this engine steps."""
+
+    asynchronous = False
+    device = None
 
     def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
         self.optimizer = optimizer
@@ -53,34 +66,27 @@ class Plan:
                     continue
                 name = checks.name_of(group, g, i, p)
                 optimizer.check_parameter(p, group, name)
-                if optimizer.needs_state(p, group) or engines.choose(optimizer.engine, p, group, name) != "eager":
+                if optimizer.needs_state(p, group, counters(p)) or engines.choose(optimizer.engine, p, group, name) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False
         return True
 
     def run(
-        self,
-        inverse_scale: float,
-        max_norm: float,
-        measure: bool,
-        update: bool,
-        skip_nonfinite: bool,
-        squared_norm: float,
-    ) -> tuple[float, bool]:
-        """Measure the gradients, update the parameters, or both."""
-        if measure:
-            squared_norm = float(self._squared_norm())
-        norm = math.sqrt(squared_norm) * inverse_scale
+        self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None
+    ) -> tuple[float, float, bool]:
+        """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
+        squared = float(self._squared_norm()) if measure else squared or 0.0
+        norm = math.sqrt(squared) * scaling.inverse
         skipped = skip_nonfinite and not math.isfinite(norm)
         if update and not skipped:
             clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
-            factor = inverse_scale * (1.0 if clip > 1 else clip)
+            factor = scaling.inverse * (1.0 if clip > 1 else clip)
             for _, _, p, group in self._parameters():
                 if p.grad is not None:
                     with torch.set_grad_enabled(bool(group["differentiable"])):
                         self._update(p, group, factor)
-        return squared_norm, skipped
+        return squared, norm, skipped
 
     def finish(self, *, stepped: bool) -> None:
         """The step is over."""

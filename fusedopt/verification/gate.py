@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.engines import ENGINES
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import CASES, Case
-from fusedopt.verification.trajectory import RESUME_AT, gradients, parameters, run, run_reference
+from fusedopt.verification.trajectory import CPU, STEPS, gradients, parameters, run, run_reference
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -73,17 +74,19 @@ def verify(
     return results
 
 
-def compare(case: Case, engine: str, dtype: torch.dtype) -> Result:
-    """One case on one engine."""
+def compare(case: Case, engine: str, dtype: torch.dtype, steps: int = STEPS) -> Result:
+    """One case on one engine, on the device that it is for."""
     if dtype in HALF:
         return _compare_one_step(case, engine, dtype)
-    truth, skip = _truth(case)
-    ours, _ = run(lambda p: case.build(p, engine=engine), dtype, resume_at=RESUME_AT)
+    truth, skip = _truth(case, steps)
+    device = ENGINES[engine].home()
+    ours, _ = run(lambda p: case.build(p, engine=engine), dtype, steps, resume=True, device=device)
+    ours = [p.cpu() for p in ours]
     error = _distance(ours, truth, skip)
     if dtype == torch.float64:
         scale = max(t.abs().max().item() for t in truth if t.numel())
-        return _result(case, engine, dtype, error / scale, case.exact, "relative")
-    return _result(case, engine, dtype, error, 2 * _own_error(case), "absolute")
+        return _result(case, engine, dtype, error / scale, case.exact, "relative", steps=steps)
+    return _result(case, engine, dtype, error, 2 * _own_error(case, steps), "absolute", steps=steps)
 
 
 def has_oracle(case: Case) -> bool:
@@ -100,23 +103,23 @@ def oracle(case: Case, params: Any) -> torch.optim.Optimizer:
 
 
 @cache
-def _truth(case: Case) -> tuple[list[Tensor], list[Tensor] | None]:
+def _truth(case: Case, steps: int) -> tuple[list[Tensor], list[Tensor] | None]:
     """The fp64 result, and which elements hang on rounding."""
-    loop = run_reference(case, torch.float64) if case.signs or not has_oracle(case) else None
+    loop = run_reference(case, torch.float64, steps) if case.signs or not has_oracle(case) else None
     skip = [state["doubtful"] for state in loop[1]] if loop and case.signs else None
     if loop and not has_oracle(case):
         return loop[0], skip
-    return run(lambda p: oracle(case, p), torch.float64)[0], skip
+    return run(lambda p: oracle(case, p), torch.float64, steps)[0], skip
 
 
 @cache
-def _own_error(case: Case) -> float:
+def _own_error(case: Case, steps: int) -> float:
     """How far the oracle itself is from the truth in fp32."""
-    truth, skip = _truth(case)
+    truth, skip = _truth(case, steps)
     if has_oracle(case):
-        theirs, _ = run(lambda p: oracle(case, p), torch.float32)
+        theirs, _ = run(lambda p: oracle(case, p), torch.float32, steps)
     else:
-        theirs, _ = run_reference(case, torch.float32)
+        theirs, _ = run_reference(case, torch.float32, steps)
     return _distance(theirs, truth, skip)
 
 
@@ -134,24 +137,28 @@ def _distance(result: list[Tensor], truth: list[Tensor], skip: list[Tensor] | No
 def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     steps = 12
     *_, last = gradients(steps + 1)
-    start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps)
+    home = ENGINES[engine].home()
+    start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps, device=home)
+    start = [p.cpu() for p in start]
     state = copy.deepcopy(before.state_dict())
     state["param_groups"][0]["lr"] *= VISIBLE
 
-    def step(make: Callable[[Any], torch.optim.Optimizer], kind: torch.dtype) -> tuple[list[Tensor], Any]:
-        params = [torch.nn.Parameter(p.to(kind, copy=True)) for p in start]
+    def step(
+        make: Callable[[Any], torch.optim.Optimizer], kind: torch.dtype, device: torch.device = CPU
+    ) -> tuple[list[Tensor], Any]:
+        params = [torch.nn.Parameter(p.to(device, kind, copy=True)) for p in start]
         optimizer = make(params)
         optimizer.load_state_dict(copy.deepcopy(state))
         for p, g in zip(params, last, strict=True):
-            p.grad = None if g is None else g.to(kind)
+            p.grad = None if g is None else g.to(device, kind)
         oracles.step(optimizer)
-        return [p.detach() for p in params], optimizer
+        return [p.detach().cpu() for p in params], optimizer
 
-    ours, _ = step(lambda p: case.build(p, engine=engine), dtype)
+    ours, _ = step(lambda p: case.build(p, engine=engine), dtype, home)
     # A textbook loop cannot read a state; the eager rule in fp64, which the loop has judged, can.
     make = (lambda p: oracle(case, p)) if has_oracle(case) else (lambda p: case.build(p, engine="eager"))
     for entry in state["state"].values():  # adabound computes with the tensor as it is
-        entry.update({k: v.double() for k, v in entry.items() if k == "step"})
+        entry.update({k: v.cpu().double() for k, v in entry.items() if k == "step"})
     truth, after = step(make, torch.float64)
     worst, doubtful, total = 0, 0, 0
     for k, (a, b) in enumerate(zip(ours, truth, strict=True)):
@@ -160,7 +167,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
         given = last[k]
         if case.signs and given is not None:
             beta1 = after.param_groups[0]["betas"][0]
-            m, g = state["state"][k]["exp_avg"].double(), given.double()
+            m, g = state["state"][k]["exp_avg"].cpu().double(), given.double()
             c = beta1 * m + (1 - beta1) * g
             doubt = (c.abs() < 1e-5 * ((beta1 * m).abs() + ((1 - beta1) * g).abs())) & (c != 0)
             doubtful += int(doubt.sum())
@@ -187,13 +194,20 @@ def ulps(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _result(
-    case: Case, engine: str, dtype: torch.dtype, error: float, limit: float, unit: str, note: str = ""
+    case: Case,
+    engine: str,
+    dtype: torch.dtype,
+    error: float,
+    limit: float,
+    unit: str,
+    note: str = "",
+    steps: int = STEPS,
 ) -> Result:
     source = oracles.version(case.oracle) if has_oracle(case) else "textbook loop"
     if not has_oracle(case):
         note = f"{case.oracle.partition(':')[0]} is not installed"
     elif dtype == torch.float32 and case.signs:
-        _, skip = _truth(case)
+        _, skip = _truth(case, steps)
         assert skip is not None
         doubtful, total = sum(int(s.sum()) for s in skip), sum(s.numel() for s in skip)
         note = f"{doubtful} of {total} signs hang on rounding"

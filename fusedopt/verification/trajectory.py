@@ -14,18 +14,19 @@ from fusedopt.verification import oracles
 from fusedopt.verification.cases import Case
 
 STEPS = 300
-RESUME_AT = 140
 # Empty, scalar, odd, one past a vector, one past the smallest tile, and a matrix.
 SHAPES = ((0,), (), (1,), (31,), (4097,), (37, 29))
+
+CPU = torch.device("cpu")
 
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def parameters(dtype: torch.dtype, seed: int = 0) -> list[torch.nn.Parameter]:
+def parameters(dtype: torch.dtype, device: torch.device = CPU, seed: int = 0) -> list[torch.nn.Parameter]:
     """Parameters whose values any dtype holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     values = (torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES)
-    return [torch.nn.Parameter(v.to(dtype)) for v in values]
+    return [torch.nn.Parameter(v.to(device, dtype)) for v in values]
 
 
 def gradients(steps: int, seed: int = 1) -> Iterator[list[Tensor | None]]:
@@ -51,30 +52,33 @@ def schedule(group: dict[str, Any], base: dict[str, Any], t: int) -> None:
         group["momentum"] = base["momentum"] - 0.04 * (1 + wave)
 
 
-def run(make: Make, dtype: torch.dtype, steps: int = STEPS, resume_at: int | None = None) -> tuple[list[Tensor], Any]:
+def run(
+    make: Make, dtype: torch.dtype, steps: int = STEPS, resume: bool = False, device: torch.device = CPU
+) -> tuple[list[Tensor], Any]:
     """Step an optimizer through the trajectory.
 
     Args:
         make: Builds it from parameters.
         dtype: Of parameters and gradients.
         steps: How many.
-        resume_at: Before this step, save the state, and go on with a new optimizer that loads it.
+        resume: Before the middle, save the state, and go on with a new optimizer that loads it.
+        device: Of parameters and gradients.
 
     Returns:
         The parameters at the end, and the optimizer.
     """
-    params = parameters(dtype)
+    params = parameters(dtype, device)
     optimizer = make(params)
     base = dict(optimizer.param_groups[0])
     for t, step in enumerate(gradients(steps)):
-        if t == resume_at:
+        if resume and t == steps * 7 // 15:
             file = io.BytesIO()
             torch.save(optimizer.state_dict(), file)
             file.seek(0)
             optimizer = make(params)
             optimizer.load_state_dict(torch.load(file))
         for p, g in zip(params, step, strict=True):
-            p.grad = None if g is None else g.to(dtype)
+            p.grad = None if g is None else g.to(device, dtype)
         schedule(optimizer.param_groups[0], base, t)
         oracles.step(optimizer)
     return [p.detach() for p in params], optimizer

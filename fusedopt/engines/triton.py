@@ -1,0 +1,109 @@
+"""The Triton engine's Python face: NVIDIA, AMD and Intel GPUs, without a compiler for C++ or CUDA.
+
+With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly, to check and to debug them.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks
+from fusedopt.engines.device import DevicePlan
+from fusedopt.rule import Rule
+
+TILE = 1024
+WARPS = 4
+PROGRAMS_PER_PROCESSOR = 8
+INTERPRETED_TILE, INTERPRETED_PROGRAMS = 8192, 2  # few, large: each operation is a call of numpy
+GPUS = ("cuda", "xpu")  # AMD's are torch's "cuda" too
+
+
+def interprets() -> bool:
+    """Whether Triton was told to interpret kernels on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+@cache
+def available() -> str | None:
+    """Why the engine cannot run here; None if it can."""
+    try:
+        import triton  # noqa: F401
+    except Exception as error:
+        return f"triton does not import: {error}"
+    if interprets() or any(getattr(torch, kind).is_available() for kind in GPUS):
+        return None
+    return "torch sees no GPU"
+
+
+def accepts(p: Tensor, group: Any) -> str | None:
+    """Why the engine cannot step a parameter; None if it can."""
+    if p.device.type not in (("cpu",) if interprets() else GPUS):
+        return f"it is on {p.device}"
+    return checks.unsteppable(p, group)
+
+
+def home() -> torch.device:
+    """The device that the engine is for."""
+    if interprets():
+        return torch.device("cpu")
+    return torch.device(next(kind for kind in GPUS if getattr(torch, kind).is_available()))
+
+
+def counters(p: Tensor) -> torch.device:
+    """Where the engine keeps a parameter's step."""
+    return p.device
+
+
+def constants(rule: type[Rule], kinds: str, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the norm and the step kernel are specialised to."""
+    from fusedopt.triton_kernels import rules
+
+    ours = rules.by_name()[rule.name]
+    shared = {"KINDS": kinds, "WIDTH": 4 + len(ours.states) + len(ours.scalars), "TILE": tile}
+    counts = {"N_STATES": len(ours.states), "N_SCALARS": len(ours.scalars), "N_HYPER": len(ours.hyper)}
+    return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
+
+
+class Plan(DevicePlan):
+    """The parameters of an optimizer that this engine steps on one device."""
+
+    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+        from fusedopt.triton_kernels import norm, rules, step
+
+        device = members[0].device
+        ours = rules.by_name()[optimizer.rule.name]
+        tile, programs = (INTERPRETED_TILE, INTERPRETED_PROGRAMS) if device.type == "cpu" else (TILE, _programs(device))
+        super().__init__(optimizer, members, fresh, (ours.states, ours.scalars, ours.hyper), programs, tile)
+        for_norm, for_step = constants(optimizer.rule, self.table.kinds, tile)
+        options = {} if device.type == "cpu" else {"num_warps": WARPS, "enable_fp_fusion": True}
+        self._norm, self._step = norm.norm[(self.table.programs,)], step.step[(self.table.programs,)]
+        self._for_norm, self._for_step = for_norm | options, for_step | options
+        self._partials = torch.empty(self.table.programs, dtype=torch.float64, device=device)
+
+    def measure(self) -> None:
+        """Launch the norm kernel."""
+        t, v = self.table, self.verdict
+        self._norm(
+            t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, self._partials, v.doubles, v.counts, t.count,
+            **self._for_norm,
+        )  # fmt: skip
+
+    def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """Launch the step kernel."""
+        t, v = self.table, self.verdict
+        self._step(
+            t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, v.doubles, v.counts, grad_scale, found_inf,
+            t.count, **self._for_step,
+        )  # fmt: skip
+
+
+@cache
+def _programs(device: torch.device) -> int:
+    properties = torch.get_device_module(device).get_device_properties(device)
+    processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    return PROGRAMS_PER_PROCESSOR * processors

@@ -1,0 +1,22 @@
+"""NAdamW (MLCommons form): ``d = (b1 m + (1 - b1) g) / (1 - b1^t) / (sqrt(v) / sqrt(1 - b2^t) + eps)``."""
+
+import triton
+import triton.language as tl
+
+from fusedopt.triton_kernels.math import bias_correction
+from fusedopt.triton_kernels.moments import ratio
+
+name = "nadamw"
+states = ("exp_avg", "exp_avg_sq")
+scalars = ("step",)
+hyper = ("beta1", "beta2", "eps")
+direction = ratio
+
+
+@triton.jit
+def prepare(h, s, first):
+    """Coefficients of ``ratio``."""
+    beta1, beta2, eps = h
+    scale = 1 / bias_correction(beta1, s[0])
+    root_scale = 1 / tl.sqrt(bias_correction(beta2, s[0]))
+    return (1 - beta1, beta2, 1 - beta2, beta1 * scale, (1 - beta1) * scale, root_scale, eps), s

@@ -1,0 +1,27 @@
+"""SGD: ``b <- mu b + (1 - tau) g`` (first step: ``b <- g``), ``d = g + mu b`` with Nesterov, else b; mu = 0: d = g."""
+
+import triton
+import triton.language as tl
+
+name = "sgd"
+states = ("momentum_buffer",)
+scalars = ()
+hyper = ("momentum", "dampening", "nesterov")
+
+
+@triton.jit
+def prepare(h, s, first):
+    """Coefficients of ``direction``. A fresh buffer is zero, so the first step needs only its gain to be 1."""
+    momentum, dampening, nesterov = h
+    return (momentum, tl.where(first, 1.0, 1 - dampening), nesterov), s
+
+
+@triton.jit
+def direction(p, g, state, c, STATES):
+    """See the module's text."""
+    if len(state) == 0:
+        return g, state
+    else:
+        momentum, gain, nesterov = c
+        buffer = momentum * state[0] + gain * g
+        return tl.where(nesterov != 0, g + momentum * buffer, buffer), (buffer,)
