@@ -175,6 +175,7 @@ setup(
         "fusedopt.engines",
         "fusedopt.verification",
         "fusedopt.cli",
+        "fusedopt.inspection",
         "fusedopt.triton_kernels",
         "fusedopt.triton_kernels.rules",
         "fusedopt.bench",

@@ -13,12 +13,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, engines
-from fusedopt.rule import Rule
+from fusedopt.rule import LAST_FLOAT_STEP, Rule
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-# A float32 counter stops counting here; it is then replaced by a float64 one.
-LAST_FLOAT_STEP = 2**24
 
 Fresh = list[tuple[Tensor, tuple[str, ...]]]  # parameters, and the names of states made for this step
 
@@ -258,16 +255,19 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], fresh: Fresh) -> None:
         """Make the states that parameters with gradients lack, and enter them in ``fresh``."""
-        counters = _Counters()
-        for engine, p, group in assigned:
+        with_gradients = [(engine, p, group) for engine, p, group in assigned if p.grad is not None]
+        counters = _Counters((self.state.get(p, {}) for _, p, _ in with_gradients), self.rule.scalars)
+        for engine, p, group in with_gradients:
             place = engines.counters(engine, p)
-            if p.grad is None or not self.needs_state(p, group, place):
-                continue
             has = self.state.get(p, {})
             new = {k: v for k, v in initial_state(self.rule, p, group).items() if has.get(k) is None}
-            values = {k: new.get(k, has.get(k)) for k in self.rule.scalars}
-            counters.want(self.state[p], {k: v for k, v in values.items() if _unfit(v, place)}, place)
+            scalars = {k: new.get(k, has.get(k)) for k in self.rule.scalars}
+            unfit = {k: v for k, v in scalars.items() if counters.unfit(v, place)}
+            if not new and not unfit:
+                continue
             self.state[p].update(new)
+            for name, value in unfit.items():
+                counters.want(self.state[p], name, value, place)
             if new:
                 fresh.append((p, tuple(new)))
         counters.make()
@@ -424,44 +424,65 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def _unfit(counter: Any, place: torch.device) -> bool:
-    """Whether a scalar state is not a float there, or a float32 at the end of its exact range.
-
-    The latter is not asked of a device, which would have to be waited for.
-    """
+def _unfit(counter: Any, place: torch.device, worn: bool | None = None) -> bool:
+    """Whether a scalar state is not a float there, or a float32 at the end of its exact range (``worn``, if known)."""
     if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
         return True
-    if counter.dtype == torch.float64:
-        return False
-    return counter.dtype != torch.float32 or (place.type == "cpu" and float(counter) >= LAST_FLOAT_STEP)
+    if counter.dtype != torch.float32:
+        return counter.dtype != torch.float64
+    return float(counter) >= LAST_FLOAT_STEP if worn is None else worn
 
 
 def _counter(value: Any) -> Tensor:
-    """A scalar state of its own: float64 if it was or must be, else float32."""
+    """A scalar state of its own: float64 if it was or must be, else float32. One on a GPU stays, unread."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.is_floating_point() and not value.dim():
+        return value.detach().clone()
     wide = isinstance(value, Tensor) and value.dtype == torch.float64
     dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
     return torch.tensor(float(value), dtype=dtype)
 
 
 class _Counters:
-    """Scalar states to be made, together for each place: many tensors of one number are slow to send to a device."""
+    """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
 
-    def __init__(self) -> None:
-        self._wanted: dict[tuple[torch.device, torch.dtype], list[tuple[dict[str, Any], str, float]]] = {}
+    def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
+        there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for value in (state[name] for state in states for name in names if name in state):
+            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.dim():
+                there[value.device, value.dtype].append(value.detach())
+        self._read = {
+            id(t): v for ts in there.values() for t, v in zip(ts, torch.stack(ts).tolist(), strict=True)
+        }
+        self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
 
-    def want(self, state: dict[str, Any], values: dict[str, Any], place: torch.device) -> None:
-        for name, value in values.items():
-            counter = _counter(value)
-            self._wanted.setdefault((place, counter.dtype), []).append((state, name, float(counter)))
+    def unfit(self, value: Any, place: torch.device) -> bool:
+        """Whether it cannot count there."""
+        known = self._read.get(id(value))
+        return _unfit(value, place, None if known is None else known >= LAST_FLOAT_STEP)
+
+    def want(self, state: dict[str, Any], name: str, value: Any, place: torch.device) -> None:
+        """One is to be made of a value, there."""
+        wide = isinstance(value, Tensor) and value.dtype == torch.float64
+        number = self._read.get(id(value), value)
+        self._wanted[place].append((state, name, _counter(torch.tensor(number).double() if wide else number)))
 
     def make(self) -> None:
-        for (place, dtype), wanted in self._wanted.items():
-            if place.type == "cpu":
-                made = [torch.tensor(value, dtype=dtype) for _, _, value in wanted]
-            else:
-                made = torch.tensor([value for _, _, value in wanted], dtype=dtype).to(place).unbind()
+        """Make them."""
+        for place, wanted in self._wanted.items():
+            made = [counter for _, _, counter in wanted]
+            if place.type != "cpu":
+                made = _moved(made, place)
             for (state, name, _), counter in zip(wanted, made, strict=True):
                 state[name] = counter
+
+
+def _moved(counters: list[Tensor], place: torch.device) -> list[Tensor]:
+    """The same numbers on a device: as parts of one tensor for each dtype."""
+    made: dict[int, Tensor] = {}
+    for dtype in {c.dtype for c in counters}:
+        chosen = [i for i, c in enumerate(counters) if c.dtype == dtype]
+        made.update(zip(chosen, torch.stack([counters[i] for i in chosen]).to(place).unbind(), strict=True))
+    return [made[i] for i in range(len(counters))]
 
 
 def _scalar_dtype() -> torch.dtype:

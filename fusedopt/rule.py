@@ -19,6 +19,9 @@ from torch import Tensor
 
 Group = Mapping[str, Any]
 
+# A float32 counter stops counting here; it is then replaced by a float64 one.
+LAST_FLOAT_STEP = 2**24
+
 
 @dataclass(frozen=True, slots=True)
 class Hyper:

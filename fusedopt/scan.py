@@ -114,7 +114,7 @@ class Scan:
     def _read(self, row: _Row | None) -> bool:
         g = row.p.grad if row else None
         if g is not None:
-            g = g.resolve_conj().resolve_neg()
+            g = resolved(g)
         self._gradients.append(g)
         return row is None or row.stands(self._state.get(row.p), g)
 
@@ -130,7 +130,7 @@ class _Row:
         self.ready = all(t is not None for t in self.watched) and (bool(state) or not (states or scalars))
         self.at = self._where(p)
         self.gradient_dtype = p.dtype if p.grad is None else p.grad.dtype
-        self.gradient_stride = significant(p if p.grad is None else p.grad)
+        self.gradient_stride = significant(p if p.grad is None else resolved(p.grad))
         self.states_at = self._addresses()
 
     def stands(self, state: dict[str, Any] | None, g: Tensor | None) -> bool:
@@ -154,6 +154,11 @@ class _Row:
 
     def _addresses(self) -> list[int]:
         return [t.data_ptr() for t in self.watched if isinstance(t, Tensor)]
+
+
+def resolved(g: Tensor) -> Tensor:
+    """g, or what it stands for when it is lazily conjugated or negated."""
+    return g.resolve_conj().resolve_neg()
 
 
 def significant(t: Tensor) -> tuple[int, ...]:

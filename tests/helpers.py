@@ -10,6 +10,11 @@ ALL = list(fusedopt.optimizers.__all__)
 TORCH = [name for name in ALL if hasattr(torch.optim, name)]
 
 
+def fewer(engine, count):
+    """A tenth of the steps or tensors where every operation of a kernel is interpreted."""
+    return max(count // 10, 3) if engine == "triton" else count
+
+
 def params(*shapes, dtype=torch.float32):
     return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from helpers import ALL, BY_NAME, assert_same, close, fill_gradients, pair, params, same_gradients, snapshot
+from helpers import ALL, BY_NAME, assert_same, close, fewer, fill_gradients, pair, params, same_gradients, snapshot
 
 import fusedopt
 
@@ -41,7 +41,7 @@ def test_result_does_not_depend_on_position_or_threads(engine):
     whole, norm = stepped(70_001, 1)
     again, same_norm = stepped(70_001, 2)
     assert torch.equal(whole, again) and torch.equal(norm, same_norm)
-    for cut in (64, 1000, 4099):
+    for cut in (64, 1000, 4099)[engine == "triton" :]:  # more than a thousand tensors take the interpreter long
         pieces, other_norm = stepped(cut, 2)
         close(other_norm, norm, 1e-6)
         close(pieces, whole, 1e-6)
@@ -223,17 +223,19 @@ def test_step_counter_passes_two_to_the_24(engine):
     optimizer = fusedopt.AdamW(ps, engine=engine)
     fill_gradients(ps)
     optimizer.step()
-    optimizer.state[ps[0]]["step"].fill_(2**24 - 1)
-    for t in range(3):
+    state = optimizer.state_dict()
+    state["state"][0]["step"].fill_(2**24 - 2)
+    optimizer.load_state_dict(state)
+    for t in range(4):
         optimizer.step()
-        assert optimizer.state[ps[0]]["step"] == 2**24 + t
+        assert optimizer.state[ps[0]]["step"] == 2**24 - 1 + t
 
 
 def test_centered_rmsprop_stays_finite(engine):
     ps = params((2000,))
     gradient = torch.randn(2000)
     optimizer = fusedopt.RMSprop(ps, centered=True, alpha=0.9, lr=1e-4, engine=engine)
-    for _ in range(200):
+    for _ in range(fewer(engine, 200)):
         ps[0].grad = gradient
         optimizer.step()
     assert ps[0].isfinite().all()

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.variants import compute, count, is_strided
-from fusedopt.triton_kernels.walk import HEADER, KIND, NUMEL, aligned, is_last, place, read, share
+from fusedopt.triton_kernels.walk import HEADER, KIND, NUMEL, aligned, is_last, place, read, share, word
 
 # Tiles that are added up in single precision before they join the double precision sum.
 RUN = tl.constexpr(16)
@@ -16,7 +16,7 @@ def _squares(
     WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The squares of the gradient's elements in tile t."""
-    start = t * TILE
+    start = t.to(tl.int64) * TILE
     lanes = tl.arange(0, TILE)
     mask = start + lanes < numel
     if is_strided(KINDS, K):
@@ -38,7 +38,7 @@ def _sum(
     full_end = begin
     if not is_strided(KINDS, K):
         if aligned((gradient,)):
-            full_end = tl.minimum(end, numel // TILE)
+            full_end = tl.maximum(tl.minimum(end, (numel // TILE).to(tl.int32)), begin)
     for run in range(begin, full_end, RUN):
         part = tl.zeros((TILE,), T)
         for t in range(run, tl.minimum(run + RUN, full_end)):
@@ -85,9 +85,9 @@ def norm(
     tile, end, row, _ = share(shares)
     total = tl.zeros((), tl.float64)
     while tile < end:
-        first = tl.load(tiles + row)
-        stop = tl.minimum(tl.load(tiles + row + 1), end)
-        kind = tl.load(rows + row * WIDTH + KIND)
+        first = word(tiles + row)
+        stop = tl.minimum(word(tiles + row + 1), end)
+        kind = word(rows + row * WIDTH + KIND)
         active = tl.load(live + HEADER + n_rows + row) >= 0
         gradient = tl.load(live + HEADER + row)
         for k in tl.static_range(count(KINDS)):

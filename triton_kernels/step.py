@@ -21,8 +21,9 @@ from fusedopt.triton_kernels.walk import (
     place,
     read,
     share,
-    store_double,
+    store_scalars,
     to_type,
+    word,
     write,
 )
 
@@ -87,12 +88,12 @@ def _row(
     full_end = begin
     if not is_strided(KINDS, K):
         if aligned(addresses):
-            full_end = tl.maximum(tl.minimum(end, numel // TILE), begin)
+            full_end = tl.maximum(tl.minimum(end, (numel // TILE).to(tl.int32)), begin)
     PART: tl.constexpr = TILE // PARTS
-    for at in range(full_end * TILE, tl.minimum(end * TILE, numel), PART):
+    for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
         _block(rows, row, layouts, addresses, at, numel, common, c, DIRECTION, KINDS, K, WIDTH, PART, False)
     for back in range(begin, full_end):
-        at = (begin + full_end - 1 - back) * TILE
+        at = (begin + full_end - 1 - back).to(tl.int64) * TILE
         _block(rows, row, layouts, addresses, at, numel, common, c, DIRECTION, KINDS, K, WIDTH, TILE, True)
 
 
@@ -116,15 +117,13 @@ def _advance_scalars(
     """Counts the step in all rows that have a gradient."""
     lanes = tl.arange(0, 256)
     for base in range(0, n_rows, 256):
-        row = (base + lanes).to(tl.int64)
+        row = base + lanes
         cohort = tl.load(live + HEADER + n_rows + row, mask=row < n_rows, other=-1)
         active = cohort >= 0
         group = groups + (cohort >> 1) * (2 * (2 + N_HYPER) + FLAGS)
         scalars = advance(load_scalars(rows, row, active, ADDRESSES + 1 + N_STATES, N_SCALARS, WIDTH))
         c, scalars = PREPARE(load_hyper(group, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
-        for k in tl.static_range(N_SCALARS):
-            address = tl.load(rows + row * WIDTH + ADDRESSES + 1 + N_STATES + k, mask=active, other=0)
-            store_double(address, scalars[k], active)
+        store_scalars(rows, row, active, scalars, ADDRESSES + 1 + N_STATES, WIDTH)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -154,7 +153,7 @@ def step(
     if skipped == 0:
         begin, left, _, row = share(shares)
         while left > begin:  # rows of one cohort after another: `prepare` runs when the cohort changes
-            cohort = tl.load(live + HEADER + n_rows + row)
+            cohort = word(live + HEADER + n_rows + row)
             group = groups + tl.maximum(cohort >> 1, 0) * (2 * (2 + N_HYPER) + FLAGS)
             scalars = load_scalars(rows, row, cohort >= 0, ADDRESSES + 1 + N_STATES, N_SCALARS, WIDTH)
             h = load_hyper(group, cohort >= 0, 2, N_HYPER)
@@ -163,9 +162,9 @@ def step(
             common = to_type(_common(group, factor, cohort >= 0, N_HYPER), widest(KINDS))
             same = left > begin
             while same:
-                first = tl.load(tiles + row)
-                stop = tl.minimum(tl.load(tiles + row + 1), left)
-                kind = tl.load(rows + row * WIDTH + KIND)
+                first = word(tiles + row)
+                stop = tl.minimum(word(tiles + row + 1), left)
+                kind = word(rows + row * WIDTH + KIND)
                 gradient = tl.load(live + HEADER + row)
                 left = tl.maximum(tl.minimum(first, left), begin)
                 for k in tl.static_range(count(KINDS)):

@@ -1,7 +1,7 @@
 """How kernels find their way: the tables, a program's share of the tiles, and the tiles of a row.
 
 ``rows``: int64, for every row NUMEL, KIND, LAYOUT (where its strides begin), the parameter's address, those of
-its states, and those of its scalars; bit 0 of a scalar's address is set when it is a double.
+its states, and those of its scalars; bit 0 of a scalar's address is set when it is a double, not a float.
 ``tiles``: int64, for every row the number of tiles before it; at the end, of all.
 ``shares``: int64, for every program the first of its tiles, and the row that tile is in; at the end, the number of
 tiles and the last row.
@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.variants import compute, element, n_states
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 NUMEL = tl.constexpr(0)
 KIND = tl.constexpr(1)
@@ -31,26 +33,23 @@ HEADER = tl.constexpr(3)
 def share(shares):
     """This program's tiles [begin, end), the row of the first, and a row not before the last."""
     mine = shares + 2 * tl.program_id(0)
-    return tl.load(mine), tl.load(mine + 2), tl.load(mine + 1), tl.load(mine + 3)
+    return word(mine), word(mine + 2), word(mine + 1), word(mine + 3)
 
 
 @triton.jit
-def load_double(address, mask):
+def word(pointer):
+    """A row or tile number: there are fewer than 2^31 of either."""
+    return tl.load(pointer).to(tl.int32)
+
+
+@triton.jit
+def load_number(address, mask):
     """The number at an address, whose bit 0 says whether it is a double or a float."""
-    wide = (address & 1) != 0
-    base = address & ~1
-    double = tl.load(base.to(tl.pointer_type(tl.float64)), mask=wide & mask, other=0.0)
-    single = tl.load(base.to(tl.pointer_type(tl.float32)), mask=(wide == 0) & mask, other=0.0)
+    wide = mask & ((address & 1) != 0)
+    narrow = mask & ((address & 1) == 0)
+    double = tl.load((address & ~1).to(tl.pointer_type(tl.float64)), mask=wide, other=0.0)
+    single = tl.load(address.to(tl.pointer_type(tl.float32)), mask=narrow, other=0.0)
     return tl.where(wide, double, single.to(tl.float64))
-
-
-@triton.jit
-def store_double(address, value, mask):
-    """Puts a number at an address as ``load_double`` reads it."""
-    wide = (address & 1) != 0
-    base = address & ~1
-    tl.store(base.to(tl.pointer_type(tl.float64)), value, mask=wide & mask)
-    tl.store(base.to(tl.pointer_type(tl.float32)), value.to(tl.float32), mask=(wide == 0) & mask)
 
 
 @triton.jit
@@ -58,9 +57,20 @@ def load_scalars(rows, row, mask, FIRST: tl.constexpr, N: tl.constexpr, WIDTH: t
     """The scalars of a row, or of a block of rows."""
     out = ()
     for k in tl.static_range(N):
-        address = tl.load(rows + row * WIDTH + FIRST + k, mask=mask, other=0)
-        out = out + (load_double(address, mask),)
+        address = tl.load(rows + row.to(tl.int64) * WIDTH + FIRST + k, mask=mask, other=0)
+        out = out + (load_number(address, mask),)
     return out
+
+
+@triton.jit
+def store_scalars(rows, row, mask, scalars, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Puts them back."""
+    for k in tl.static_range(len(scalars)):
+        address = tl.load(rows + row.to(tl.int64) * WIDTH + FIRST + k, mask=mask, other=0)
+        wide = mask & ((address & 1) != 0)
+        narrow = mask & ((address & 1) == 0)
+        tl.store((address & ~1).to(tl.pointer_type(tl.float64)), scalars[k], mask=wide)
+        tl.store(address.to(tl.pointer_type(tl.float32)), scalars[k].to(tl.float32), mask=narrow)
 
 
 @triton.jit
@@ -70,7 +80,8 @@ def load_hyper(group, mask, FIRST: tl.constexpr, N: tl.constexpr):
     for k in tl.static_range(N):
         value = tl.load(group + 2 * (FIRST + k), mask=mask, other=0).to(tl.float64, bitcast=True)
         source = tl.load(group + 2 * (FIRST + k) + 1, mask=mask, other=0)
-        out = out + (tl.where(source != 0, load_double(source, (source != 0) & mask), value),)
+        given = mask & (source != 0)
+        out = out + (tl.where(given, load_number(source, given), value),)
     return out
 
 
@@ -153,6 +164,18 @@ def read(
 
 
 @triton.jit
+def rounded(value, T: tl.constexpr):
+    """The value in type T, rounded to the nearest, ties to even."""
+    if INTERPRETED and T == tl.bfloat16:  # the interpreter cuts it off
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        bits = tl.where(value == value, up, bits | 0x400000)
+        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+    else:
+        return value.to(T)
+
+
+@triton.jit
 def write(
     address, start, offsets, mask, value, KINDS: tl.constexpr, K: tl.constexpr, OPERAND: tl.constexpr,
     FULL: tl.constexpr,
@@ -160,9 +183,9 @@ def write(
     """Rounds a block into an operand."""
     pointer = address.to(tl.pointer_type(element(KINDS, K, OPERAND)))
     if FULL:
-        tl.store(tl.multiple_of(pointer, 16) + start + offsets, value.to(element(KINDS, K, OPERAND)))
+        tl.store(tl.multiple_of(pointer, 16) + start + offsets, rounded(value, element(KINDS, K, OPERAND)))
     else:
-        tl.store(pointer + start + offsets, value.to(element(KINDS, K, OPERAND)), mask=mask)
+        tl.store(pointer + start + offsets, rounded(value, element(KINDS, K, OPERAND)), mask=mask)
 
 
 @triton.jit

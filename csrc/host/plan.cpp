@@ -115,7 +115,10 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   if (layout.ndim) layouts.operand[kParam] = layouts.operand[kGrad] = &layouts_.emplace_back(layout);
 
   entry.gradient_type = p.dtype;
-  const auto grad = py::reinterpret_steal<py::object>(torch.grad(param));
+  auto grad = py::reinterpret_steal<py::object>(torch.grad(param));
+  if (counts_on_device_ && grad && !grad.is_none()) {
+    grad = py::reinterpret_steal<py::object>(resolved(grad.release().ptr()));
+  }
   if (!grad) throw py::error_already_set();
   if (!grad.is_none()) {
     const DLTensor g = view(grad.ptr());

@@ -47,6 +47,9 @@ struct NamedKernel {
               std::vector<std::string> hyper);
 };
 
+// g itself, or what it stands for when it is lazily conjugated or negated. Steals and returns a reference.
+PyObject* resolved(PyObject* g);
+
 struct Group {
   py::dict dict;
   py::list params;

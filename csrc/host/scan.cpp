@@ -40,7 +40,8 @@ bool truth(PyObject* value) {
   return on > 0;
 }
 
-// g itself, or what it stands for when it is lazily conjugated or negated. Steals and returns a reference.
+}  // namespace
+
 PyObject* resolved(PyObject* g) {
   for (const char* method : {"resolve_conj", "resolve_neg"}) {
     PyObject* next = PyObject_CallMethod(g, method, nullptr);
@@ -50,8 +51,6 @@ PyObject* resolved(PyObject* g) {
   }
   return g;
 }
-
-}  // namespace
 
 bool Plan::scan() {
   release_gradients();

@@ -8,6 +8,7 @@ described in triton_kernels/walk.py.
 from __future__ import annotations
 
 import struct
+import sys
 from bisect import bisect_right
 from contextlib import nullcontext
 from typing import Any
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
-from fusedopt.scan import significant
+from fusedopt.rule import LAST_FLOAT_STEP
+from fusedopt.scan import resolved, significant
 
 HEADER = 3  # words of `live` before the rows: max_norm, whether the norm was measured, whether it may skip
 ROW = 4  # words of a row besides its states and scalars: numel, kind, layout, the parameter's address
@@ -164,7 +166,7 @@ class Rows:
         active = [s.name for s in optimizer.rule.active_states(group)]
         if any(state.get(name) is None for name in (*active, *self._names[1])):
             return None
-        operands = {"param": p, "grad": p if p.grad is None else p.grad, **{name: state[name] for name in active}}
+        operands = {"param": p, "grad": p if p.grad is None else resolved(p.grad), **{name: state[name] for name in active}}
         dense = not checks.has_gaps(p) and len({significant(t) for t in operands.values()}) == 1
         types = " ".join(f"{name}={TYPES[_part(t.dtype)]}" for name, t in operands.items())
         kind = self._kinds.setdefault(f"{'dense' if dense else 'strided'} {types}", len(self._kinds))
@@ -222,6 +224,7 @@ class DevicePlan:
             self.live = Live(HEADER + words, self.device)
             self.verdict = optimizer.verdict(self.device)
         self._body = self.live.words[HEADER:]
+        self._room = self._steps_left(names[1])
 
     def on_device(self) -> Any:
         """The device as the current one."""
@@ -233,7 +236,16 @@ class DevicePlan:
         if replaced or not self._scan.scan():
             return False
         self.live.changed(self._scan.write(self._body))
-        return True
+        self._room -= 1
+        return self._room >= 0
+
+    def _steps_left(self, scalars: tuple[str, ...]) -> int:
+        """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""
+        if "step" not in scalars:
+            return sys.maxsize
+        states = [self._state.get(p, {}) for p in self._members]
+        steps = [s["step"] for s in states if "step" in s and s["step"].dtype == torch.float32]
+        return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize
 
     def run(
         self,

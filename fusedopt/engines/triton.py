@@ -5,10 +5,10 @@ With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly,
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,16 +16,23 @@ from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
 from fusedopt.rule import Rule
 
-TILE = 1024
 WARPS = 4
+TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # at least 8 elements for each thread: 16 bytes of a half precision type
+# The norm of full tiles is unrolled, and ptxas left to itself spills to fit one more block: no spills with these.
+OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
 PROGRAMS_PER_PROCESSOR = 8
 INTERPRETED_TILE, INTERPRETED_PROGRAMS = 8192, 2  # few, large: each operation is a call of numpy
 GPUS = ("cuda", "xpu")  # AMD's are torch's "cuda" too
 
 
+@cache
 def interprets() -> bool:
     """Whether Triton was told to interpret kernels on the CPU."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+    try:
+        import triton
+    except Exception:
+        return False
+    return bool(triton.knobs.runtime.interpret)
 
 
 @cache
@@ -69,6 +76,16 @@ def constants(rule: type[Rule], kinds: str, tile: int) -> tuple[dict[str, Any], 
     return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
 
 
+def options(backend: str) -> dict[str, Any]:
+    """How the kernels are compiled. Contraction to fused multiply-adds is asked for: Triton's default changes."""
+    return {"num_warps": WARPS, "enable_fp_fusion": True, **OPTIONS[backend]}
+
+
+def backend_of(device: torch.device) -> str:
+    """What Triton calls the makers of a GPU."""
+    return "hip" if device.type == "cuda" and torch.version.hip else device.type
+
+
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
@@ -77,12 +94,16 @@ class Plan(DevicePlan):
 
         device = members[0].device
         ours = rules.by_name()[optimizer.rule.name]
-        tile, programs = (INTERPRETED_TILE, INTERPRETED_PROGRAMS) if device.type == "cpu" else (TILE, _programs(device))
+        interpreted = device.type == "cpu"
+        tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
+        programs = INTERPRETED_PROGRAMS if interpreted else _programs(device)
         super().__init__(optimizer, members, fresh, (ours.states, ours.scalars, ours.hyper), programs, tile)
         for_norm, for_step = constants(optimizer.rule, self.table.kinds, tile)
-        options = {} if device.type == "cpu" else {"num_warps": WARPS, "enable_fp_fusion": True}
-        self._norm, self._step = norm.norm[(self.table.programs,)], step.step[(self.table.programs,)]
-        self._for_norm, self._for_step = for_norm | options, for_step | options
+        extra = {} if interpreted else options(backend_of(device))
+        launch = _quietly if interpreted else lambda kernel: kernel
+        grid = (self.table.programs,)
+        self._norm, self._step = launch(norm.norm[grid]), launch(step.step[grid])
+        self._for_norm, self._for_step = for_norm | extra, for_step | extra
         self._partials = torch.empty(self.table.programs, dtype=torch.float64, device=device)
 
     def measure(self) -> None:
@@ -100,6 +121,11 @@ class Plan(DevicePlan):
             t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, v.doubles, v.counts, grad_scale, found_inf,
             t.count, **self._for_step,
         )  # fmt: skip
+
+
+def _quietly(kernel: Any) -> Any:
+    """An interpreted kernel that, like a compiled one, does not warn of what NaN and infinity do."""
+    return np.errstate(all="ignore")(kernel)
 
 
 @cache

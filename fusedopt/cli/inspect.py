@@ -1,0 +1,90 @@
+"""``fusedopt inspect``: registers, spills and access widths of compiled kernels. Needs no GPU.
+
+``loads_128``, ``loads_other``, ``stores_128`` and ``stores_other`` count the accesses of tensor data in the loops
+over full tiles, 16 bytes wide for each thread or not; the same names behind ``kernel_`` count all accesses of
+global memory in the kernel: also of tables, and of what is left over beside full tiles.
+
+JSON::
+
+    {"kernels": [{"name", "arch", "registers", "spills", "loads_128", "loads_other", "stores_128", "stores_other",
+                  "kernel_loads_128", "kernel_loads_other", "kernel_stores_128", "kernel_stores_other"}],
+     "versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed}}
+"""
+
+from __future__ import annotations
+
+import argparse
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+from fusedopt.cli import machine, report
+from fusedopt.engines.device import TYPES
+from fusedopt.inspection.code import Report
+from fusedopt.optimizers import OPTIMIZERS
+
+HELP = "registers, spills and access widths of compiled kernels, without a GPU"
+WORKERS = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("--engine", choices=("triton",), default="triton", help="default: %(default)s")
+    parser.add_argument(
+        "--arch", default="90", metavar="ARCH", help="compute capability such as 90, or gfx942; default: %(default)s"
+    )
+    parser.add_argument("--optimizer", action="append", metavar="NAME", help="repeatable; default: all")
+    parser.add_argument(
+        "--dtype", action="append", choices=list(TYPES.values()), help="repeatable; default: fp32, bf16 and fp16"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile, print what came out, and write the JSON file if one was asked for."""
+    from fusedopt.inspection import triton
+
+    if reason := triton.unavailable(args.arch):
+        raise report.CommandError(reason)
+    names = _names(args.optimizer)
+    jobs = triton.jobs(names, args.dtype or ["fp32", "bf16", "fp16"], args.arch)
+    workers = min(torch.get_num_threads(), len(jobs), WORKERS)
+    kernels = []
+    with report.progress_bar() as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        task = bar.add_task("", total=len(jobs))
+        for done in pool.map(triton.inspect, jobs):
+            kernels.append(done)
+            bar.update(task, advance=1, description=done.name)
+    _print(kernels)
+    report.write_json(args.json, {"kernels": [asdict(k) for k in kernels], "versions": machine.versions()})
+    return 0
+
+
+def _names(asked: list[str] | None) -> list[str]:
+    known = {name.lower(): name for name in OPTIMIZERS}
+    for name in asked or ():
+        if name.lower() not in known:
+            raise report.CommandError(f"no optimizer is called {name!r}; there are {', '.join(OPTIMIZERS)}")
+    return [known[name.lower()] for name in asked or known]
+
+
+def _print(kernels: list[Report]) -> None:
+    headings = ("kernel", "registers", "spills", "loads", "stores", "all loads", "all stores")
+    table = report.table(
+        f"Kernels for {kernels[0].arch}: accesses of 16 bytes + others, in full tiles and in all",
+        *headings,
+        numeric=headings[1:],
+    )
+    for k in kernels:
+        table.add_row(
+            k.name,
+            str(k.registers),
+            f"[bold red]{k.spills}[/]" if k.spills else "0",
+            f"{k.loads_128} + {k.loads_other}",
+            f"{k.stores_128} + {k.stores_other}",
+            f"{k.kernel_loads_128} + {k.kernel_loads_other}",
+            f"{k.kernel_stores_128} + {k.kernel_stores_other}",
+        )
+    report.console.print(table)

@@ -1,0 +1,191 @@
+"""Reads machine code: which global memory accesses there are, and which stand in the loop over full tiles.
+
+NVIDIA's SASS as cuobjdump prints it, and AMD's assembly as LLVM writes it. A kernel's *main loops* are its
+innermost loops with an access of 16 bytes; what they do with other widths would be a tile read in small pieces.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+
+import networkx
+
+WIDE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """One instruction, as far as it matters here.
+
+    Attributes:
+        kind: "load", "store" (of global memory), "spill", "branch", "jump" (a branch always taken), "end" or "".
+        bits: How wide an access is for one thread.
+        label: Where it stands; may be empty.
+        target: Where a branch goes.
+    """
+
+    kind: str
+    bits: int = 0
+    label: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What ``fusedopt inspect`` tells of a kernel; the first four counts are of its main loops."""
+
+    name: str
+    arch: str
+    registers: int
+    spills: int
+    loads_128: int
+    loads_other: int
+    stores_128: int
+    stores_other: int
+    kernel_loads_128: int
+    kernel_loads_other: int
+    kernel_stores_128: int
+    kernel_stores_other: int
+
+
+def report(name: str, arch: str, registers: int, spills: int, code: list[Instruction]) -> Report:
+    """Count a kernel's accesses."""
+
+    def count(instructions: list[Instruction]) -> list[int]:
+        return [
+            sum(i.kind == kind and (i.bits >= WIDE) == wide for i in instructions)
+            for kind in ("load", "store")
+            for wide in (True, False)
+        ]
+
+    return Report(name, arch, registers, spills, *count(main_loops(code)), *count(code))
+
+
+def main_loops(code: list[Instruction]) -> list[Instruction]:
+    """The instructions of all innermost loops that have a 16-byte access."""
+    flow = _flow(code)
+    loops = [body for header, body in _loops(flow).items()]
+    innermost = [body for body in loops if not any(other < body for other in loops)]
+    wide = [body for body in innermost if any(code[i].bits >= WIDE for i in body)]
+    return [code[i] for i in sorted(set().union(*wide))]
+
+
+def _flow(code: list[Instruction]) -> networkx.DiGraph:
+    """Which instruction may follow which."""
+    places = {i.label: n for n, i in enumerate(code) if i.label}
+    flow = networkx.DiGraph()
+    flow.add_nodes_from(range(len(code)))
+    for n, instruction in enumerate(code):
+        if instruction.kind in ("branch", "jump") and instruction.target in places:
+            flow.add_edge(n, places[instruction.target])
+        if instruction.kind not in ("jump", "end") and n + 1 < len(code):
+            flow.add_edge(n, n + 1)
+    return flow
+
+
+def _loops(flow: networkx.DiGraph) -> dict[int, frozenset[int]]:
+    """The natural loops: by header, all from where the header is reached again without leaving its rule."""
+    above = networkx.immediate_dominators(flow, 0)
+
+    def dominates(a: int, b: int) -> bool:
+        while b != a and above.get(b, b) not in (b, None):
+            b = above[b]
+        return a == b
+
+    loops: dict[int, set[int]] = {}
+    for tail, header in flow.edges:
+        if tail in above and header <= tail and dominates(header, tail):
+            body, todo = loops.setdefault(header, {header}), [tail]
+            while todo:
+                node = todo.pop()
+                if node not in body:
+                    body.add(node)
+                    todo += flow.predecessors(node)
+    return {header: frozenset(body) for header, body in loops.items()}
+
+
+_SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+
+
+def sass(text: str) -> list[Instruction]:
+    """NVIDIA's machine code of one kernel."""
+    code = []
+    for address, predicate, opcode, operands in _SASS.findall(text):
+        first, *modifiers = opcode.split(".")
+        kind = {"LDG": "load", "STG": "store", "LD": "load", "ST": "store", "LDL": "spill", "STL": "spill"}.get(first, "")
+        bits = 0
+        target = ""
+        if kind in ("load", "store"):
+            bits = next((int(m) for m in modifiers if m in ("64", "128", "256")), 32)
+        elif first == "BRA":
+            kind = "branch" if predicate or "DIV" in modifiers or re.match(r"!?U?P\d", operands) else "jump"
+            found = re.findall(r"0x([0-9a-f]+)", operands)
+            target = f"{int(found[-1], 16):x}" if found else ""
+        elif first in ("EXIT", "RET") and not predicate:
+            kind = "end"
+        code.append(Instruction(kind, bits, f"{int(address, 16):x}", target))
+    return code
+
+
+_AMD_WIDTH = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 64, "b64": 64}
+
+
+def amdgcn(text: str) -> list[Instruction]:
+    """AMD's assembly of one kernel."""
+    code, label = [], ""
+    for line in text.splitlines():
+        line = line.partition(";")[0].strip()
+        if line.endswith(":"):
+            label = line[:-1]
+            code.append(Instruction("", 0, label))
+            continue
+        words = line.split()
+        if not words or words[0].startswith("."):
+            continue
+        opcode = words[0]
+        access = re.match(r"(?:global|buffer|flat)_(load|store)_(?:\w+_)?(\w+)$", opcode)
+        if access:
+            code.append(Instruction(access[1], _AMD_WIDTH.get(access[2], 32)))
+        elif opcode.startswith("scratch_"):
+            code.append(Instruction("spill"))
+        elif opcode.startswith(("s_cbranch", "s_branch")):
+            code.append(Instruction("jump" if opcode == "s_branch" else "branch", target=words[-1]))
+        elif opcode == "s_endpgm":
+            code.append(Instruction("end"))
+        else:
+            code.append(Instruction(""))
+    return code
+
+
+def of_cubin(name: str, arch: str, cubin: bytes, cuobjdump: str) -> Report:
+    """The report of a kernel compiled for NVIDIA's GPUs.
+
+    Args:
+        name: What reports call it.
+        arch: Its architecture.
+        cubin: A file with this kernel alone.
+        cuobjdump: The program that prints it.
+    """
+    import tempfile
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def dump(option: str) -> str:
+            return subprocess.run([cuobjdump, option, file.name], check=True, capture_output=True, text=True).stdout
+
+        usage, code = dump("-res-usage"), sass(dump("-sass"))
+    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    return report(name, arch, registers, sum(i.kind == "spill" for i in code), code)
+
+
+def of_amdgcn(name: str, arch: str, text: str) -> Report:
+    """The report of a kernel compiled for AMD's GPUs. A scalar register spilled to a vector register is none to memory."""
+
+    def told(what: str) -> int:
+        return int(re.findall(rf"\.{what}:\s+(\d+)", text)[0])
+
+    return report(name, arch, told("vgpr_count"), told("vgpr_spill_count"), amdgcn(text))

@@ -1,0 +1,97 @@
+"""Compiles the kernels ahead of time, for GPUs that need not be there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+TYPES = {
+    "rows": "*i64",
+    "tiles": "*i64",
+    "shares": "*i64",
+    "layouts": "*i64",
+    "live": "*i64",
+    "partials": "*fp64",
+    "verdict": "*fp64",
+    "counters": "*i32",
+    "grad_scale": "*fp32",
+    "found_inf": "*fp32",
+    "n_rows": "i32",
+}
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A kernel with all that it is specialised to.
+
+    Attributes:
+        name: Such as ``adam bf16``, ``adam+max_exp_avg_sq bf16`` or ``norm bf16``: the rule, states that it
+            does not always have, and the parameter's and gradient's type.
+        kernel: The jit function.
+        constants: Its constexpr arguments.
+    """
+
+    name: str
+    kernel: Any
+    constants: dict[str, Any]
+
+
+def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> list[Specialised]:
+    """The norm kernel for every element type, and the step kernel for every rule, set of states and element type.
+
+    Args:
+        rules: Eager rules, see fusedopt.rule.
+        elements: Of parameters and gradients; states are fp64 beside fp64, else fp32.
+        arch: A compute capability times ten, such as 90, or one of AMD's, such as gfx942.
+    """
+    from fusedopt.engines import triton as engine
+    from fusedopt.triton_kernels import norm, step
+
+    elements, rules = list(elements), list(rules)
+    found = []
+    for element, rule in product(elements, rules):
+        for states in _variants(rule):
+            wide = "fp64" if element == "fp64" else "fp32"
+            kind = " ".join([f"dense param={element} grad={element}", *(f"{name}={wide}" for name in states)])
+            for_norm, for_step = engine.constants(rule, kind, engine.TILES[_backend(arch)])
+            switched = [s.name for s in rule.states if s.when and s.name in states]
+            label = f"{'+'.join([rule.name, *switched])} {element}"
+            found.append(Specialised(label, step.step, for_step))
+            if rule is rules[0] and states == _variants(rule)[0]:
+                found.append(Specialised(f"norm {element}", norm.norm, for_norm))
+    return found
+
+
+def compiled(what: Specialised, arch: str) -> Any:
+    """The compiled kernel.
+
+    Args:
+        what: Which.
+        arch: For what; the same that it was specialised for.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fusedopt.engines import triton as engine
+
+    names = what.kernel.arg_names
+    signature = {name: "constexpr" if name in what.constants else TYPES[name] for name in names}
+    backend = _backend(arch)
+    wave = 64 if arch.startswith("gfx9") else 32
+    target = GPUTarget(backend, arch if backend == "hip" else int(arch), wave)
+    source = ASTSource(what.kernel, signature, constexprs=what.constants)
+    return triton.compile(source, target=target, options=engine.options(backend))
+
+
+def _backend(arch: str) -> str:
+    return "hip" if arch.startswith("gfx") else "cuda"
+
+
+def _variants(rule: Any) -> list[tuple[str, ...]]:
+    """The sets of states that a rule's switches choose from."""
+    keys = rule.switches()
+    settings = [dict(zip(keys, on, strict=True)) for on in product((False, True), repeat=len(keys))]
+    return [tuple(s.name for s in rule.active_states(setting)) for setting in settings]
