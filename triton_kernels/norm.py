@@ -16,7 +16,7 @@ def _squares(
     WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The squares of the gradient's elements in tile t."""
-    start = t.to(tl.int64) * TILE
+    start = tl.cast(t, tl.int64) * TILE
     lanes = tl.arange(0, TILE)
     mask = start + lanes < numel
     if is_strided(KINDS, K):

@@ -168,9 +168,9 @@ def rounded(value, T: tl.constexpr):
     """The value in type T, rounded to the nearest, ties to even."""
     if INTERPRETED and T == tl.bfloat16:  # the interpreter cuts it off
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
-        up = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        up = bits + 0x7FFF + ((bits >> 16) & 1)
         bits = tl.where(value == value, up, bits | 0x400000)
-        return bits.to(tl.float32, bitcast=True).to(tl.bfloat16)
+        return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
         return value.to(T)
 

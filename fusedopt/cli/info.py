@@ -23,7 +23,7 @@ from fusedopt.optimizers import OPTIMIZERS
 HELP = "engines available here or the reason why not, versions, and what steps what"
 
 STORAGE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLANNED = ("triton", "cuda")
+PLANNED = ("cuda",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +65,7 @@ def _stepped(engines: list[str]) -> dict[str, dict[str, list[str]]]:
 
 def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
     make: type[Any] = OPTIMIZERS[name]
-    p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+    p = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=ENGINES[engine].home()))
     p.grad = torch.ones_like(p)
     try:
         make([p], engine=engine).step()

@@ -224,6 +224,7 @@ class DevicePlan:
             self.live = Live(HEADER + words, self.device)
             self.verdict = optimizer.verdict(self.device)
         self._body = self.live.words[HEADER:]
+        self._streams: set[int] = set()
         self._room = self._steps_left(names[1])
 
     def on_device(self) -> Any:
@@ -261,6 +262,8 @@ class DevicePlan:
         with self.on_device():
             if is_capturing(self.device):
                 self._check_capture()
+            else:
+                self._enter_stream()
             self.live.set_header(max_norm, measure or squared is not None, skip_nonfinite)
             self.live.send()
             if measure:
@@ -286,6 +289,21 @@ class DevicePlan:
         if stepped:
             self._scan.commit()
         self._scan.release_gradients()
+
+    def _enter_stream(self) -> None:
+        """Tell the allocator where the tables are used, so that a later plan does not get their memory too early."""
+        if self.device.type == "cpu":
+            return
+        stream = torch.get_device_module(self.device).current_stream()
+        if stream.stream_id not in self._streams:
+            self._streams.add(stream.stream_id)
+            for tensor in self.tensors():
+                tensor.record_stream(stream)
+
+    def tensors(self) -> list[Tensor]:
+        """The device memory that launches of this plan use."""
+        t = self.table
+        return [t.rows, t.tiles, t.shares, t.layouts, self.live.on_device]
 
     def _here(self, value: Tensor | None, default: Tensor) -> Tensor:
         if value is None:

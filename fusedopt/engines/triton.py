@@ -21,7 +21,7 @@ TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # at least 8 elements for each
 # The norm of full tiles is unrolled, and ptxas left to itself spills to fit one more block: no spills with these.
 OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
 PROGRAMS_PER_PROCESSOR = 8
-INTERPRETED_TILE, INTERPRETED_PROGRAMS = 8192, 2  # few, large: each operation is a call of numpy
+INTERPRETED_TILE, INTERPRETED_PROGRAMS = 4096, 2  # few, large: each operation is a call of numpy
 GPUS = ("cuda", "xpu")  # AMD's are torch's "cuda" too
 
 
@@ -105,6 +105,10 @@ class Plan(DevicePlan):
         self._norm, self._step = launch(norm.norm[grid]), launch(step.step[grid])
         self._for_norm, self._for_step = for_norm | extra, for_step | extra
         self._partials = torch.empty(self.table.programs, dtype=torch.float64, device=device)
+
+    def tensors(self) -> list[Tensor]:
+        """The device memory that launches of this plan use."""
+        return [*super().tensors(), self._partials]
 
     def measure(self) -> None:
         """Launch the norm kernel."""

@@ -1,0 +1,215 @@
+"""The Triton engine: its rules against the eager ones, its kernels against odd sizes, and its launches counted."""
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import AVAILABLE
+from helpers import ALL, BY_NAME, close, fill_gradients, pair, params, same_gradients
+
+import fusedopt
+from fusedopt.engines import triton as engine
+from fusedopt.verification.cases import CASES
+
+pytestmark = pytest.mark.skipif("triton" not in AVAILABLE, reason="needs triton, interpreting on the CPU")
+
+if "triton" in AVAILABLE:
+    from fusedopt.triton_kernels import norm, rules, step
+
+
+def test_every_rule_is_there_under_the_same_names():
+    found = rules.by_name()
+    assert found.keys() == {getattr(fusedopt, name).rule.name for name in ALL}
+    for name in ALL:
+        rule = getattr(fusedopt, name).rule
+        ours = found[rule.name]
+        assert ours.states == tuple(s.name for s in rule.states)
+        assert ours.scalars == tuple(rule.scalars)
+        assert sorted(ours.hyper) == sorted(h.name for h in rule.hyper)
+
+
+@pytest.mark.parametrize("t", [1, 2, 5, 6, 1000, 10**7])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_steps_are_those_of_eager_in_double_precision(case, t):
+    """From the same state at step t, with counters in double precision: so close that all coefficients are exact."""
+    ps = [params((9,), dtype=torch.float64) for _ in range(2)]
+    a, b = case.build(ps[0], engine="triton"), case.build(ps[1], engine="eager")
+    ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
+    b.step()
+    ps[0][0].data.copy_(ps[1][0])
+    state = b.state_dict()
+    for name in b.rule.scalars:
+        state["state"][0][name] = torch.tensor(0.37 if name == "mu_product" else t - 1, dtype=torch.float64)
+    if "betas" in b.defaults:
+        state["param_groups"][0]["betas"] = (0.9, 0.999999)
+    for optimizer in (a, b):
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    torch.testing.assert_close(ps[0][0], ps[1][0], rtol=1e-14, atol=1e-15)
+    for name, value in b.state[ps[1][0]].items():
+        torch.testing.assert_close(a.state[ps[0][0]][name], value, rtol=1e-14, atol=1e-15)
+
+
+def views(sizes, offset):
+    """Parameters that begin so many elements into their memory."""
+    return [torch.nn.Parameter(torch.randn(n + offset)[offset:]) for n in sizes]
+
+
+SIZES = [0, 1, 3, 63, 64, 65, 255, 256, 257, 300, 511, 512, 1023, 1024, 1025, 4097]
+
+
+@pytest.mark.parametrize("programs", [1, 3, 64])
+@pytest.mark.parametrize("offset", [0, 1, 4])
+@pytest.mark.parametrize("case", ["AdamW amsgrad", "RMSprop both", "SGD", "Lion"])
+def test_tiles_and_programs(monkeypatch, case, offset, programs):
+    """Full tiles, what is left of them, tensors that are not aligned, and any share of tiles."""
+    monkeypatch.setattr(engine, "INTERPRETED_TILE", 256)
+    monkeypatch.setattr(engine, "INTERPRETED_PROGRAMS", programs)
+    ours = views(SIZES, offset)
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = BY_NAME[case].build(ours, engine="triton", max_grad_norm=1.0)
+    b = BY_NAME[case].build(theirs, engine="eager", max_grad_norm=1.0)
+    for t in range(2):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            p.grad = None if (t + i) % 5 == 4 else torch.randn(p.numel() + offset)[offset:]
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step(), b.step()
+        close(a.grad_norm, b.grad_norm)
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        for key, value in b.state[q].items():
+            close(a.state[p][key], value)
+
+
+@pytest.mark.parametrize("programs", [1, 7])
+def test_programs_beyond_a_row_touch_nothing(monkeypatch, programs):
+    monkeypatch.setattr(engine, "INTERPRETED_TILE", 256)
+    monkeypatch.setattr(engine, "INTERPRETED_PROGRAMS", programs)
+    memory = torch.full((4000,), 7.0)
+    p = torch.nn.Parameter(memory[1000:2999])
+    optimizer = fusedopt.SGD([p], lr=0.5, engine="triton")
+    p.grad = torch.ones(1999)
+    optimizer.step()
+    assert (memory[:1000] == 7).all() and (memory[2999:] == 7).all() and (memory[1000:2999] == 6.5).all()
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The kernels that were launched, by name."""
+    found = []
+    run = type(step.step).run
+
+    def counted(self, *args, **kwargs):
+        found.append(self.__name__)
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(step.step), "run", counted)
+    assert type(norm.norm) is type(step.step)
+    return found
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_one_launch_for_all_groups_and_dtypes(launches, name):
+    ps = [p for dtype in (torch.float32, torch.bfloat16, torch.float64) for p in params((5,), (3, 2), dtype=dtype)]
+    groups = [{"params": ps[k::3], "lr": 0.1 * (k + 1), "weight_decay": 0.1 * k} for k in range(3)]
+    optimizer = getattr(fusedopt, name)(groups, engine="triton")
+    if "amsgrad" in optimizer.defaults:
+        optimizer.param_groups[1]["amsgrad"] = True
+    for _ in range(3):
+        fill_gradients(ps)
+        optimizer.step()
+    assert launches == ["step"] * 3
+    optimizer.max_grad_norm = 1.0
+    fill_gradients(ps)
+    optimizer.step()
+    assert launches == ["step"] * 3 + ["norm", "step"]
+
+
+def test_verdicts_stay_on_the_device():
+    """Only a first step waits; later ones leave the norm and the skips to be read by whoever wants them."""
+    ps = params((5,))
+    optimizer = fusedopt.AdamW(ps, engine="triton", skip_nonfinite=True)
+    fill_gradients(ps)
+    optimizer.step()
+    (plan,) = optimizer._plans
+    for expected in (1, 2):
+        ps[0].grad = torch.full((5,), math.inf)
+        optimizer.step()
+        assert optimizer._skipped == 0 and int(plan.verdict.skipped_steps) == expected == optimizer.skipped_steps
+    assert isinstance(optimizer._norm, torch.Tensor) and optimizer.state[ps[0]]["step"] == 1
+    optimizer.param_groups[0]["amsgrad"] = True  # needs another plan; what was counted stays
+    fill_gradients(ps)
+    optimizer.step()
+    assert optimizer.skipped_steps == 2 and optimizer._plans != [plan]
+
+
+def test_skips_are_counted_once_with_a_first_step():
+    ps = params((5,))
+    optimizer = fusedopt.AdamW(ps, engine="triton", skip_nonfinite=True)
+    for expected in (1, 2):
+        ps[0].grad = torch.full((5,), math.nan)
+        optimizer.step()
+        assert optimizer.skipped_steps == expected and not optimizer.state
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["lr", "betas"])
+def test_tensor_hyperparameters_are_read_by_the_kernel(where, kind):
+    """They may change between launches that the host takes no part in."""
+    value = torch.tensor(0.25, dtype=kind)
+    options = {"lr": value} if where == "lr" else {"betas": (value, 0.99)}
+    ours, a, theirs, b = pair([(40,)], "AdamW", engine="triton")
+    for optimizer in (a, b):
+        optimizer.param_groups[0].update({k: v if optimizer is a else 0.25 for k, v in options.items()})
+    if where == "betas":
+        b.param_groups[0]["betas"] = (0.25, 0.99)
+    same_gradients(ours, theirs)
+    for _ in range(2):
+        a.step(), b.step()
+    (plan,) = a._plans
+    words = plan.live.words.clone()
+    value.fill_(0.125)
+    b.param_groups[0].update({"lr": 0.125} if where == "lr" else {"betas": (0.125, 0.99)})
+    a.step(), b.step()
+    assert torch.equal(plan.live.words, words)
+    close(ours[0], theirs[0])
+
+
+def test_a_norm_that_single_precision_cannot_square():
+    ps = params((300,), (40,))
+    for p in ps:
+        p.grad = torch.full_like(p, 1e25)
+    optimizer = fusedopt.SGD(ps, engine="triton", max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    close(optimizer.grad_norm, torch.tensor(math.sqrt(340) * 1e25))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, 1.0, 1.00390625, 1.01171875, -3.3e38, 1e-40, math.inf, math.nan])
+def test_bfloat16_is_rounded_to_the_nearest(value):
+    """The interpreter cuts off; kernels must not."""
+    p = torch.nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))
+    p.grad_dtype = torch.float32
+    p.grad = torch.full((3,), -value)
+    fusedopt.SGD([p], lr=1.0, engine="triton").step()
+    assert torch.equal(p.nan_to_num(nan=5.0), torch.full((3,), value).bfloat16().nan_to_num(nan=5.0))
+
+
+def test_gradients_with_other_strides_every_step():
+    ours, a, theirs, b = pair([(6, 5), (4, 3)], engine="triton")
+    for t in range(6):
+        first = (torch.randn(6, 5), torch.randn(5, 6).t(), torch.randn(12, 5)[::2])[t % 3]
+        same_gradients(ours, theirs, [first, torch.randn(4, 3)])
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+
+
+def test_not_available_without_a_gpu():
+    program = "import torch, fusedopt; fusedopt.SGD([torch.nn.Parameter(torch.ones(1))], engine='triton')"
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode and "engine 'triton' is not available: torch sees no GPU" in run.stderr
