@@ -46,9 +46,9 @@ def run(args: argparse.Namespace) -> int:
     """Compile, print what came out, and write the JSON file if one was asked for."""
     from fusedopt.inspection import triton
 
+    names = _names(args.optimizer)
     if reason := triton.unavailable(args.arch):
         raise report.CommandError(reason)
-    names = _names(args.optimizer)
     jobs = triton.jobs(names, args.dtype or ["fp32", "bf16", "fp16"], args.arch)
     workers = min(torch.get_num_threads(), len(jobs), WORKERS)
     kernels = []

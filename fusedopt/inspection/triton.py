@@ -15,14 +15,14 @@ Job = tuple[str, str, str]  # optimizer class, kernel name, architecture
 
 def unavailable(arch: str) -> str | None:
     """Why kernels cannot be compiled for an architecture here; None if they can."""
+    if not re.fullmatch(r"\d{2,3}|gfx\w+", arch):
+        return f"unknown architecture {arch!r}; it is a compute capability such as 90, or one of AMD's such as gfx942"
     try:
         import triton
     except Exception as error:
         return f"triton does not import: {error}"
     if triton.knobs.runtime.interpret:
         return "TRITON_INTERPRET is set, and interpreted kernels are not compiled; unset it"
-    if not re.fullmatch(r"\d{2,3}|gfx\w+", arch):
-        return f"unknown architecture {arch!r}; it is a compute capability such as 90, or one of AMD's such as gfx942"
     return None
 
 

@@ -1,0 +1,164 @@
+"""Compiled ahead of time, without a GPU: every kernel compiles, and reads and writes full tiles 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fusedopt.inspection import code
+
+pytest.importorskip("triton")
+
+NARROW = """
+        /*0000*/                   MOV R1, c[0x0][0x28] ;
+        /*0010*/                   LDG.E.64 R2, [R4.64] ;
+        /*0020*/                   LDG.E.128 R8, [R4.64] ;
+        /*0030*/                   LDG.E R9, [R4.64] ;
+        /*0040*/                   STG.E.128 [R4.64], R8 ;
+        /*0050*/              @!P0 BRA 0x0020 ;
+        /*0060*/                   LDG.E R9, [R4.64] ;
+        /*0070*/                   STL [R1], R9 ;
+        /*0080*/               @P1 BRA 0x0060 ;
+        /*0090*/               @P2 BRA 0x0010 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0 ;
+"""
+
+
+def test_main_loops_are_the_innermost_with_wide_accesses():
+    found = code.sass(NARROW)
+    assert [i.kind for i in found].count("spill") == 1
+    report = code.report("k", "sm_90", 32, 1, found)
+    assert (report.loads_128, report.loads_other, report.stores_128, report.stores_other) == (1, 1, 1, 0)
+    assert (report.kernel_loads_128, report.kernel_loads_other) == (1, 3)
+    assert (report.kernel_stores_128, report.kernel_stores_other) == (1, 0)
+
+
+def test_a_jump_back_into_a_loop_is_not_another_loop():
+    """A slow path that stands behind the loop and returns into it belongs to it."""
+    text = """
+        /*0000*/                   LDG.E.128 R8, [R4.64] ;
+        /*0010*/               @P0 BRA 0x0050 ;
+        /*0020*/                   STG.E.128 [R4.64], R8 ;
+        /*0030*/               @P1 BRA 0x0000 ;
+        /*0040*/                   EXIT ;
+        /*0050*/                   LDG.E R3, [R4.64] ;
+        /*0060*/                   BRA 0x0020 ;
+    """
+    report = code.report("k", "sm_90", 32, 0, code.sass(text))
+    assert (report.loads_128, report.loads_other, report.stores_128, report.stores_other) == (1, 1, 1, 0)
+
+
+AMD = """
+kernel:
+        s_load_dwordx2 s[0:1], s[4:5], 0x0
+.LBB0_1:                                ; a loop
+        global_load_dwordx4 v[0:3], v[4:5], off
+        global_load_ushort v6, v[4:5], off
+        global_store_dwordx4 v[4:5], v[0:3], off
+        s_cbranch_scc1 .LBB0_1
+        global_store_dwordx2 v[4:5], v[0:1], off
+        s_endpgm
+"""
+
+
+def test_amd_assembly():
+    report = code.report("k", "gfx942", 32, 0, code.amdgcn(AMD))
+    assert (report.loads_128, report.loads_other, report.stores_128, report.stores_other) == (1, 1, 1, 0)
+    assert (report.kernel_stores_128, report.kernel_stores_other) == (1, 1)
+
+
+def inspected(tmp_path, *options):
+    """What ``fusedopt inspect`` writes; in a process in which Triton compiles instead of interpreting."""
+    file = tmp_path / "inspect.json"
+    command = [sys.executable, "-m", "fusedopt", "inspect", "--engine", "triton", "--json", str(file), *options]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert max(map(len, run.stdout.splitlines())) <= 80
+    return json.loads(file.read_text())["kernels"]
+
+
+STATES = {  # of every variant of every rule
+    "sgd": 0, "sgd+momentum_buffer": 1, "adagrad": 1, "rmsprop": 1, "rmsprop+momentum_buffer": 2,
+    "rmsprop+grad_avg": 2, "rmsprop+momentum_buffer+grad_avg": 3, "adam": 2, "adam+max_exp_avg_sq": 3, "nadam": 2,
+    "nadamw": 2, "radam": 2, "adabound": 2, "adabound+max_exp_avg_sq": 3, "lion": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100", "gfx942"])
+def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, tmp_path):
+    kernels = inspected(tmp_path, "--arch", arch, "--dtype", "fp32", "--dtype", "bf16")
+    names = {f"{name} {dtype}" for name in (*STATES, "norm") for dtype in ("fp32", "bf16")}
+    assert {k["name"] for k in kernels} == names and len(kernels) == len(names)
+    for k in kernels:
+        assert k["arch"] == (f"sm_{arch}" if arch.isdigit() else arch) and k["registers"] > 0
+        assert k["spills"] == 0, k
+        assert k["loads_other"] == 0 and k["stores_other"] == 0, k
+        name, dtype = k["name"].split()
+        if name == "norm":
+            assert k["loads_128"] > 0 and k["stores_128"] == 0, k
+            continue
+        # 8 elements for each thread: one access of a 2-byte type, two of a 4-byte one; unrolled loops have more.
+        two = 1 if dtype == "bf16" else 2
+        loads, stores = 2 * two + 2 * STATES[name], two + 2 * STATES[name]
+        assert k["loads_128"] >= loads and k["loads_128"] % loads == 0, k
+        assert k["stores_128"] >= stores and k["stores_128"] % stores == 0, k
+
+
+def test_other_types_compile(tmp_path):
+    kernels = inspected(tmp_path, "--optimizer", "adamw", "--dtype", "fp64", "--dtype", "fp16")
+    assert {k["name"] for k in kernels} == {
+        "adam fp64", "adam+max_exp_avg_sq fp64", "norm fp64", "adam fp16", "adam+max_exp_avg_sq fp16", "norm fp16"
+    }  # fmt: skip
+    assert all(k["loads_128"] and not k["loads_other"] for k in kernels)
+
+
+def test_kinds_share_a_kernel_and_strided_rows_compile(tmp_path):
+    """Two types, AMSGrad beside Adam and strided rows in one launch: still no spills, still wide."""
+    program = """
+import json, sys
+import triton
+from fusedopt import AdamW
+from fusedopt.engines import triton as engine
+from fusedopt.inspection.code import of_cubin
+from fusedopt.triton_kernels import ahead, norm, step
+kinds = ";".join([
+    "dense param=bf16 grad=bf16 exp_avg=fp32 exp_avg_sq=fp32",
+    "dense param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32 max_exp_avg_sq=fp32",
+    "strided param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32",
+])
+constants = engine.constants(AdamW.rule, kinds, 1024)
+for kernel, chosen in zip((norm.norm, step.step), constants, strict=True):
+    made = ahead.compiled(ahead.Specialised("mixed", kernel, chosen), "90")
+    report = of_cubin("mixed", "sm_90", made.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+    assert report.loads_128 and not report.spills, report
+    assert not report.loads_other and not report.stores_other, report
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--arch", "hopper"], "unknown architecture 'hopper'"),
+        (["--optimizer", "Adamw2"], "no optimizer is called 'Adamw2'"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line(options, message, capsys):
+    from fusedopt.cli import main
+
+    assert main(["inspect", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_interpreted_kernels_are_not_compiled():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "fusedopt", "inspect"]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 2 and "TRITON_INTERPRET is set" in run.stderr
