@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test lint check clean
+OUT ?= gpu-results
+
+.PHONY: demo test lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
@@ -20,6 +22,10 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test
+
+# On a machine with a GPU: builds in place with that machine's own Python and torch, without network.
+gpu:
+	$(PYTHON) bench/gpu.py $(OUT)
 
 $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fusedopt needs Python 3.11 or newer: make PYTHON=...")'

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from fusedopt.optimizer import FusedOptimizer, adopt_state
+from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import OPTIMIZERS
+from fusedopt.state import adopt_state
 
 PACKAGES = ("torch", "timm", "lion_pytorch", "adabound")
 

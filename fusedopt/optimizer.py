@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, engines
-from fusedopt.rule import LAST_FLOAT_STEP, Rule
+from fusedopt.rule import Rule
+from fusedopt.state import Counters, adopt_state, initial_state, unfit
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -234,7 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 name = checks.name_of(group, g, i, p)
                 self.check_parameter(p, group, name)
                 try:
-                    engine = engines.choose(self.engine, p, group, name)
+                    engine = engines.choose(self.engine, p, group, self.rule, name)
                 except RuntimeError:
                     if p.grad is not None:
                         raise
@@ -256,7 +257,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], fresh: Fresh) -> None:
         """Make the states that parameters with gradients lack, and enter them in ``fresh``."""
         with_gradients = [(engine, p, group) for engine, p, group in assigned if p.grad is not None]
-        counters = _Counters((self.state.get(p, {}) for _, p, _ in with_gradients), self.rule.scalars)
+        counters = Counters((self.state.get(p, {}) for _, p, _ in with_gradients), self.rule.scalars)
         for engine, p, group in with_gradients:
             place = engines.counters(engine, p)
             has = self.state.get(p, {})
@@ -277,7 +278,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         state = self.state.get(p, {})
         tensors = (spec.name for spec in self.rule.active_states(group))
         scalars = [state.get(name) for name in self.rule.scalars]
-        return any(state.get(name) is None for name in tensors) or any(s is None or _unfit(s, place) for s in scalars)
+        return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, place) for s in scalars)
 
     def _forget(self, fresh: Fresh) -> None:
         """Take back states that were made for a step that did not happen."""
@@ -391,99 +392,3 @@ def _sum(squares: list[float | Tensor], plan: Any) -> float | Tensor:
         return sum(float(s) for s in squares)
     parts = [torch.as_tensor(s, dtype=torch.float64).to(plan.device, non_blocking=True) for s in squares]
     return torch.stack(parts).cumsum(0)[-1]
-
-
-def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state before its first step: the rule's scalars, then its tensors."""
-    state = {name: torch.tensor(value, dtype=_scalar_dtype()) for name, value in rule.scalars.items()}
-    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
-    for spec in rule.active_states(group):
-        value = float(group[spec.init]) if spec.init else 0.0
-        fill = complex(value, value) if p.is_complex() else value
-        state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
-    return state
-
-
-def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy: bool) -> dict[Any, Any]:
-    """A parameter's state from another optimizer or a checkpoint, in the form that engines take.
-
-    Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
-    """
-    adopted: dict[Any, Any] = {}
-    tensors = {s.name for s in rule.states}
-    for key, value in state.items():
-        if key in rule.scalars:
-            adopted[key] = _counter(value)
-        elif key in tensors and value is None:
-            continue  # torch's SGD says so that there is no momentum buffer yet
-        elif key in tensors:
-            moved = value.detach().to(p.device)
-            adopted[key] = moved.clone() if copy and moved.data_ptr() == value.data_ptr() else moved
-        else:
-            adopted[key] = deepcopy(value) if copy else value
-    return adopted
-
-
-def _unfit(counter: Any, place: torch.device, worn: bool | None = None) -> bool:
-    """Whether a scalar state is not a float there, or a float32 at the end of its exact range (``worn``, if known)."""
-    if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
-        return True
-    if counter.dtype != torch.float32:
-        return counter.dtype != torch.float64
-    return float(counter) >= LAST_FLOAT_STEP if worn is None else worn
-
-
-def _counter(value: Any) -> Tensor:
-    """A scalar state of its own: float64 if it was or must be, else float32. One on a GPU stays, unread."""
-    if isinstance(value, Tensor) and value.device.type != "cpu" and value.is_floating_point() and not value.dim():
-        return value.detach().clone()
-    wide = isinstance(value, Tensor) and value.dtype == torch.float64
-    dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
-    return torch.tensor(float(value), dtype=dtype)
-
-
-class _Counters:
-    """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
-
-    def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
-        there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-        for value in (state[name] for state in states for name in names if name in state):
-            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.dim():
-                there[value.device, value.dtype].append(value.detach())
-        self._read = {
-            id(t): v for ts in there.values() for t, v in zip(ts, torch.stack(ts).tolist(), strict=True)
-        }
-        self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
-
-    def unfit(self, value: Any, place: torch.device) -> bool:
-        """Whether it cannot count there."""
-        known = self._read.get(id(value))
-        return _unfit(value, place, None if known is None else known >= LAST_FLOAT_STEP)
-
-    def want(self, state: dict[str, Any], name: str, value: Any, place: torch.device) -> None:
-        """One is to be made of a value, there."""
-        wide = isinstance(value, Tensor) and value.dtype == torch.float64
-        number = self._read.get(id(value), value)
-        self._wanted[place].append((state, name, _counter(torch.tensor(number).double() if wide else number)))
-
-    def make(self) -> None:
-        """Make them."""
-        for place, wanted in self._wanted.items():
-            made = [counter for _, _, counter in wanted]
-            if place.type != "cpu":
-                made = _moved(made, place)
-            for (state, name, _), counter in zip(wanted, made, strict=True):
-                state[name] = counter
-
-
-def _moved(counters: list[Tensor], place: torch.device) -> list[Tensor]:
-    """The same numbers on a device: as parts of one tensor for each dtype."""
-    made: dict[int, Tensor] = {}
-    for dtype in {c.dtype for c in counters}:
-        chosen = [i for i, c in enumerate(counters) if c.dtype == dtype]
-        made.update(zip(chosen, torch.stack([counters[i] for i in chosen]).to(place).unbind(), strict=True))
-    return [made[i] for i in range(len(counters))]
-
-
-def _scalar_dtype() -> torch.dtype:
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32

@@ -79,3 +79,24 @@ def test_docstring_has_its_parts(name):
         assert part in text
     for argument in signature(getattr(fusedopt, name)):
         assert f"{argument}:" in text or f"{argument}," in text, argument
+
+
+class SignRule(fusedopt.Lion.rule):
+    name = "only_eager"
+
+
+class Mine(fusedopt.FusedOptimizer):
+    rule = SignRule
+
+    def __init__(self, params, engine="auto"):
+        super().__init__(params, fusedopt.Lion([torch.nn.Parameter(torch.ones(1))]).defaults, engine=engine)
+
+
+def test_a_rule_without_kernels_is_stepped_by_eager(engine):
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    Mine([p]).step()
+    assert torch.equal(p, torch.full((3,), 1 - 1e-4))
+    if engine != "eager":
+        with pytest.raises(RuntimeError, match="rule 'only_eager' has no"):
+            Mine([p], engine=engine).step()

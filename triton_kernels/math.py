@@ -30,7 +30,7 @@ def lerp(a, b, w):
 
 @triton.jit
 def sign(x):
-    """sign(0) = 0, sign(NaN) = NaN."""
+    """The sign; that of 0 is 0, and NaN stays."""
     return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, x)).to(x.dtype)
 
 
@@ -42,7 +42,7 @@ def maximum(a, b):
 
 @triton.jit
 def clamp(x, low, high):
-    """x between low and high; NaN stays."""
+    """The nearest value between low and high; NaN stays."""
     x = tl.where(x < low, low, x)
     return tl.where(x > high, high, x)
 

@@ -72,7 +72,10 @@ def norm(
     """Writes the sum of the squares of all gradients to ``verdict[0]``.
 
     Args:
-        rows, tiles, shares, live: See walk.py.
+        rows: See walk.py for these four.
+        tiles: Tiles before each row.
+        shares: Where each program begins.
+        live: What changes from step to step.
         layouts: int64, shapes and strides of strided rows.
         partials: Doubles, one for each program.
         verdict: Doubles.

@@ -61,7 +61,7 @@ def _block(
         places = place(rows, row, layouts, start + lanes, KINDS, K, WIDTH)
         start = start * 0
     else:
-        for k in tl.static_range(2 + n_states(KINDS, K)):
+        for _ in tl.static_range(2 + n_states(KINDS, K)):
             places = places + (lanes,)
     p = read(addresses[0], start, places[0], mask, KINDS, K, 0, FULL)
     g = read(addresses[1], start, places[1], mask, KINDS, K, 1, FULL) * factor
@@ -135,15 +135,21 @@ def step(
     """One step of every row that has a gradient, unless it is skipped.
 
     Args:
-        rows, tiles, shares, live: See walk.py.
+        rows: See walk.py for these four.
+        tiles: Tiles before each row.
+        shares: Where each program begins.
+        live: What changes from step to step.
         layouts: int64, shapes and strides of strided rows.
         verdict: Doubles: the squared norm, if it was measured; then, written here, the norm.
         counters: int32: 0 between launches; steps skipped; whether this one was.
         grad_scale: One float, the loss scale.
         found_inf: One float; not 0 to skip the step.
         n_rows: How many.
-        DIRECTION, PREPARE: The rule's, see rules/.
-        N_STATES, N_SCALARS, N_HYPER: How many the rule has at most.
+        DIRECTION: The rule's, see rules/.
+        PREPARE: The rule's.
+        N_STATES: How many states the rule has at most.
+        N_SCALARS: How many scalars it has.
+        N_HYPER: How many hyperparameters.
         KINDS: See variants.py.
         WIDTH: Of ``rows``.
         TILE: Elements of a tile, a power of two.

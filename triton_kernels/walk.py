@@ -132,7 +132,7 @@ def place(rows, row, layouts, index, KINDS: tl.constexpr, K: tl.constexpr, WIDTH
     rest = index
     n_operands: tl.constexpr = 2 + n_states(KINDS, K)
     out = ()
-    for k in tl.static_range(n_operands):
+    for _ in tl.static_range(n_operands):
         out = out + (tl.zeros_like(index),)
     for d in range(n_dims):
         dim = base + 1 + d * (1 + n_operands)

@@ -32,9 +32,8 @@ py::capsule describe(std::string rule, std::vector<std::string> states, std::vec
                      std::vector<std::string> hyper) {
   using fusedopt::host::NamedKernel;
   auto* named = new NamedKernel(std::move(rule), std::move(states), std::move(scalars), std::move(hyper));
-  PyObject* capsule = PyCapsule_New(&named->kernel, nullptr, [](PyObject* self) {
-    delete static_cast<NamedKernel*>(PyCapsule_GetContext(self));
-  });
+  PyObject* capsule = PyCapsule_New(
+      &named->kernel, nullptr, [](PyObject* self) { delete static_cast<NamedKernel*>(PyCapsule_GetContext(self)); });
   if (!capsule) {
     delete named;
     throw py::error_already_set();

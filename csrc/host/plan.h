@@ -58,8 +58,8 @@ struct Group {
   py::object kernel_owner;
   std::vector<HyperKey> hyper;  // lr, weight_decay, then the kernel's
   std::vector<Switch> switches;
-  py::object decoupled;  // True, False, or the key of a flag
-  Cohort common;         // read in each scan, without coefficients
+  py::object decoupled;          // True, False, or the key of a flag
+  Cohort common;                 // read in each scan, without coefficients
   double values[2 + kMaxHyper];  // in the order of hyper
   Sources sources;
   bool is_decoupled;

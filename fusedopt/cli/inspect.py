@@ -17,12 +17,11 @@ import argparse
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
-from typing import Any
 
 import torch
 
 from fusedopt.cli import machine, report
-from fusedopt.engines.device import TYPES
+from fusedopt.engines.tables import TYPES
 from fusedopt.inspection.code import Report
 from fusedopt.optimizers import OPTIMIZERS
 

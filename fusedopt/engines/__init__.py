@@ -1,9 +1,9 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
-``available() -> None | str`` says why an engine cannot run here; ``accepts(p, group) -> None | str`` why it
-cannot step a parameter; ``counters(p) -> device`` where it keeps a parameter's step; ``home() -> device`` what it is for;
-``Plan(optimizer, members, fresh)`` is what one step runs on. A plan that is ``asynchronous`` belongs to one device,
-and tells its verdicts in tensors there; others know them when ``run`` returns.
+``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for,
+``accepts(p, group, rule) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device`` where it
+keeps the parameter's step. ``Plan(optimizer, members, fresh)`` is what one step runs on. A plan that is
+``asynchronous`` belongs to one device, and tells its verdicts in tensors there; others know them when ``run`` returns.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.engines import cpu, device, eager, triton
+from fusedopt.engines import cpu, eager, tables, triton
+from fusedopt.rule import Rule
 
-Verdict = device.Verdict
+Verdict = tables.Verdict
 
 # In the order in which "auto" prefers them.
 ENGINES: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
@@ -43,13 +44,14 @@ def check_group(name: str, group: dict[str, Any]) -> None:
         raise ValueError(f"differentiable=True runs on engine 'eager', not {name!r}")
 
 
-def choose(name: str, p: Tensor, group: dict[str, Any], label: str) -> str:
+def choose(name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], label: str) -> str:
     """The engine that steps a parameter.
 
     Args:
         name: The engine asked for, or "auto".
         p: The parameter.
         group: Its param group.
+        rule: The optimizer's.
         label: What messages call it.
 
     Raises:
@@ -59,7 +61,7 @@ def choose(name: str, p: Tensor, group: dict[str, Any], label: str) -> str:
     for candidate, engine in ENGINES.items():
         if name not in ("auto", candidate):
             continue
-        reason = engine.available() or engine.accepts(p, group)
+        reason = engine.available() or engine.accepts(p, group, rule)
         if reason is None:
             return candidate
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
@@ -78,7 +80,7 @@ def place(name: str, p: Tensor) -> torch.device | None:
 def refuse_capture(name: str, p: Tensor) -> None:
     """Raises while a graph is captured on the parameter's device: what was not planned before cannot be in it."""
     if ENGINES[name].Plan.asynchronous:
-        device.refuse_capture(p.device, "a step needed new states, or found other tensors than the one before,")
+        tables.refuse_capture(p.device, "a step needed new states, or found other tensors than the one before,")
 
 
 def plan(name: str, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> Any:

@@ -61,10 +61,12 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any) -> str | None:
-    """Why the engine cannot step a parameter; None if it can."""
+def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+    """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type != "cpu":
         return f"it is on {p.device}"
+    if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
+        return f"rule {rule.name!r} has no C++ kernel"
     return checks.unsteppable(p, group)
 
 
@@ -104,10 +106,10 @@ class Plan:
     ) -> tuple[float, float, bool]:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
         inverse = scaling.inverse
-        squared, skipped = self._tables.run(
+        total, skipped = self._tables.run(
             self._engine, torch.get_num_threads(), inverse, max_norm, measure, update, skip_nonfinite, squared or 0.0
         )
-        return squared, math.sqrt(squared) * inverse, skipped
+        return total, math.sqrt(total) * inverse, skipped
 
     def finish(self, *, stepped: bool) -> None:
         """The step is over: advance the counters if it happened, and let go of the gradients."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, engines
+from fusedopt.rule import Rule
 
 
 def available() -> str | None:
@@ -17,8 +18,8 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any) -> str | None:
-    """Why the engine cannot step a parameter; None if it can."""
+def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+    """Why the engine cannot step a parameter by a rule; None if it can."""
     if checks.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
     return None
@@ -66,7 +67,9 @@ class Plan:
                     continue
                 name = checks.name_of(group, g, i, p)
                 optimizer.check_parameter(p, group, name)
-                if optimizer.needs_state(p, group, counters(p)) or engines.choose(optimizer.engine, p, group, name) != "eager":
+                if optimizer.needs_state(p, group, counters(p)):
+                    return False
+                if engines.choose(optimizer.engine, p, group, optimizer.rule, name) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False

@@ -17,8 +17,8 @@ from fusedopt.engines.device import DevicePlan
 from fusedopt.rule import Rule
 
 WARPS = 4
-TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # at least 8 elements for each thread: 16 bytes of a half precision type
-# The norm of full tiles is unrolled, and ptxas left to itself spills to fit one more block: no spills with these.
+TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # 8 elements for each thread: 16 bytes of a half precision type
+# Left to itself ptxas spills a little to fit one more block on a processor.
 OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
 PROGRAMS_PER_PROCESSOR = 8
 INTERPRETED_TILE, INTERPRETED_PROGRAMS = 4096, 2  # few, large: each operation is a call of numpy
@@ -32,7 +32,7 @@ def interprets() -> bool:
         import triton
     except Exception:
         return False
-    return bool(triton.knobs.runtime.interpret)
+    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
@@ -47,10 +47,12 @@ def available() -> str | None:
     return "torch sees no GPU"
 
 
-def accepts(p: Tensor, group: Any) -> str | None:
-    """Why the engine cannot step a parameter; None if it can."""
+def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+    """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type not in (("cpu",) if interprets() else GPUS):
         return f"it is on {p.device}"
+    if rule.name not in _rules():
+        return f"rule {rule.name!r} has no Triton kernel"
     return checks.unsteppable(p, group)
 
 
@@ -66,11 +68,15 @@ def counters(p: Tensor) -> torch.device:
     return p.device
 
 
+def _rules() -> dict[str, Any]:
+    from fusedopt.triton_kernels import rules  # pyright: ignore[reportMissingImports]
+
+    return rules.by_name()
+
+
 def constants(rule: type[Rule], kinds: str, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the norm and the step kernel are specialised to."""
-    from fusedopt.triton_kernels import rules
-
-    ours = rules.by_name()[rule.name]
+    ours = _rules()[rule.name]
     shared = {"KINDS": kinds, "WIDTH": 4 + len(ours.states) + len(ours.scalars), "TILE": tile}
     counts = {"N_STATES": len(ours.states), "N_SCALARS": len(ours.scalars), "N_HYPER": len(ours.hyper)}
     return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
@@ -90,10 +96,10 @@ class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
     def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
-        from fusedopt.triton_kernels import norm, rules, step
+        from fusedopt.triton_kernels import norm, step  # pyright: ignore[reportMissingImports]
 
         device = members[0].device
-        ours = rules.by_name()[optimizer.rule.name]
+        ours = _rules()[optimizer.rule.name]
         interpreted = device.type == "cpu"
         tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
         programs = INTERPRETED_PROGRAMS if interpreted else _programs(device)

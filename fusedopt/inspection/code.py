@@ -109,12 +109,15 @@ def _loops(flow: networkx.DiGraph) -> dict[int, frozenset[int]]:
 _SASS = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
 
 
+_SASS_KINDS = {"LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDL": "spill", "STL": "spill"}
+
+
 def sass(text: str) -> list[Instruction]:
     """NVIDIA's machine code of one kernel."""
     code = []
     for address, predicate, opcode, operands in _SASS.findall(text):
         first, *modifiers = opcode.split(".")
-        kind = {"LDG": "load", "STG": "store", "LD": "load", "ST": "store", "LDL": "spill", "STL": "spill"}.get(first, "")
+        kind = _SASS_KINDS.get(first, "")
         bits = 0
         target = ""
         if kind in ("load", "store"):
@@ -183,7 +186,7 @@ def of_cubin(name: str, arch: str, cubin: bytes, cuobjdump: str) -> Report:
 
 
 def of_amdgcn(name: str, arch: str, text: str) -> Report:
-    """The report of a kernel compiled for AMD's GPUs. A scalar register spilled to a vector register is none to memory."""
+    """The report of a kernel compiled for AMD's GPUs. Scalars that move to vector registers are not spilled."""
 
     def told(what: str) -> int:
         return int(re.findall(rf"\.{what}:\s+(\d+)", text)[0])

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, initial_state
+from fusedopt.optimizer import FusedOptimizer, ParamsT
 from fusedopt.rule import EPS, Hyper, Rule, State
+from fusedopt.state import initial_state
 
 
 class AdagradRule(Rule):

@@ -1,0 +1,107 @@
+"""What a parameter's state is before its first step, and what becomes of one from elsewhere."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt.rule import LAST_FLOAT_STEP, Rule
+
+
+def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state before its first step: the rule's scalars, then its tensors."""
+    state = {name: torch.tensor(value, dtype=_scalar_dtype()) for name, value in rule.scalars.items()}
+    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+    for spec in rule.active_states(group):
+        value = float(group[spec.init]) if spec.init else 0.0
+        fill = complex(value, value) if p.is_complex() else value
+        state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
+    return state
+
+
+def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy: bool) -> dict[Any, Any]:
+    """A parameter's state from another optimizer or a checkpoint, in the form that engines take.
+
+    Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
+    """
+    adopted: dict[Any, Any] = {}
+    tensors = {s.name for s in rule.states}
+    for key, value in state.items():
+        if key in rule.scalars:
+            adopted[key] = _counter(value)
+        elif key in tensors and value is None:
+            continue  # torch's SGD says so that there is no momentum buffer yet
+        elif key in tensors:
+            moved = value.detach().to(p.device)
+            adopted[key] = moved.clone() if copy and moved.data_ptr() == value.data_ptr() else moved
+        else:
+            adopted[key] = deepcopy(value) if copy else value
+    return adopted
+
+
+def unfit(counter: Any, place: torch.device, worn: bool | None = None) -> bool:
+    """Whether a scalar state is not a float there, or a float32 at the end of its exact range (``worn``, if known)."""
+    if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
+        return True
+    if counter.dtype != torch.float32:
+        return counter.dtype != torch.float64
+    return float(counter) >= LAST_FLOAT_STEP if worn is None else worn
+
+
+def _counter(value: Any) -> Tensor:
+    """A scalar state of its own: float64 if it was or must be, else float32. One on a GPU stays, unread."""
+    if isinstance(value, Tensor) and value.device.type != "cpu" and value.is_floating_point() and not value.dim():
+        return value.detach().clone()
+    wide = isinstance(value, Tensor) and value.dtype == torch.float64
+    dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
+    return torch.tensor(float(value), dtype=dtype)
+
+
+class Counters:
+    """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
+
+    def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
+        there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        for value in (state[name] for state in states for name in names if name in state):
+            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.dim():
+                there[value.device, value.dtype].append(value.detach())
+        self._read = {id(t): v for ts in there.values() for t, v in zip(ts, torch.stack(ts).tolist(), strict=True)}
+        self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
+
+    def unfit(self, value: Any, place: torch.device) -> bool:
+        """Whether it cannot count there."""
+        known = self._read.get(id(value))
+        return unfit(value, place, None if known is None else known >= LAST_FLOAT_STEP)
+
+    def want(self, state: dict[str, Any], name: str, value: Any, place: torch.device) -> None:
+        """One is to be made of a value, there."""
+        wide = isinstance(value, Tensor) and value.dtype == torch.float64
+        number = self._read.get(id(value), value)
+        self._wanted[place].append((state, name, _counter(torch.tensor(number).double() if wide else number)))
+
+    def make(self) -> None:
+        """Make them."""
+        for place, wanted in self._wanted.items():
+            made = [counter for _, _, counter in wanted]
+            if place.type != "cpu":
+                made = _moved(made, place)
+            for (state, name, _), counter in zip(wanted, made, strict=True):
+                state[name] = counter
+
+
+def _moved(counters: list[Tensor], place: torch.device) -> list[Tensor]:
+    """The same numbers on a device: as parts of one tensor for each dtype."""
+    made: dict[int, Tensor] = {}
+    for dtype in {c.dtype for c in counters}:
+        chosen = [i for i, c in enumerate(counters) if c.dtype == dtype]
+        made.update(zip(chosen, torch.stack([counters[i] for i in chosen]).to(place).unbind(), strict=True))
+    return [made[i] for i in range(len(counters))]
+
+
+def _scalar_dtype() -> torch.dtype:
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
