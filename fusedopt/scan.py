@@ -36,7 +36,7 @@ class Scan:
         self._groups = list(param_groups)
         self._lists = [group["params"] for group in param_groups]
         self._rows = [
-            _Row(p, g, specs[g][0], state.get(p)) if id(p) in mine else None
+            _Row(p, specs[g][0], state.get(p)) if id(p) in mine else None
             for g, params in enumerate(self._lists)
             for p in params
         ]
@@ -57,12 +57,10 @@ class Scan:
         return stands
 
     def write(self, live: Tensor) -> bool:
-        """Put gradients' addresses, cohorts and hyperparameters there; whether anything changed."""
-        addresses, cohorts = [], []
-        for i, (row, g) in enumerate(zip(self._rows, self._gradients, strict=True)):
-            addresses.append(0 if g is None else g.data_ptr())
-            cohorts.append(-1 if row is None or g is None else 2 * row.group + (i in self._fresh))
-        words = torch.tensor([*addresses, *cohorts, *itertools.chain(*self._records)], dtype=torch.int64)
+        """Put gradients' addresses and hyperparameters there, see triton_kernels/walk.py; whether anything changed."""
+        given = enumerate(self._gradients)
+        addresses = [0 if g is None else (g.data_ptr() if g.numel() else 2) + (i in self._fresh) for i, g in given]
+        words = torch.tensor([*addresses, *itertools.chain(*self._records)], dtype=torch.int64)
         changed = not torch.equal(words, live)
         live.copy_(words)
         return changed
@@ -122,8 +120,8 @@ class Scan:
 class _Row:
     """A parameter, and where its tensors were when it was planned."""
 
-    def __init__(self, p: Tensor, group: int, names: tuple[list[str], ...], state: dict[str, Any] | None) -> None:
-        self.p, self.group, self.state = p, group, state
+    def __init__(self, p: Tensor, names: tuple[list[str], ...], state: dict[str, Any] | None) -> None:
+        self.p, self.state = p, state
         self.values = list(state.values()) if state else []
         states, scalars, _ = names
         self.watched = [state.get(name) for name in (*states, *scalars)] if state else []

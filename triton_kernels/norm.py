@@ -91,11 +91,10 @@ def norm(
         first = word(tiles + row)
         stop = tl.minimum(word(tiles + row + 1), end)
         kind = word(rows + row * WIDTH + KIND)
-        active = tl.load(live + HEADER + n_rows + row) >= 0
-        gradient = tl.load(live + HEADER + row)
+        given = tl.load(live + HEADER + row)
         for k in tl.static_range(count(KINDS)):
-            if active & (kind == k):
-                total += _row(rows, row, layouts, gradient, tile - first, stop - first, KINDS, k, WIDTH, TILE)
+            if (given != 0) & (kind == k):
+                total += _row(rows, row, layouts, given & ~1, tile - first, stop - first, KINDS, k, WIDTH, TILE)
         tile = stop
         row += 1
     tl.store(partials + tl.program_id(0), total)

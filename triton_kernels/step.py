@@ -14,6 +14,7 @@ from fusedopt.triton_kernels.walk import (
     SKIP,
     advance,
     aligned,
+    cohort_of,
     is_last,
     load_hyper,
     load_scalars,
@@ -118,7 +119,7 @@ def _advance_scalars(
     lanes = tl.arange(0, 256)
     for base in range(0, n_rows, 256):
         row = base + lanes
-        cohort = tl.load(live + HEADER + n_rows + row, mask=row < n_rows, other=-1)
+        cohort = cohort_of(rows, row, live, row < n_rows, WIDTH)
         active = cohort >= 0
         group = groups + (cohort >> 1) * (2 * (2 + N_HYPER) + FLAGS)
         scalars = advance(load_scalars(rows, row, active, ADDRESSES + 1 + N_STATES, N_SCALARS, WIDTH))
@@ -155,11 +156,11 @@ def step(
         TILE: Elements of a tile, a power of two.
     """
     factor, skipped, norm = _decide(live, verdict, grad_scale, found_inf)
-    groups = live + HEADER + 2 * n_rows
+    groups = live + HEADER + n_rows
     if skipped == 0:
         begin, left, _, row = share(shares)
         while left > begin:  # rows of one cohort after another: `prepare` runs when the cohort changes
-            cohort = word(live + HEADER + n_rows + row)
+            cohort = cohort_of(rows, row, live, row >= 0, WIDTH)
             group = groups + tl.maximum(cohort >> 1, 0) * (2 * (2 + N_HYPER) + FLAGS)
             scalars = load_scalars(rows, row, cohort >= 0, ADDRESSES + 1 + N_STATES, N_SCALARS, WIDTH)
             h = load_hyper(group, cohort >= 0, 2, N_HYPER)
@@ -171,7 +172,7 @@ def step(
                 first = word(tiles + row)
                 stop = tl.minimum(word(tiles + row + 1), left)
                 kind = word(rows + row * WIDTH + KIND)
-                gradient = tl.load(live + HEADER + row)
+                gradient = tl.load(live + HEADER + row) & ~1
                 left = tl.maximum(tl.minimum(first, left), begin)
                 for k in tl.static_range(count(KINDS)):
                     if (cohort >= 0) & (kind == k):
@@ -181,7 +182,7 @@ def step(
                         )  # fmt: skip
                 row -= 1
                 same = left > begin
-                same = same & (tl.load(live + HEADER + n_rows + row, mask=same, other=-1) == cohort)
+                same = same & (cohort_of(rows, row, live, same, WIDTH) == cohort)
                 ahead = load_scalars(rows, row, same & (cohort >= 0), ADDRESSES + 1 + N_STATES, N_SCALARS, WIDTH)
                 for k in tl.static_range(N_SCALARS):
                     same = same & (ahead[k] == scalars[k])

@@ -1,13 +1,12 @@
 """How kernels find their way: the tables, a program's share of the tiles, and the tiles of a row.
 
-``rows``: int64, for every row NUMEL, KIND, LAYOUT (where its strides begin), the parameter's address, those of
+``rows``: int64, for every row NUMEL, KIND, LAYOUT (where its strides begin), GROUP, the parameter's address, those of
 its states, and those of its scalars; bit 0 of a scalar's address is set when it is a double, not a float.
 ``tiles``: int64, for every row the number of tiles before it; at the end, of all.
 ``shares``: int64, for every program the first of its tiles, and the row that tile is in; at the end, the number of
 tiles and the last row.
-``live``: int64, what changes from step to step: MAX_NORM, MEASURED, SKIP; for every row the gradient's address;
-for every row its group times two, plus one if its states are new, or -1 without a gradient; and for every
-group, as pairs of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double):
+``live``: int64, what changes from step to step: MAX_NORM, MEASURED, SKIP; for every row the gradient's
+address, plus one if the row's states are new, or 0 without a gradient (2 stands for no address); and for every group, as pairs of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double):
 lr, weight decay, the rule's hyperparameters; then, without addresses, whether decay is decoupled, and the sign.
 """
 
@@ -21,7 +20,8 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NUMEL = tl.constexpr(0)
 KIND = tl.constexpr(1)
 LAYOUT = tl.constexpr(2)
-ADDRESSES = tl.constexpr(3)
+GROUP = tl.constexpr(3)
+ADDRESSES = tl.constexpr(4)
 
 MAX_NORM = tl.constexpr(0)
 MEASURED = tl.constexpr(1)
@@ -40,6 +40,17 @@ def share(shares):
 def word(pointer):
     """A row or tile number: there are fewer than 2^31 of either."""
     return tl.load(pointer).to(tl.int32)
+
+
+@triton.jit
+def cohort_of(rows, row, live, mask, WIDTH: tl.constexpr):
+    """A number that rows share whose hyperparameters are the same: twice the group, plus one if states are new.
+
+    It is -1 for rows without a gradient.
+    """
+    given = tl.load(live + HEADER + row, mask=mask, other=0)
+    group = tl.load(rows + row * WIDTH + GROUP, mask=mask, other=0)
+    return tl.where(given != 0, 2 * group + (given & 1), -1).to(tl.int32)
 
 
 @triton.jit

@@ -238,10 +238,10 @@ py::tuple Plan::run(const py::capsule& engine, int threads, double inverse_scale
 bool Plan::write(const py::handle& live) const {
   const DLTensor table = view(live.ptr());
   auto* out = reinterpret_cast<std::int64_t*>(address(table));
-  const std::size_t words = 2 * rows_.size() + std::accumulate(groups_.begin(), groups_.end(), std::size_t{0},
-                                                               [](std::size_t sum, const Group& group) {
-                                                                 return sum + 2 * group.hyper.size() + 2;
-                                                               });
+  const std::size_t words = rows_.size() + std::accumulate(groups_.begin(), groups_.end(), std::size_t{0},
+                                                           [](std::size_t sum, const Group& group) {
+                                                             return sum + 2 * group.hyper.size() + 2;
+                                                           });
   if (table.dtype.code != kDLInt || table.dtype.bits != 64 || table.ndim != 1 || table.device.device_type != kDLCPU ||
       table.shape[0] != static_cast<std::int64_t>(words)) {
     throw std::invalid_argument("the table must be a CPU int64 tensor of " + std::to_string(words) + " elements");
@@ -251,8 +251,10 @@ bool Plan::write(const py::handle& live) const {
     changed |= *out ^ word;
     *out++ = word;
   };
-  for (const Row& row : rows_) put(row.active ? reinterpret_cast<std::int64_t>(row.data[kGrad]) : 0);
-  for (const Row& row : rows_) put(row.active ? row.cohort : -1);
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    const auto given = reinterpret_cast<std::int64_t>(rows_[i].data[kGrad]);
+    put(rows_[i].active ? (rows_[i].numel ? given : 2) + entries_[i].first : 0);
+  }
   for (const Group& group : groups_) {
     for (std::size_t k = 0; k < group.hyper.size(); ++k) {
       put(std::bit_cast<std::int64_t>(group.values[k]));

@@ -118,9 +118,9 @@ class Plan {
   py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                 bool update, bool skip_nonfinite, double squared_norm);
 
-  // For engines on a device: writes for every row the gradient's address (0: none), then for every row its group
-  // times two, plus one if its states are new (-1: no gradient), then for every group the pairs of a value and a
-  // source of its hyperparameters, whether decay is decoupled, and the sign. Returns whether anything changed.
+  // For engines on a device: writes for every row the gradient's address, plus one if its states are new (0: no
+  // gradient, 2: one without elements), then for every group the pairs of a value and a source of its
+  // hyperparameters, whether decay is decoupled, and the sign. Returns whether anything changed.
   bool write(const py::handle& live) const;
 
   // The step happened: advance the step counters.

@@ -350,10 +350,7 @@ bool Plan::strides_planned(const DLTensor& gradient, const Entry& entry) const {
 // Puts a row with a gradient into the cohort of its group with equal counters; false when a counter must be widened.
 bool Plan::join_cohort(const Entry& entry, Row& row) {
   const Kernel& kernel = *row.kernel;
-  if (counts_on_device_) {
-    row.cohort = 2 * entry.group + entry.first;
-    return true;
-  }
+  if (counts_on_device_) return true;
   CohortKey key{entry.group, entry.first, {}, {}};
   for (int k = 0; k < kernel.n_scalars; ++k) {
     key.before[k] = read_scalar(entry.scalars[k]);

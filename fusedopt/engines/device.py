@@ -44,7 +44,7 @@ class DevicePlan:
         self._scan = host.device_scan(optimizer, names[2], members, fresh, self.device)
         with self.on_device():
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
-            words = 2 * self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
+            words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
             self.live = Live(HEADER + words, self.device)
             self.verdict = optimizer.verdict(self.device)
         self._body = self.live.words[HEADER:]

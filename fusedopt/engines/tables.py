@@ -18,7 +18,7 @@ from fusedopt import checks
 from fusedopt.scan import resolved, significant
 
 HEADER = 3  # words of `live` before the rows: max_norm, whether the norm was measured, whether it may skip
-ROW = 4  # words of a row besides its states and scalars: numel, kind, layout, the parameter's address
+ROW = 5  # words of a row besides its states and scalars: numel, kind, layout, group, the parameter's address
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 
@@ -136,8 +136,8 @@ class Rows:
         self._layouts: list[int] = []
         mine = {id(p) for p in members}
         rows = [
-            self._row(optimizer, p, group) if id(p) in mine else None
-            for group in optimizer.param_groups
+            self._row(optimizer, p, group, g) if id(p) in mine else None
+            for g, group in enumerate(optimizer.param_groups)
             for p in group["params"]
         ]
         rows = [row or [0] * self.width for row in rows]
@@ -157,7 +157,7 @@ class Rows:
         self.layouts = on_device(self._layouts or [0])
         self.kinds = ";".join(self._kinds) or "dense param=fp32 grad=fp32"
 
-    def _row(self, optimizer: Any, p: Tensor, group: Any) -> list[int] | None:
+    def _row(self, optimizer: Any, p: Tensor, group: Any, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
         state = optimizer.state.get(p, {})
         active = [s.name for s in optimizer.rule.active_states(group)]
@@ -172,7 +172,7 @@ class Rows:
         addresses = [state[name].data_ptr() for name in active]
         addresses += [0] * (len(self._names[0]) - len(addresses))
         counters = [state[name].data_ptr() | (state[name].dtype == torch.float64) for name in self._names[1]]
-        return [p.numel() * (2 if p.is_complex() else 1), kind, layout, p.data_ptr(), *addresses, *counters]
+        return [p.numel() * (2 if p.is_complex() else 1), kind, layout, number, p.data_ptr(), *addresses, *counters]
 
     def _layout(self, p: Tensor, operands: list[Tensor]) -> int:
         """Enter sizes and strides, innermost first; complex numbers are pairs. Returns where."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
+from fusedopt.engines.tables import ROW
 from fusedopt.rule import Rule
 
 WARPS = 4
@@ -77,7 +78,7 @@ def _rules() -> dict[str, Any]:
 def constants(rule: type[Rule], kinds: str, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the norm and the step kernel are specialised to."""
     ours = _rules()[rule.name]
-    shared = {"KINDS": kinds, "WIDTH": 4 + len(ours.states) + len(ours.scalars), "TILE": tile}
+    shared = {"KINDS": kinds, "WIDTH": ROW + len(ours.states) + len(ours.scalars), "TILE": tile}
     counts = {"N_STATES": len(ours.states), "N_SCALARS": len(ours.scalars), "N_HYPER": len(ours.hyper)}
     return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
 
