@@ -5,9 +5,10 @@ its states, and those of its scalars; bit 0 of a scalar's address is set when it
 ``tiles``: int64, for every row the number of tiles before it; at the end, of all.
 ``shares``: int64, for every program the first of its tiles, and the row that tile is in; at the end, the number of
 tiles and the last row.
-``live``: int64, what changes from step to step: MAX_NORM, MEASURED, SKIP; for every row the gradient's
-address, plus one if the row's states are new, or 0 without a gradient (2 stands for no address); and for every group, as pairs of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double):
-lr, weight decay, the rule's hyperparameters; then, without addresses, whether decay is decoupled, and the sign.
+``live``: int64, what changes from step to step: MAX_NORM, MEASURED, SKIP; for every row the gradient's address, plus
+one if the row's states are new, or 0 without a gradient (2 stands for no address); and for every group, as pairs of a
+double and the address of a tensor that has it instead (0: none; bit 0: it is a double): lr, weight decay, the rule's
+hyperparameters; then, without addresses, whether decay is decoupled, and the sign.
 """
 
 import triton
