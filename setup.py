@@ -1,7 +1,7 @@
 """Builds the extensions with ninja; whatever cannot be built is left out, and the reason is kept.
 
-Extensions link neither torch nor each other: `_host` reads tensors through DLPack's C interface,
-and each CPU engine build is one ISA level of the same sources. `fusedopt info` shows the reasons.
+Extensions link neither torch nor each other: `_host` reads tensors through DLPack's C interface, each CPU engine
+build is one ISA level of the same sources, and `_cuda` holds code for several GPUs. `fusedopt info` shows the reasons.
 """
 
 from __future__ import annotations
@@ -25,9 +25,12 @@ ROOT = Path(__file__).resolve().parent
 REPORT = "_build_report.json"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 LEVELS = ("v2", "v3", "v4") if X86 else ("base",)
-RULES = sorted((ROOT / "csrc" / "rules").glob("*.h"))
+CSRC = ROOT / "csrc"
+RULES = sorted((CSRC / "rules").glob("*.h"))
+# Compute capabilities with code of their own; the last one's PTX serves later ones.
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
-COMMON_FLAGS = "-std=c++20 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
+COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
 # Faster sqrt and branches, but never -ffast-math: a NaN must propagate.
 ENGINE_FLAGS = "-O3 -fno-math-errno -fno-trapping-math"
 
@@ -52,7 +55,7 @@ def dlpack_header() -> tuple[str, str]:
 class Ninja:
     """A build.ninja in the making."""
 
-    def __init__(self, compiler: str, folder: Path) -> None:
+    def __init__(self, compiler: str, folder: Path, link_flags: str) -> None:
         self.folder = folder
         self.lines = [
             "rule compile",
@@ -60,7 +63,7 @@ class Ninja:
             "  depfile = $out.d",
             "  deps = gcc",
             "rule link",
-            f"  command = {compiler} -shared -fopenmp $in -o $out",
+            f"  command = {compiler} {link_flags} $in -o $out",
         ]
 
     def compile(self, source: Path, name: str, flags: str) -> str:
@@ -88,6 +91,47 @@ class Ninja:
             raise RuntimeError((result.stdout + result.stderr).strip()[-2000:])
 
 
+def compiler() -> str:
+    """The C++ compiler.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    found = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
+    if not found or not shutil.which(found.split()[0]):
+        raise RuntimeError(f"no C++ compiler: {found or 'g++, c++ and clang++'} not found")
+    return found
+
+
+def find_nvcc() -> str:
+    """CUDA's compiler.
+
+    Raises:
+        RuntimeError: If there is none.
+    """
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    places = [*(Path(home) / "bin" / "nvcc" for home in homes), Path("/usr/local/cuda/bin/nvcc")]
+    found = os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in places if p.exists()), None)
+    if not found:
+        raise RuntimeError("no CUDA compiler: nvcc not found in PATH, CUDA_HOME or /usr/local/cuda")
+    return found
+
+
+def gencode(nvcc: str) -> str:
+    """What to compile for: those of CUDA_ARCHS that this nvcc knows, or what FUSEDOPT_CUDA_ARCHS lists."""
+    asked = os.environ.get("FUSEDOPT_CUDA_ARCHS")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    archs = asked.replace(",", " ").split() if asked else [str(a) for a in CUDA_ARCHS if f"compute_{a}" in known]
+    code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
+    return f"{code} -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+
+
+def python_includes() -> str:
+    import pybind11
+
+    return f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
+
+
 class BuildExtensions(build_ext):
     """Compiles csrc/ with ninja; a failure costs the engine, not the installation."""
 
@@ -102,44 +146,51 @@ class BuildExtensions(build_ext):
             (folder / REPORT).write_text(json.dumps(self.report, indent=1) + "\n")
 
     def build_extensions(self) -> None:
-        try:
-            self.compile_all()
-            self.report = {"cpu": None}
-        except Exception as failure:
-            reason = f"{type(failure).__name__}: {failure}" if not isinstance(failure, RuntimeError) else str(failure)
-            self.report = {"cpu": reason}
-            print(f"fusedopt: the CPU engine was not built: {reason}", file=sys.stderr)
+        for part, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
+            try:
+                build()
+                self.report[part] = None
+            except Exception as failure:
+                known = isinstance(failure, RuntimeError)
+                self.report[part] = str(failure) if known else f"{type(failure).__name__}: {failure}"
+                print(f"fusedopt: the {part} engine was not built: {self.report[part]}", file=sys.stderr)
 
-    def compile_all(self) -> None:
-        import pybind11
-
-        compiler = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
-        if not compiler or not shutil.which(compiler.split()[0]):
-            raise RuntimeError(f"no C++ compiler: {compiler or 'g++, c++ and clang++'} not found")
+    def build_cpu(self) -> None:
         folder, header = dlpack_header()
-        includes = f"-I{ROOT / 'csrc'}"
-        python = " ".join(f"-isystem {p}" for p in (pybind11.get_include(), sysconfig.get_paths()["include"], folder))
-        flags = f"{COMMON_FLAGS} {includes}"
+        flags = f"{COMMON_FLAGS} -fopenmp -I{CSRC}"
+        python = f"{python_includes()} -isystem {folder}"
         dlpack = f"'-DFUSEDOPT_DLPACK_HEADER=<{header}>'"
-        ninja = Ninja(compiler, Path(self.build_temp).resolve())
-        csrc = ROOT / "csrc"
+        ninja = Ninja(compiler(), Path(self.build_temp).resolve(), "-shared -fopenmp")
 
         host = [
             ninja.compile(source, f"host_{source.stem}", f"{flags} -O2 {python} {dlpack}")
-            for source in sorted((csrc / "host").glob("*.cpp"))
+            for source in sorted((CSRC / "host").glob("*.cpp"))
         ]
         ninja.link(host, self.target("fusedopt._host"))
         for level in LEVELS:
             engine = f"{flags} {ENGINE_FLAGS} {march(level)}"
             objects = [
-                ninja.compile(csrc / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
+                ninja.compile(CSRC / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
                 for rule in RULES
             ]
             for source in ("codec", "engine"):
-                objects.append(ninja.compile(csrc / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
+                objects.append(ninja.compile(CSRC / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
             module = f"{engine} {python} -DFUSEDOPT_MODULE=_cpu_{level}"
-            objects.append(ninja.compile(csrc / "cpu" / "module.cpp", f"{level}_module_", module))
+            objects.append(ninja.compile(CSRC / "cpu" / "module.cpp", f"{level}_module_", module))
             ninja.link(objects, self.target(f"fusedopt._cpu_{level}"))
+        ninja.run()
+
+    def build_cuda(self) -> None:
+        nvcc = find_nvcc()
+        flags = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {gencode(nvcc)}"
+        ninja = Ninja(nvcc, Path(self.build_temp).resolve() / "cuda", "-shared -cudart static")
+        objects = [
+            ninja.compile(CSRC / "cuda" / "rule_unit.cu", rule.stem, f"{flags} {define(rule)}") for rule in RULES
+        ]
+        for source in ("launch", "module"):
+            module = f"{flags} {python_includes()} -DFUSEDOPT_MODULE=_cuda"
+            objects.append(ninja.compile(CSRC / "cuda" / f"{source}.cpp", f"{source}_", module))
+        ninja.link(objects, self.target("fusedopt._cuda"))
         ninja.run()
 
     def target(self, name: str) -> Path:
@@ -168,23 +219,24 @@ class BuildPython(build_py):
         super().run()
 
 
-setup(
-    packages=[
-        "fusedopt",
-        "fusedopt.optimizers",
-        "fusedopt.engines",
-        "fusedopt.verification",
-        "fusedopt.cli",
-        "fusedopt.inspection",
-        "fusedopt.triton_kernels",
-        "fusedopt.triton_kernels.rules",
-        "fusedopt.bench",
-    ],
-    package_dir={"fusedopt.triton_kernels": "triton_kernels", "fusedopt.bench": "bench"},
-    package_data={"fusedopt": ["py.typed", REPORT], "fusedopt.optimizers": ["*.pyi"]},
-    ext_modules=[
-        Extension(f"fusedopt.{name}", sources=[], optional=True)
-        for name in ("_host", *(f"_cpu_{level}" for level in LEVELS))
-    ],
-    cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "fusedopt",
+            "fusedopt.optimizers",
+            "fusedopt.engines",
+            "fusedopt.verification",
+            "fusedopt.cli",
+            "fusedopt.inspection",
+            "fusedopt.triton_kernels",
+            "fusedopt.triton_kernels.rules",
+            "fusedopt.bench",
+        ],
+        package_dir={"fusedopt.triton_kernels": "triton_kernels", "fusedopt.bench": "bench"},
+        package_data={"fusedopt": ["py.typed", REPORT], "fusedopt.optimizers": ["*.pyi"]},
+        ext_modules=[
+            Extension(f"fusedopt.{name}", sources=[], optional=True)
+            for name in ("_host", *(f"_cpu_{level}" for level in LEVELS), "_cuda")
+        ],
+        cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
+    )

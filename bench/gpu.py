@@ -100,6 +100,7 @@ def main() -> int:
             print(f"{part.name}: {' '.join(part.command)}", flush=True)
             results[part.name] = run(part, out, environment)
         if part.name == "build":
+            environment["PYTHONSAFEPATH"] = "1"  # else the sources in the current folder come first
             environment["PYTHONPATH"] = os.pathsep.join(
                 [str(stage(ROOT / "build" / "stage")), *filter(None, [environment.get("PYTHONPATH")])]
             )

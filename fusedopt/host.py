@@ -51,9 +51,10 @@ def _specimens() -> list[tuple[Any, ...]]:
     tensors: list[Tensor] = [torch.frombuffer(bytearray(40_000), dtype=t) for t in checks.FLOATING]
     tensors = [t.as_strided((2, 3, 5), (307, 67, 11), 37 + i) for i, t in enumerate(tensors)]
     tensors += [
-        torch.nn.Parameter(torch.empty(9_000, dtype=t).as_strided((7, 2), (131, 17), 53)) for t in checks.FLOATING
+        torch.nn.Parameter(torch.empty(9_000, dtype=t, device="cpu").as_strided((7, 2), (131, 17), 53))
+        for t in checks.FLOATING
     ]
-    tensors += [torch.empty(9_000).as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_()]
+    tensors += [torch.empty(9_000, device="cpu").as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_()]
     facts = []
     for t in tensors:
         storage = t.untyped_storage()

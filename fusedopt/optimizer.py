@@ -154,6 +154,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         plans = self._plans
         stands = plans is not None and all(plan.scan() for plan in plans)
+        if not stands:
+            self._refuse_capture()
         if not (stands and self._asynchronous):  # else the devices look at it
             if scaling.refuses:
                 self._skipped += 1
@@ -171,7 +173,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         self._norm = norm if measures else None
         if skipped:
-            self._skipped += not self._asynchronous
+            self._skipped += not any(plan.asynchronous for plan in plans)
             self._forget(fresh)
         return loss
 
@@ -240,9 +242,13 @@ class FusedOptimizer(torch.optim.Optimizer):
                     if p.grad is not None:
                         raise
                     engine = "eager"  # which looks again when there is a gradient
-                engines.refuse_capture(engine, p)
                 assigned.append((engine, p, group))
         return assigned
+
+    def _refuse_capture(self) -> None:
+        """A step that must plan cannot be captured: it makes states and tables, and waits for devices."""
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            engines.refuse_capture(device)
 
     def check_parameter(self, p: Tensor, group: dict[str, Any], name: str) -> None:
         """A parameter's gradient and state, as far as it has them, can be stepped with; raises otherwise."""
@@ -255,18 +261,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.state_devices(self.rule, p, state, name)
 
     def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], fresh: Fresh) -> None:
-        """Make the states that parameters with gradients lack, and enter them in ``fresh``."""
-        with_gradients = [(engine, p, group) for engine, p, group in assigned if p.grad is not None]
-        counters = Counters((self.state.get(p, {}) for _, p, _ in with_gradients), self.rule.scalars)
-        for engine, p, group in with_gradients:
-            place = engines.counters(engine, p)
-            has = self.state.get(p, {})
-            new = {k: v for k, v in initial_state(self.rule, p, group).items() if has.get(k) is None}
-            scalars = {k: new.get(k, has.get(k)) for k in self.rule.scalars}
-            unfit = {k: v for k, v in scalars.items() if counters.unfit(v, place)}
-            if not new and not unfit:
-                continue
-            self.state[p].update(new)
+        """Make the states that parameters with gradients lack, and enter them in ``fresh``; mend all counters."""
+        counters = Counters((self.state.get(p, {}) for _, p, _ in assigned), self.rule.scalars)
+        for engine, p, group in assigned:
+            place, has = engines.counters(engine, p), self.state.get(p, {})
+            names = [spec.name for spec in self.rule.active_states(group)]
+            new: dict[str, Any] = {}
+            if p.grad is not None and any(has.get(name) is None for name in (*names, *self.rule.scalars)):
+                made = initial_state(self.rule, p, group)
+                new = {name: value for name, value in made.items() if has.get(name) is None}
+            scalars = {name: new.get(name, has.get(name)) for name in self.rule.scalars}
+            unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, place)}
+            if new or unfit:
+                self.state[p].update(new)
             for name, value in unfit.items():
                 counters.want(self.state[p], name, value, place)
             if new:
@@ -374,9 +381,10 @@ def _launch(
         outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
     else:  # the norm spans devices: measure on all before updating any
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
+        totals = [None if squares is None else _sum(squares, plan) for plan in plans]
         outcomes = [
-            plan.run(scaling, max_norm, False, True, skip_nonfinite, None if squares is None else _sum(squares, plan))
-            for plan in plans
+            plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
+            for plan, total in zip(plans, totals, strict=True)
         ]
     _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
     if isinstance(skipped, Tensor):
@@ -390,5 +398,7 @@ def _sum(squares: list[float | Tensor], plan: Any) -> float | Tensor:
     """The sum in the same order for all plans; waits only for those who cannot."""
     if not plan.asynchronous:
         return sum(float(s) for s in squares)
-    parts = [torch.as_tensor(s, dtype=torch.float64).to(plan.device, non_blocking=True) for s in squares]
-    return torch.stack(parts).cumsum(0)[-1]
+    total = torch.zeros((), dtype=torch.float64, device=plan.device)
+    for s in squares:
+        total = total + (s.to(plan.device, non_blocking=True) if isinstance(s, Tensor) else s)
+    return total

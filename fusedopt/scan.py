@@ -40,6 +40,7 @@ class Scan:
             for g, params in enumerate(self._lists)
             for p in params
         ]
+        self._mine = [any(id(p) in mine for p in params) for params in self._lists]
         self._params = [p for params in self._lists for p in params]
         self._fresh = {i for i, p in enumerate(self._params) if id(p) in fresh}
         self._gradients: list[Tensor | None] = []
@@ -60,7 +61,7 @@ class Scan:
         """Put gradients' addresses and hyperparameters there, see triton_kernels/walk.py; whether anything changed."""
         given = enumerate(self._gradients)
         addresses = [0 if g is None else (g.data_ptr() if g.numel() else 2) + (i in self._fresh) for i, g in given]
-        words = torch.tensor([*addresses, *itertools.chain(*self._records)], dtype=torch.int64)
+        words = torch.tensor([*addresses, *itertools.chain(*self._records)], dtype=torch.int64, device="cpu")
         changed = not torch.equal(words, live)
         live.copy_(words)
         return changed
@@ -77,10 +78,13 @@ class Scan:
         if len(self._param_groups) != len(self._groups):
             return False
         self._records = []
-        pairs = zip(self._param_groups, self._groups, self._lists, self._specs, strict=True)
-        for group, old, params, spec in pairs:
+        pairs = zip(self._param_groups, self._groups, self._lists, self._specs, self._mine, strict=True)
+        for group, old, params, spec, mine in pairs:
             if group is not old or group["params"] is not params:
                 return False
+            if not mine:
+                self._records.append([0] * (2 * len(spec[1]) + 2))
+                continue
             if any(bool(group[key]) != on for key, on in spec[2]):
                 return False
             record = self._record(group, spec)

@@ -15,7 +15,7 @@ from fusedopt.rule import LAST_FLOAT_STEP, Rule
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """A parameter's state before its first step: the rule's scalars, then its tensors."""
-    state = {name: torch.tensor(value, dtype=_scalar_dtype()) for name, value in rule.scalars.items()}
+    state = {name: torch.tensor(value, dtype=_scalar_dtype(), device="cpu") for name, value in rule.scalars.items()}
     dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
     for spec in rule.active_states(group):
         value = float(group[spec.init]) if spec.init else 0.0
@@ -44,45 +44,64 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def unfit(counter: Any, place: torch.device, worn: bool | None = None) -> bool:
-    """Whether a scalar state is not a float there, or a float32 at the end of its exact range (``worn``, if known)."""
+def unfit(counter: Any, place: torch.device, value: float | None = None) -> bool:
+    """Whether a scalar state is not a float there, or a float32 at the end of its exact range.
+
+    Args:
+        counter: The state.
+        place: Where the engine keeps counters.
+        value: What it is, if that is known; a device need not be waited for then.
+    """
     if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
         return True
     if counter.dtype != torch.float32:
         return counter.dtype != torch.float64
-    return float(counter) >= LAST_FLOAT_STEP if worn is None else worn
+    return (float(counter) if value is None else value) >= LAST_FLOAT_STEP
+
+
+def is_far(t: Any) -> bool:
+    """Whether reading a tensor's value means waiting for a device."""
+    return isinstance(t, Tensor) and t.device.type != "cpu"
 
 
 def _counter(value: Any) -> Tensor:
-    """A scalar state of its own: float64 if it was or must be, else float32. One on a GPU stays, unread."""
-    if isinstance(value, Tensor) and value.device.type != "cpu" and value.is_floating_point() and not value.dim():
+    """A scalar state of its own: float64 if it was or must be, else float32. One that is far stays so, unread."""
+    if is_far(value) and value.is_floating_point() and not value.dim():
         return value.detach().clone()
     wide = isinstance(value, Tensor) and value.dtype == torch.float64
-    dtype = torch.float64 if wide or float(value) >= LAST_FLOAT_STEP else _scalar_dtype()
-    return torch.tensor(float(value), dtype=dtype)
+    return _made(float(value), wide)
+
+
+def _made(number: float, wide: bool) -> Tensor:
+    dtype = torch.float64 if wide or number >= LAST_FLOAT_STEP else _scalar_dtype()
+    return torch.tensor(number, dtype=dtype, device="cpu")
 
 
 class Counters:
     """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
 
     def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
-        there: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+        far: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for value in (state[name] for state in states for name in names if name in state):
-            if isinstance(value, Tensor) and value.device.type != "cpu" and not value.dim():
-                there[value.device, value.dtype].append(value.detach())
-        self._read = {id(t): v for ts in there.values() for t, v in zip(ts, torch.stack(ts).tolist(), strict=True)}
+            if is_far(value) and not value.dim():
+                far[value.device, value.dtype].append(value)
+        self._far = far  # kept: an id tells a tensor only while it lives
+        self._read = {
+            id(t): number
+            for ts in far.values()
+            for t, number in zip(ts, torch.stack([t.detach() for t in ts]).tolist(), strict=True)
+        }
         self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
 
     def unfit(self, value: Any, place: torch.device) -> bool:
         """Whether it cannot count there."""
-        known = self._read.get(id(value))
-        return unfit(value, place, None if known is None else known >= LAST_FLOAT_STEP)
+        return unfit(value, place, self._read.get(id(value)))
 
     def want(self, state: dict[str, Any], name: str, value: Any, place: torch.device) -> None:
         """One is to be made of a value, there."""
         wide = isinstance(value, Tensor) and value.dtype == torch.float64
-        number = self._read.get(id(value), value)
-        self._wanted[place].append((state, name, _counter(torch.tensor(number).double() if wide else number)))
+        number = self._read[id(value)] if id(value) in self._read else float(value)
+        self._wanted[place].append((state, name, _made(number, wide)))
 
     def make(self) -> None:
         """Make them."""

@@ -1,4 +1,5 @@
 import os
+import shutil
 
 import torch
 
@@ -10,6 +11,12 @@ if INTERPRETED:
 import pytest  # noqa: E402
 
 from fusedopt import engines  # noqa: E402
+
+if INTERPRETED and shutil.which("g++"):
+    import cuda_on_threads
+
+    extension = cuda_on_threads.build()
+    engines.cuda.load = lambda: extension  # the CUDA engine's own kernels, on host threads
 
 # Where the tests' tensors are the engine must be too: theirs are on the CPU, a GPU's tests in test_gpu.py.
 AVAILABLE = [

@@ -11,6 +11,7 @@ from conftest import AVAILABLE
 from helpers import ALL, BY_NAME, close, fill_gradients, pair, params, same_gradients
 
 import fusedopt
+from fusedopt import state
 from fusedopt.engines import triton as engine
 from fusedopt.verification.cases import CASES
 
@@ -213,3 +214,103 @@ def test_not_available_without_a_gpu():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode and "engine 'triton' is not available: torch sees no GPU" in run.stderr
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """Counters are treated as those on a GPU: read together, at a plan only."""
+    monkeypatch.setattr(state, "is_far", lambda t: isinstance(t, torch.Tensor))
+
+
+def test_parameters_that_join_late_have_counts_of_their_own(far):
+    ours, a, theirs, b = pair([(5,), (6,), (7,)], engine="triton")
+    for t in range(6):
+        same_gradients(ours, theirs)
+        for k in (1, 2):
+            if t < 2 * k:
+                ours[k].grad = theirs[k].grad = None
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        assert a.state[p]["step"] == b.state[q]["step"]
+
+
+def test_states_without_gradients_wait_for_theirs(far):
+    """Loaded states, or Adagrad's, which are there from the start, of parameters that get no gradient yet."""
+    for name in ("Adagrad", "AdamW"):
+        ours, a, theirs, b = pair([(5,), (6,)], name, engine="triton")
+        if name == "AdamW":
+            same_gradients(ours, theirs)
+            b.step()
+            for p, q in zip(ours, theirs, strict=True):
+                p.data.copy_(q)
+            a.load_state_dict(b.state_dict())
+        for t in range(4):
+            same_gradients(ours, theirs)
+            if t < 2:
+                ours[1].grad = theirs[1].grad = None
+            a.step(), b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            close(p, q)
+
+
+def test_far_counters_pass_two_to_the_24(far):
+    ps = params((3,))
+    optimizer = fusedopt.AdamW(ps, engine="triton")
+    fill_gradients(ps)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"].fill_(2**24 - 2)
+    optimizer.load_state_dict(saved)
+    for t in range(4):
+        optimizer.step()
+        assert optimizer.state[ps[0]]["step"] == 2**24 - 1 + t
+
+
+@pytest.mark.parametrize("first", ["triton", "eager"])
+def test_the_norm_spans_plans(first):
+    """One plan reports on its device, one to the host; both clip by the norm of all, and count a skip once."""
+    ps = params((1,), (1,))
+    groups = [{"params": ps[:1], "differentiable": first == "eager"}, {"params": ps[1:]}]
+    groups[1]["differentiable"] = first == "triton"
+    with torch.no_grad():
+        for p in ps:
+            p.zero_()
+    optimizer = fusedopt.SGD(groups, lr=1.0, max_grad_norm=1.0, skip_nonfinite=True)
+    engines_of = optimizer._plans
+    assert engines_of is None
+    for group in optimizer.param_groups:
+        if group["differentiable"]:
+            group["params"][0].requires_grad_(False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fusedopt.engines.cpu, "available", lambda: "not in this test")
+        patch.setattr(fusedopt.engines.cuda, "available", lambda: "not in this test")
+        for gradients, norm, skips in (((3.0, 4.0), 5.0, 0), ((math.nan, 1.0), math.nan, 1)):
+            for p, g in zip(ps, gradients, strict=True):
+                p.grad = torch.tensor([g])
+            optimizer.step()
+            close(optimizer.grad_norm.nan_to_num(nan=-1.0), torch.tensor(norm).nan_to_num(nan=-1.0))
+            assert optimizer.skipped_steps == skips
+    assert {plan.asynchronous for plan in optimizer._plans} == {True, False}
+    close(torch.cat(ps).detach(), torch.tensor([-0.6, -0.8]))
+
+
+def test_a_default_device_is_not_where_tables_are_written():
+    ps = params((3,))
+    fill_gradients(ps)
+    torch.set_default_device("meta")
+    try:
+        optimizer = fusedopt.AdamW(ps, engine="triton", max_grad_norm=1.0)
+        optimizer.step()
+    finally:
+        torch.set_default_device(None)
+    assert optimizer.state[ps[0]]["step"] == 1
+
+
+def test_adabound_with_an_overflowing_second_moment():
+    ours, theirs = params((3,)), params((3,))
+    for ps, name in ((ours, "triton"), (theirs, "eager")):
+        ps[0].data.fill_(1.0)
+        ps[0].grad = torch.full((3,), 1e25)
+        fusedopt.AdaBound(ps, engine=name).step()
+    assert torch.equal(ours[0].isnan(), theirs[0].isnan())

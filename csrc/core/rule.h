@@ -50,4 +50,19 @@ FUSEDOPT_HD typename Rule::template Coefficients<T> cast_coefficients(const doub
   return u.target;
 }
 
+// Rule::prepare on plain runs of double, in the order of the names; advances scalars.
+template <class Rule>
+FUSEDOPT_HD void prepare(const double* hyper, double* scalars, bool first, double* coefficients) {
+  typename Rule::Hyper h;
+  typename Rule::Scalars s;
+  static_assert(Rule::hyper.size() <= kMaxHyper && Rule::scalars.size() <= kMaxScalars);
+  static_assert(sizeof(h) == sizeof(double) * Rule::hyper.size());
+  __builtin_memcpy(&h, hyper, sizeof(double) * Rule::hyper.size());
+  __builtin_memcpy(&s, scalars, sizeof(double) * Rule::scalars.size());
+  const typename Rule::template Coefficients<double> c = Rule::prepare(h, s, first);
+  static_assert(sizeof(c) <= sizeof(double) * kMaxCoefficients);
+  __builtin_memcpy(scalars, &s, sizeof(double) * Rule::scalars.size());
+  __builtin_memcpy(coefficients, &c, sizeof(c));
+}
+
 }  // namespace fusedopt

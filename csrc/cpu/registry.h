@@ -19,20 +19,6 @@ inline std::vector<Kernel>& kernels() {
   return all;
 }
 
-template <class Rule>
-void prepare(const double* hyper, double* scalars, bool first, double* coefficients) {
-  typename Rule::Hyper h;
-  typename Rule::Scalars s;
-  static_assert(Rule::hyper.size() <= kMaxHyper && Rule::scalars.size() <= kMaxScalars);
-  static_assert(sizeof(h) == sizeof(double) * Rule::hyper.size());
-  __builtin_memcpy(&h, hyper, sizeof(double) * Rule::hyper.size());
-  __builtin_memcpy(&s, scalars, sizeof(double) * Rule::scalars.size());
-  const typename Rule::template Coefficients<double> c = Rule::prepare(h, s, first);
-  static_assert(sizeof(c) <= sizeof(double) * kMaxCoefficients);
-  __builtin_memcpy(scalars, &s, sizeof(double) * Rule::scalars.size());
-  __builtin_memcpy(coefficients, &c, sizeof(c));
-}
-
 template <class Rule, class T>
 void step_tile(std::int64_t n, T* p, const T* g, T* const* states, const Common<T>& common_in,
                const double* coefficients_in) {

@@ -95,6 +95,7 @@ void Plan::add_row(std::size_t group, PyObject* param, bool mine, bool fresh) {
   }
   entry.group = static_cast<std::int32_t>(group);
   entry.first = fresh;
+  groups_[group].mine = true;
 
   const DLTensor p = view(param);
   const Geometry geometry(p);

@@ -150,7 +150,7 @@ bool Plan::groups_stand() {
     for (std::size_t k = 0; k < group.held.size(); ++k, ++i) {
       if (PyList_GET_ITEM(group.params.ptr(), k) != entries_[i].param) return false;
     }
-    if (!read_group(group)) return false;
+    if (group.mine && !read_group(group)) return false;
   }
   return true;
 }

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-import fusedopt
 from fusedopt.cli import machine, report
 from fusedopt.engines import ENGINES
 from fusedopt.optimizers import OPTIMIZERS
@@ -23,7 +22,6 @@ from fusedopt.optimizers import OPTIMIZERS
 HELP = "engines available here or the reason why not, versions, and what steps what"
 
 STORAGE = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLANNED = ("cuda",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _engines() -> dict[str, dict[str, Any]]:
     reasons = {name: engine.available() for name, engine in ENGINES.items()}
-    for name in PLANNED:
-        reasons.setdefault(name, f"not part of fusedopt {fusedopt.__version__}")
     return {name: {"available": reason is None, "reason": reason} for name, reason in reasons.items()}
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.engines import cpu, eager, tables, triton
+from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.rule import Rule
 
 Verdict = tables.Verdict
 
 # In the order in which "auto" prefers them.
-ENGINES: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "eager": eager}
+ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
 
 
 def require(name: str) -> None:
@@ -77,10 +77,9 @@ def place(name: str, p: Tensor) -> torch.device | None:
     return p.device if ENGINES[name].Plan.asynchronous else None
 
 
-def refuse_capture(name: str, p: Tensor) -> None:
-    """Raises while a graph is captured on the parameter's device: what was not planned before cannot be in it."""
-    if ENGINES[name].Plan.asynchronous:
-        tables.refuse_capture(p.device, "a step needed new states, or found other tensors than the one before,")
+def refuse_capture(device: torch.device) -> None:
+    """Raises while a graph is captured on a device: what was not planned before cannot be in it."""
+    tables.refuse_capture(device, "a step needed new states, or found other tensors than the one before,")
 
 
 def plan(name: str, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
-from fusedopt.engines.tables import HEADER, Live, Rows, is_capturing
+from fusedopt.engines.tables import HEADER, Live, Rows, is_capturing, refuse_capture
 from fusedopt.rule import LAST_FLOAT_STEP
 
 
@@ -24,6 +24,7 @@ class DevicePlan:
         names: The rule's states, scalars and hyperparameters, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
+        by_value: How many words of the live table a launch takes by value.
     """
 
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
@@ -36,6 +37,7 @@ class DevicePlan:
         names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
         programs: int,
         tile: int,
+        by_value: int = 0,
     ) -> None:
         self.device = members[0].device
         self._optimizer = optimizer
@@ -45,10 +47,11 @@ class DevicePlan:
         with self.on_device():
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
             words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
-            self.live = Live(HEADER + words, self.device)
+            self.live = Live(HEADER + words, self.device, HEADER + words <= by_value)
             self.verdict = optimizer.verdict(self.device)
         self._body = self.live.words[HEADER:]
         self._streams: set[int] = set()
+        self._launched: set[str] = set()
         self._room = self._steps_left(names[1])
 
     def on_device(self) -> Any:
@@ -84,28 +87,31 @@ class DevicePlan:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
         verdict = self.verdict
         with self.on_device():
+            parts = {name for name, asked in (("norm", measure), ("step", update)) if asked}
             if is_capturing(self.device):
-                self._check_capture()
+                self._check_capture(parts)
             else:
                 self._enter_stream()
+                self._launched |= parts
             self.live.set_header(max_norm, measure or squared is not None, skip_nonfinite)
             self.live.send()
-            if measure:
-                self.measure()
-            elif isinstance(squared, Tensor):
+            if isinstance(squared, Tensor):
                 verdict.squared.copy_(squared, non_blocking=True)
             elif squared is not None:
                 verdict.squared.fill_(squared)
-            if update:
-                self.update(self._here(scaling.grad_scale, verdict.one), self._here(scaling.found_inf, verdict.zero))
+            scale, found_inf = self._here(scaling.grad_scale, verdict.one), self._here(scaling.found_inf, verdict.zero)
+            self.launch(measure, update, scale, found_inf)
         return verdict.squared, verdict.norm, verdict.skipped
 
-    def measure(self) -> None:
-        """Launch what writes the sum of the gradients' squares to ``verdict.squared``."""
-        raise NotImplementedError
+    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """Launch what writes the sum of the gradients' squares to ``verdict.squared``, or the step, or both.
 
-    def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch the step; the arguments are one float32 each, on the device."""
+        Args:
+            measure: Whether to do the first.
+            update: Whether to do the second.
+            grad_scale: One float32 on the device.
+            found_inf: Another.
+        """
         raise NotImplementedError
 
     def finish(self, *, stepped: bool) -> None:
@@ -127,15 +133,19 @@ class DevicePlan:
     def tensors(self) -> list[Tensor]:
         """The device memory that launches of this plan use."""
         t = self.table
-        return [t.rows, t.tiles, t.shares, t.layouts, self.live.on_device]
+        live = [] if self.live.by_value else [self.live.on_device]
+        v = self.verdict
+        return [t.rows, t.tiles, t.shares, t.layouts, v.doubles, v.counts, v.one, v.zero, *live]
 
     def _here(self, value: Tensor | None, default: Tensor) -> Tensor:
         if value is None:
             return default
         return value.to(self.device, torch.float32, non_blocking=True)
 
-    def _check_capture(self) -> None:
-        """A graph steps what has a gradient now, and nothing else ever."""
+    def _check_capture(self, parts: set[str]) -> None:
+        """A graph steps what has a gradient now, and nothing else ever; and kernels are loaded outside of it."""
+        if parts - self._launched:
+            refuse_capture(self.device, "clipping or skip_nonfinite was switched on")
         mine = {id(p) for p in self._members}
         for g, group in enumerate(self._groups):
             for i, p in enumerate(group["params"]):

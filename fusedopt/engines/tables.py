@@ -25,7 +25,10 @@ PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.
 
 def is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream records a graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda" or not torch.cuda.is_initialized():
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def refuse_capture(device: torch.device, why: str) -> None:
@@ -50,23 +53,31 @@ class Verdict:
         self.counts = torch.zeros(3, dtype=torch.int32, device=device)
         self.squared, self.norm = self.doubles.unbind()
         _, self.skipped_steps, self.skipped = self.counts.unbind()
-        self.one, self.zero = torch.ones((), device=device), torch.zeros((), device=device)
+        self.one = torch.ones((), dtype=torch.float32, device=device)
+        self.zero = torch.zeros_like(self.one)
 
 
 class Live:
     """The table that changes from step to step: its words on the host, and their copy on the device.
 
     A copy that a graph records reads host memory of its own, which is never written again.
+
+    Args:
+        words: How many.
+        device: Where launches read them.
+        by_value: Whether launches take them as an argument instead.
     """
 
     SLOTS = 4  # copies in flight before the host waits for one
     SPARES = 4  # captures without a step in between
 
-    def __init__(self, words: int, device: torch.device) -> None:
-        self.words = torch.zeros(words, dtype=torch.int64)
+    def __init__(self, words: int, device: torch.device, by_value: bool) -> None:
+        self.words = torch.zeros(words, dtype=torch.int64, device="cpu")
         self.on_device = self.words
         self.device, self.captured, self._stale = device, [], True
-        if device.type != "cpu":
+        self.by_value = by_value
+        self._copied = device.type != "cpu" and not by_value
+        if self._copied:
             self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
             module = torch.get_device_module(device)
             self._slots = [(self._pinned(), module.Event()) for _ in range(self.SLOTS)]
@@ -80,7 +91,7 @@ class Live:
         """What the step, not the optimizer's tensors, decides."""
         header = [struct.unpack("<q", struct.pack("<d", max_norm))[0], int(measured), int(skip_nonfinite)]
         if self.words[:HEADER].tolist() != header:
-            self.words[:HEADER] = torch.tensor(header)
+            self.words[:HEADER] = torch.tensor(header, device="cpu")
             self._stale = True
 
     def changed(self, yes: bool) -> None:
@@ -89,7 +100,7 @@ class Live:
 
     def send(self) -> None:
         """Bring the device's copy up to date, in the order of the current stream."""
-        if self.device.type == "cpu":
+        if not self._copied:
             return
         if is_capturing(self.device):
             if not self._spares:
@@ -150,7 +161,7 @@ class Rows:
         shares.append((tiles[-1], len(rows) - 1))
 
         def on_device(values: Any) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64).to(device)
+            return torch.tensor(values, dtype=torch.int64, device=device)
 
         self.count = len(rows)
         self.rows, self.tiles, self.shares = on_device(rows), on_device(tiles), on_device(shares)
@@ -171,7 +182,10 @@ class Rows:
         layout = 0 if dense else self._layout(p, list(operands.values()))
         addresses = [state[name].data_ptr() for name in active]
         addresses += [0] * (len(self._names[0]) - len(addresses))
-        counters = [state[name].data_ptr() | (state[name].dtype == torch.float64) for name in self._names[1]]
+        scalars = [state[name] for name in self._names[1]]
+        if any(t.device != p.device for t in scalars):
+            return None  # without a gradient yet; it is planned anew before it is stepped
+        counters = [t.data_ptr() | (t.dtype == torch.float64) for t in scalars]
         return [p.numel() * (2 if p.is_complex() else 1), kind, layout, number, p.data_ptr(), *addresses, *counters]
 
     def _layout(self, p: Tensor, operands: list[Tensor]) -> int:

@@ -117,21 +117,19 @@ class Plan(DevicePlan):
         """The device memory that launches of this plan use."""
         return [*super().tensors(), self._partials]
 
-    def measure(self) -> None:
-        """Launch the norm kernel."""
+    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """Launch the norm kernel, the step kernel, or both."""
         t, v = self.table, self.verdict
-        self._norm(
-            t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, self._partials, v.doubles, v.counts, t.count,
-            **self._for_norm,
-        )  # fmt: skip
-
-    def update(self, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch the step kernel."""
-        t, v = self.table, self.verdict
-        self._step(
-            t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, v.doubles, v.counts, grad_scale, found_inf,
-            t.count, **self._for_step,
-        )  # fmt: skip
+        if measure:
+            self._norm(
+                t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, self._partials, v.doubles, v.counts,
+                t.count, **self._for_norm,
+            )  # fmt: skip
+        if update:
+            self._step(
+                t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, v.doubles, v.counts, grad_scale, found_inf,
+                t.count, **self._for_step,
+            )  # fmt: skip
 
 
 def _quietly(kernel: Any) -> Any:

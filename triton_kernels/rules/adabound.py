@@ -31,4 +31,4 @@ def direction(p, g, state, c, STATES):
     """See the module's text."""
     one_minus_beta1, beta2, one_minus_beta2, scale, low, high, eps = c
     w, new = update_moments(g, state, one_minus_beta1, beta2, one_minus_beta2)
-    return clamp(div(scale + 0 * w, sqrt(w) + eps), low, high) * new[0], new
+    return clamp(div(tl.zeros_like(w) + scale, sqrt(w) + eps), low, high) * new[0], new

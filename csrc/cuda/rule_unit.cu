@@ -1,0 +1,34 @@
+// Instantiates the kernels of one rule header; the build compiles this file once per header.
+#include "cuda/kernel.cuh"
+#include "cuda/registry.h"
+
+namespace fusedopt::cuda {
+
+template <class Rule, class... More>
+void add_entry() {
+  entries().push_back({Rule::name,
+                       static_cast<int>(Rule::scalars.size()),
+                       static_cast<int>(Rule::hyper.size()),
+                       Rule::scalars.data(),
+                       Rule::hyper.data(),
+                       {{static_cast<int>(Rule::states.size()), Rule::states.data()},
+                        {static_cast<int>(More::states.size()), More::states.data()}...},
+                       &step<kSmall, Rule, More...>,
+                       &step<kLarge, Rule, More...>});
+}
+
+// A kernel for each variant, and where there are several, one that steps them all in one launch.
+template <class... Rules>
+bool add_entries() {
+  (add_entry<Rules>(), ...);
+  if constexpr (sizeof...(Rules) > 1) add_entry<Rules...>();
+  return true;
+}
+
+}  // namespace fusedopt::cuda
+
+#undef FUSEDOPT_REGISTER
+#define FUSEDOPT_REGISTER(...) \
+  [[maybe_unused]] static const bool registered = fusedopt::cuda::add_entries<__VA_ARGS__>();
+
+#include FUSEDOPT_RULE_HEADER

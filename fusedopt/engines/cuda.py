@@ -1,0 +1,131 @@
+"""The CUDA engine's Python face: NVIDIA GPUs, one launch of a kernel in C++, also when it measures and clips."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks, host
+from fusedopt.engines.device import DevicePlan
+from fusedopt.rule import Rule
+
+
+@cache
+def load() -> Any:
+    """The extension.
+
+    Raises:
+        ImportError: With the real reason.
+    """
+    try:
+        return import_module("fusedopt._cuda")
+    except ImportError as error:
+        raise ImportError(host.build_failure("cuda") or str(error)) from error
+
+
+def available() -> str | None:
+    """Why the engine cannot run here; None if it can."""
+    try:
+        extension = load()
+    except Exception as error:
+        return str(error)
+    if extension.device_type == "cuda" and not torch.cuda.is_available():
+        return extension.no_device() or "torch sees no GPU of NVIDIA's"
+    return extension.no_device() or None
+
+
+def home() -> torch.device:
+    """The device that the engine is for."""
+    return torch.device(load().device_type)
+
+
+def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+    """Why the engine cannot step a parameter by a rule; None if it can."""
+    if p.device.type != load().device_type:
+        return f"it is on {p.device}"
+    if not _has_code_for(_index(p.device)):
+        return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
+    if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
+        return f"rule {rule.name!r} has no CUDA kernel"
+    return checks.unsteppable(p, group)
+
+
+def counters(p: Tensor) -> torch.device:
+    """Where the engine keeps a parameter's step."""
+    return p.device
+
+
+@cache
+def _has_code_for(index: int) -> bool:
+    return load().has_code_for(index)
+
+
+@cache
+def _variants() -> dict[str, set[tuple[str, ...]]]:
+    found: dict[str, set[tuple[str, ...]]] = {}
+    for kernel in load().kernels():
+        found.setdefault(kernel["rule"], set()).update(map(tuple, kernel["variants"]))
+    return found
+
+
+@cache
+def _hyper(rule: str) -> tuple[str, ...]:
+    return next(tuple(kernel["hyper"]) for kernel in load().kernels() if kernel["rule"] == rule)
+
+
+def _index(device: torch.device) -> int:
+    return device.index or 0
+
+
+class Plan(DevicePlan):
+    """The parameters of an optimizer that this engine steps on one GPU."""
+
+    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+        extension, rule, device = load(), optimizer.rule, members[0].device
+        mine = {id(p) for p in members}
+        groups = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
+        states = {tuple(s.name for s in rule.active_states(group)) for group in groups}
+        choice = extension.Choice(rule.name, sorted(map(list, states)))
+        index = _index(device)
+        blocks = choice.blocks(index)
+        names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
+        limit = extension.words_by_value(index)
+        super().__init__(optimizer, members, fresh, names, blocks, extension.tile, limit)
+        t, v = self.table, self.verdict
+        self._partials = torch.empty(t.programs, dtype=torch.float64, device=device)
+        tables = {
+            "rows": t.rows,
+            "tiles": t.tiles,
+            "shares": t.shares,
+            "layouts": t.layouts,
+            "live": self.live.on_device,
+            "partials": self._partials,
+            "verdict": v.doubles,
+            "counters": v.counts,
+        }
+        addresses = {name: tensor.data_ptr() for name, tensor in tables.items()}
+        kinds = [_parse(kind) for kind in t.kinds.split(";")]
+        words = self.live.words.numel()
+        self._launcher = extension.Launcher(
+            choice, addresses, kinds, index, t.programs, t.count, t.width, len(names[0]), words
+        )
+        self._words = self.live.words.data_ptr() if self.live.by_value else 0
+
+    def tensors(self) -> list[Tensor]:
+        """The device memory that launches of this plan use."""
+        return [*super().tensors(), self._partials]
+
+    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """One launch, cooperative when it does both."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
+        self._launcher.run(self._words, stream, measure, update, grad_scale.data_ptr(), found_inf.data_ptr())
+
+
+def _parse(kind: str) -> tuple[bool, list[str], list[str]]:
+    layout, *operands = kind.split(" ")
+    names, types = zip(*(operand.split("=") for operand in operands), strict=True)
+    return layout == "strided", list(types), list(names[2:])
