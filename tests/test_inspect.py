@@ -131,6 +131,8 @@ kinds = ";".join([
     "strided param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32",
 ])
 constants = engine.constants(AdamW.rule, kinds, 1024)
+for kernel, chosen in zip((norm.norm, step.step), engine.constants(AdamW.rule, "", 1024), strict=True):
+    ahead.compiled(ahead.Specialised("without rows", kernel, chosen), "90")
 for kernel, chosen in zip((norm.norm, step.step), constants, strict=True):
     made = ahead.compiled(ahead.Specialised("mixed", kernel, chosen), "90")
     report = of_cubin("mixed", "sm_90", made.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)

@@ -1,7 +1,7 @@
 """What a kernel is specialised to: for every kind of row that a plan has, the types of its operands.
 
 A kind is a string such as ``dense param=bf16 grad=bf16 exp_avg=fp32 exp_avg_sq=fp32``; kinds are joined by
-semicolons. One kernel serves all of them; a plan of one kind has no branch.
+semicolons; none is an empty string. One kernel serves all of them; a plan of one kind has no branch.
 """
 
 import triton
@@ -11,7 +11,7 @@ import triton.language as tl
 @triton.constexpr_function
 def count(kinds):
     """How many kinds there are."""
-    return len(kinds.split(";"))
+    return len(kinds.split(";")) if kinds else 0
 
 
 @triton.constexpr_function

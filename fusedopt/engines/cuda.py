@@ -108,7 +108,7 @@ class Plan(DevicePlan):
             "counters": v.counts,
         }
         addresses = {name: tensor.data_ptr() for name, tensor in tables.items()}
-        kinds = [_parse(kind) for kind in t.kinds.split(";")]
+        kinds = [_parse(kind) for kind in t.kinds.split(";") if kind]
         words = self.live.words.numel()
         self._launcher = extension.Launcher(
             choice, addresses, kinds, index, t.programs, t.count, t.width, len(names[0]), words

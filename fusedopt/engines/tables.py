@@ -166,7 +166,7 @@ class Rows:
         self.count = len(rows)
         self.rows, self.tiles, self.shares = on_device(rows), on_device(tiles), on_device(shares)
         self.layouts = on_device(self._layouts or [0])
-        self.kinds = ";".join(self._kinds) or "dense param=fp32 grad=fp32"
+        self.kinds = ";".join(self._kinds)
 
     def _row(self, optimizer: Any, p: Tensor, group: Any, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
