@@ -44,8 +44,18 @@ def parts(out: Path) -> list[Part]:
     return [
         Part("build", [python, "setup.py", "build_ext", "--inplace"], 400, needs_gpu=False),
         Part("info", [*module, "info", "--json", str(out / "info.json")], 60, needs_gpu=False),
-        Part("tests", [python, "-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py"], 400),
+        Part("tests", [python, "-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py"], 300),
+        *(Part(tool, [*sanitizer(tool), python, *SANITIZED], 60) for tool in ("memcheck", "racecheck", "initcheck")),
     ]
+
+
+SANITIZED = ["-m", "pytest", "-q", "tests/test_gpu.py", "-k", "cuda and engines_agree and (AdamW or SGD or NAdam)"]
+
+
+def sanitizer(tool: str) -> list[str]:
+    """The command that runs another under one of compute-sanitizer's tools; a find is exit status 1."""
+    program = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    return [program, "--tool", tool, "--error-exitcode", "1"]
 
 
 def stage(folder: Path) -> Path:
@@ -77,6 +87,8 @@ def run(part: Part, out: Path, environment: dict[str, str]) -> dict[str, object]
             status: object = subprocess.run(
                 part.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=part.seconds
             ).returncode
+        except FileNotFoundError as error:
+            status = f"{error.filename} is not there"
         except subprocess.TimeoutExpired:
             status = f"stopped after {part.seconds} s"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]

@@ -100,6 +100,8 @@ def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
     if g.device != p.device:
         raise RuntimeError(f"{name}: the gradient is on {g.device}, the parameter on {p.device}")
+    if misaligned(g):
+        raise RuntimeError(f"{name}: the gradient is at an address that is not a multiple of its elements' size")
     if g.shape != p.shape:
         raise RuntimeError(f"{name}: the gradient has shape {tuple(g.shape)}")
     declared = getattr(p, "grad_dtype", p.dtype) if p.is_leaf else p.dtype
@@ -130,6 +132,11 @@ def has_gaps(t: Tensor) -> bool:
     return t.numel() > 0 and reach != t.numel()
 
 
+def misaligned(t: Tensor) -> bool:
+    """Whether elements (of complex tensors their parts) do not lie at multiples of their size, as kernels expect."""
+    return t.data_ptr() % (t.element_size() // (2 if t.is_complex() else 1)) != 0
+
+
 def unsteppable(p: Tensor, group: Group) -> str | None:
     """Why no engine but eager can step a parameter, wherever it is; None if they can."""
     if group["differentiable"]:
@@ -142,6 +149,8 @@ def unsteppable(p: Tensor, group: Group) -> str | None:
         return f"{type(p).__name__} is a tensor subclass with operations of its own"
     if overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
+    if misaligned(p):
+        return f"its address {p.data_ptr():#x} is not a multiple of its elements' size"
     return None
 
 
@@ -157,6 +166,8 @@ def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: s
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
         if value.dtype not in (COMPLEX if p.is_complex() else FLOATING):
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
+        if misaligned(value):
+            raise ValueError(f"state {key!r} of {name} is at an address that is not a multiple of its elements' size")
         if value.layout != torch.strided or overlaps(value):
             raise ValueError(f"state {key!r} of {name} is not a tensor with memory of its own for each element")
     for key in rule.scalars.keys() & state.keys():

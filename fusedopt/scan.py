@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import checks
+
 
 class Scan:
     """Every tensor of an optimizer that an engine steps on a device; see csrc/host/plan.h.
@@ -148,7 +150,13 @@ class _Row:
         if g is None:
             return True
         fits = g.device == self.p.device and g.dtype == self.gradient_dtype and g.shape == self.p.shape
-        return self.ready and fits and g.layout == torch.strided and significant(g) == self.gradient_stride
+        return (
+            self.ready
+            and fits
+            and not checks.misaligned(g)
+            and g.layout == torch.strided
+            and significant(g) == self.gradient_stride
+        )
 
     @staticmethod
     def _where(p: Tensor) -> tuple[Any, ...]:

@@ -346,3 +346,31 @@ def test_no_memory_for_states(engine, monkeypatch):
     optimizer.step()
     for p in ps:  # a first step: the buffer is the whole gradient
         assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
+
+
+def odd(tensor):
+    """The same numbers at an address that is not a multiple of their size."""
+    memory = bytearray(tensor.numel() * 4 + 8)
+    moved = torch.frombuffer(memory, dtype=torch.float32, offset=2, count=tensor.numel())
+    return moved.copy_(tensor)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_misaligned_gradient(engine, steps):
+    ps, optimizer = stepped(engine, steps=steps)
+    before = snapshot(optimizer)
+    p = next(p for p in ps if p.dim() == 1 and p.numel())
+    p.grad = odd(p.detach())
+    with pytest.raises(RuntimeError, match="not a multiple of its elements' size"):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_misaligned_parameter(engine):
+    p = torch.nn.Parameter(odd(torch.randn(9)))
+    p.grad = torch.ones(9)
+    optimizer = fusedopt.AdamW([p], engine=engine)
+    if engine == "eager":
+        return optimizer.step()
+    with pytest.raises(RuntimeError, match="not a multiple of its elements' size"):
+        optimizer.step()

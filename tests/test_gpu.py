@@ -74,6 +74,24 @@ def test_engines_agree(engine, device, name, clip):
         close(p, q, 1e-7)  # a product in float32 is kept in both
 
 
+@pytest.mark.skipif(len(ENGINES) < 2, reason="needs two engines for GPUs")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ALL)
+def test_gpu_engines_agree_with_one_another(name, dtype):
+    """Three steps apart by rounding alone."""
+    results = []
+    for engine in ENGINES:
+        torch.manual_seed(5)
+        ps = parameters(engines.ENGINES[engine].home(), (5000,), (33, 7), (), dtype=dtype)
+        optimizer = getattr(fusedopt, name)(ps, engine=engine, max_grad_norm=1.0, weight_decay=0.1)
+        for _ in range(3):
+            fill_gradients(ps)
+            optimizer.step()
+        results.append(ps)
+    for p, q in zip(*results[:2], strict=True):
+        close(p.float(), q.float(), 1e-5 if dtype == torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("name", ALL)
 def test_graph_with_a_learning_rate_that_changes(engine, device, name, clip):

@@ -19,7 +19,8 @@ __device__ __forceinline__ T* global(std::int64_t address) {
 
 __device__ __forceinline__ int size_of(DType type) { return type == DType::f32 ? 4 : type == DType::f64 ? 8 : 2; }
 
-// Elements of a tile that a lane has: in runs of 16 bytes of the narrowest type, so that each access of a warp is dense.
+// Elements of a tile that a lane has: in runs of 16 bytes of the narrowest type, so that each access of a warp is
+// dense.
 struct Spread {
   int first;   // of the lane
   int stride;  // from one half of its elements to the other

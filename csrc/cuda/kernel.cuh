@@ -104,7 +104,8 @@ struct Decision {
   bool skipped;
 };
 
-// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), and NaN stays NaN. One thread decides for its block.
+// torch.nn.utils.clip_grad_norm_: min(1, max_norm / (norm + 1e-6)), and NaN stays NaN. One thread decides for its
+// block.
 template <int Words>
 __device__ __forceinline__ Decision decide_once(const Arguments<Words>& a, double squared) {
   const double inverse = 1 / static_cast<double>(*a.tables.grad_scale);
@@ -391,7 +392,9 @@ __device__ __forceinline__ void advance(const Arguments<Words>& a) {
 // Blocks on a processor: as many as leave enough registers that nothing is spilled. More states are more loads under
 // way in each warp, so that fewer warps do.
 template <class Rule, class... More>
-constexpr int kBlocks = sizeof...(More) ? 2 : Rule::states.size() > 2 ? 3 : 4;
+constexpr int kBlocks = sizeof...(More)           ? 2
+                        : Rule::states.size() > 2 ? 3
+                                                  : 4;
 
 // One launch for measuring and updating is cooperative; either alone need not be.
 template <int Words, class Rule, class... More>

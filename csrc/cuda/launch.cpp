@@ -92,7 +92,8 @@ std::string no_device() {
 bool has_code_for(int device) {
   const Current current(device);
   cudaFuncAttributes attributes;
-  const bool found = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(entries().front().small)) == cudaSuccess;
+  const bool found =
+      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(entries().front().small)) == cudaSuccess;
   if (!found) cudaGetLastError();
   return found;
 }

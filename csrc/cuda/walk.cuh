@@ -40,7 +40,7 @@ struct Row {
   std::int64_t address[kMaxOperands];
   Kind kind{};
   std::int64_t layout = 0;
-  int head = -1;     // elements before all operands are aligned; negative if they never are
+  int head = -1;  // elements before all operands are aligned; negative if they never are
   bool active = false;
 };
 
@@ -66,7 +66,8 @@ __device__ __forceinline__ int seek(const Tables& t, int row, int tile) {
   return row;
 }
 
-// How many elements to step one by one until operands first to last are all at multiples of 16 bytes; -1: they never are.
+// How many elements to step one by one until operands first to last are all at multiples of 16 bytes; -1: they never
+// are.
 template <int First, int Last>
 __device__ __forceinline__ int head_of(const Row& row) {
 #pragma unroll 1

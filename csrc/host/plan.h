@@ -58,10 +58,10 @@ struct Group {
   py::object kernel_owner;
   std::vector<HyperKey> hyper;  // lr, weight_decay, then the kernel's
   std::vector<Switch> switches;
-  py::object decoupled;          // True, False, or the key of a flag
+  py::object decoupled;               // True, False, or the key of a flag
   Cohort common = {};                 // read in each scan, without coefficients
   double values[2 + kMaxHyper] = {};  // in the order of hyper
-  bool mine = false;             // some row of it is stepped by this plan
+  bool mine = false;                  // some row of it is stepped by this plan
   Sources sources = {};
   bool is_decoupled = false;
 };

@@ -34,6 +34,12 @@ double read_scalar(const Scalar& s) {
 
 bool same_type(const DLDataType& a, const DLDataType& b) { return a.code == b.code && a.bits == b.bits; }
 
+// Whether an operand's elements, or their parts, do not lie at multiples of their size.
+bool misaligned(const Row& row, int operand) {
+  constexpr std::uintptr_t sizes[] = {4, 8, 2, 2};  // in the order of DType
+  return reinterpret_cast<std::uintptr_t>(row.data[operand]) % sizes[static_cast<int>(row.dtype[operand])] != 0;
+}
+
 bool truth(PyObject* value) {
   const int on = PyObject_IsTrue(value);
   if (on < 0) PyErr_Clear();
@@ -300,6 +306,7 @@ bool Plan::read_entry(std::size_t i) {
     return true;
   }
   row.data[kGrad] = const_cast<char*>(anatomy.address(g, entry.gradient_item));
+  if (misaligned(row, kGrad)) return false;
   row.layouts = entry.layouts;
   row.direct = entry.direct;
   return join_cohort(entry, row);
@@ -322,6 +329,7 @@ bool Plan::read_unusual(std::size_t i) {
   if (g.ndim != entry.ndim || !std::equal(shape, shape + g.ndim, g.shape)) return false;
   if (entry.quick && gradients_[i] == given) entry.gradient_kind = anatomy.kind(given);
   row.data[kGrad] = address(g);
+  if (misaligned(row, kGrad)) return false;
   if (counts_on_device_) return strides_planned(g, entry) && join_cohort(entry, row);
   row.layouts = entry.layouts;
   row.direct = entry.direct;

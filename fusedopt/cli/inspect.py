@@ -31,21 +31,41 @@ WORKERS = 8
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    parser.add_argument("--engine", choices=("triton",), default="triton", help="default: %(default)s")
+    parser.add_argument("--engine", choices=("triton", "cuda"), default="triton", help="default: %(default)s")
     parser.add_argument(
         "--arch", default="90", metavar="ARCH", help="compute capability such as 90, or gfx942; default: %(default)s"
     )
     parser.add_argument("--optimizer", action="append", metavar="NAME", help="repeatable; default: all")
     parser.add_argument(
-        "--dtype", action="append", choices=list(TYPES.values()), help="repeatable; default: fp32, bf16 and fp16"
+        "--dtype",
+        action="append",
+        choices=list(TYPES.values()),
+        help="of the Triton kernels; repeatable; default: fp32, bf16 and fp16. A CUDA kernel steps all",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Compile, print what came out, and write the JSON file if one was asked for."""
+    names = _names(args.optimizer)
+    kernels = _of_cuda(names, args) if args.engine == "cuda" else _of_triton(names, args)
+    _print(kernels)
+    report.write_json(args.json, {"kernels": [asdict(k) for k in kernels], "versions": machine.versions()})
+    return 0
+
+
+def _of_cuda(names: list[str], args: argparse.Namespace) -> list[Report]:
+    from fusedopt.inspection import cuda
+
+    if args.dtype:
+        raise report.CommandError("--dtype is for the Triton engine; a CUDA kernel steps all types")
+    if reason := cuda.unavailable(args.arch):
+        raise report.CommandError(reason)
+    return cuda.inspect({OPTIMIZERS[name].rule.name for name in names}, args.arch)
+
+
+def _of_triton(names: list[str], args: argparse.Namespace) -> list[Report]:
     from fusedopt.inspection import triton
 
-    names = _names(args.optimizer)
     if reason := triton.unavailable(args.arch):
         raise report.CommandError(reason)
     jobs = triton.jobs(names, args.dtype or ["fp32", "bf16", "fp16"], args.arch)
@@ -56,9 +76,7 @@ def run(args: argparse.Namespace) -> int:
         for done in pool.map(triton.inspect, jobs):
             kernels.append(done)
             bar.update(task, advance=1, description=done.name)
-    _print(kernels)
-    report.write_json(args.json, {"kernels": [asdict(k) for k in kernels], "versions": machine.versions()})
-    return 0
+    return kernels
 
 
 def _names(asked: list[str] | None) -> list[str]:

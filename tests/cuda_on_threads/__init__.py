@@ -1,5 +1,6 @@
 """Builds the CUDA engine's own sources for host threads: the headers here stand in for CUDA's."""
 
+import ctypes
 import sys
 import sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
@@ -39,4 +40,5 @@ def build():
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     module.device_type = "cpu"
+    module.fail_next_launch = ctypes.CDLL(str(target)).fail_next_launch
     return module

@@ -157,7 +157,7 @@ inline void launch(dim3 blocks, dim3 threads, void (*body)(void*), void* argumen
 
 }  // namespace on_threads
 
-#define FUSEDOPT_SHARED(Type, name) \
+#define FUSEDOPT_SHARED(Type, name)    \
   static const char key_of_##name = 0; \
   Type& name = on_threads::shared<Type>(&key_of_##name)
 
@@ -224,6 +224,9 @@ struct cudaLaunchConfig_t {
 
 // What the next launch returns instead of running; for tests of error paths.
 inline cudaError_t next_launch = cudaSuccess;
+extern "C" __attribute__((visibility("default"), used)) inline void fail_next_launch() {
+  next_launch = cudaErrorLaunchFailure;
+}
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t error) {

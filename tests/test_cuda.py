@@ -1,0 +1,233 @@
+"""The CUDA engine: its kernels on host threads at odd sizes and alignments, its launches, and its machine code."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import AVAILABLE
+from helpers import ALL, BY_NAME, close, fill_gradients, params
+
+import fusedopt
+from fusedopt.engines import cuda
+from fusedopt.verification.cases import CASES
+
+on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
+
+SIZES = [0, 1, 3, 7, 8, 9, 255, 256, 257, 263, 264, 511, 512, 520, 1031, 4097]
+
+
+@pytest.fixture
+def programs(monkeypatch, request):
+    """How many blocks there are."""
+    choose = cuda.load().Choice
+
+    class Choice(choose):
+        def blocks(self, device):
+            return request.param
+
+    class Module:
+        def __getattr__(self, name):
+            return Choice if name == "Choice" else getattr(module, name)
+
+    module = cuda.load()
+    monkeypatch.setattr(cuda, "load", Module)
+
+
+@on_threads
+@pytest.mark.parametrize("programs", [1, 3, 8], indirect=True)
+@pytest.mark.parametrize("offset", [0, 1, 2, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["AdamW amsgrad", "SGD", "Lion"])
+def test_any_size_and_alignment(programs, case, dtype, offset):
+    """Heads, tails, tensors that are never aligned, and any share of tiles."""
+    ours = [torch.nn.Parameter(torch.randn(n + offset).to(dtype)[offset:]) for n in SIZES]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = BY_NAME[case].build(ours, engine="cuda", max_grad_norm=1.0)
+    b = BY_NAME[case].build(theirs, engine="eager", max_grad_norm=1.0)
+    for t in range(2):
+        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
+            shift = (offset + i) % 4  # sometimes aligned with the parameter, sometimes never
+            p.grad = None if (t + i) % 5 == 4 else torch.randn(p.numel() + shift).to(dtype)[shift:]
+            q.grad = None if p.grad is None else p.grad.clone()
+        a.step(), b.step()
+        close(a.grad_norm, b.grad_norm)
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6 if dtype == torch.float32 else 1e-2, atol=2e-6)
+
+
+@on_threads
+@pytest.mark.parametrize("programs", [1, 7], indirect=True)
+@pytest.mark.parametrize("offset", [1000, 1001, 1003])
+def test_nothing_beyond_a_row_is_touched(programs, offset):
+    memory = torch.full((6000,), 7.0)
+    p = torch.nn.Parameter(memory[offset : offset + 2999])
+    optimizer = fusedopt.SGD([p], lr=0.5, engine="cuda")
+    p.grad = torch.ones(2999)
+    optimizer.step()
+    assert (p == 6.5).all() and (memory[:offset] == 7).all() and (memory[offset + 2999 :] == 7).all()
+
+
+@on_threads
+@pytest.mark.parametrize("count", [100, 1000, 5000])
+def test_live_tables_of_all_sizes(count):
+    """By value in small arguments, in large ones, and in the device's memory."""
+    ours = params(*[(3,)] * count)
+    whole = torch.nn.Parameter(torch.stack([p.detach() for p in ours]))
+    a = fusedopt.AdamW(ours, engine="cuda", max_grad_norm=1.0)
+    b = fusedopt.AdamW([whole], engine="eager", max_grad_norm=1.0)
+    for _ in range(2):
+        whole.grad = torch.randn_like(whole)
+        for p, g in zip(ours, whole.grad.clone(), strict=True):
+            p.grad = g
+        a.step(), b.step()
+    close(torch.stack([p.detach() for p in ours]), whole.detach())
+    assert a._plans[0].live.by_value == (count < 4000)
+
+
+@on_threads
+@pytest.mark.parametrize("name", ALL)
+def test_one_launch_with_clipping_and_mixed_states(monkeypatch, name):
+    launches = []
+    launch = cuda.Plan.launch
+    monkeypatch.setattr(cuda.Plan, "launch", lambda self, *a: launches.append(a[:2]) or launch(self, *a))
+    ps = [p for dtype in (torch.float32, torch.bfloat16, torch.float64) for p in params((5,), (3, 2), dtype=dtype)]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ps]
+
+    def build(parameters, engine):
+        groups = [{"params": parameters[k::3], "lr": 0.01 * (k + 1), "weight_decay": 0.1 * k} for k in range(3)]
+        optimizer = getattr(fusedopt, name)(groups, engine=engine, max_grad_norm=1.0)
+        for switch in optimizer.rule.switches():
+            optimizer.param_groups[1][switch] = 0.9 if switch == "momentum" else True
+        return optimizer
+
+    a, b = build(ps, "cuda"), build(theirs, "eager")
+    for _ in range(3):
+        fill_gradients(ps)
+        for p, q in zip(ps, theirs, strict=True):
+            q.grad = p.grad.clone()
+        a.step(), b.step()
+    assert launches == [(True, True)] * 3
+    for p, q in zip(ps, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 2e-6, atol=1e-5)
+
+
+@on_threads
+@pytest.mark.parametrize("t", [1, 2, 5, 6, 1000, 10**7])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_steps_are_those_of_eager_in_double_precision(case, t):
+    ps = [params((9,), dtype=torch.float64) for _ in range(2)]
+    a, b = case.build(ps[0], engine="cuda"), case.build(ps[1], engine="eager")
+    ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
+    b.step()
+    ps[0][0].data.copy_(ps[1][0])
+    state = b.state_dict()
+    for name in b.rule.scalars:
+        state["state"][0][name] = torch.tensor(0.37 if name == "mu_product" else t - 1, dtype=torch.float64)
+    for optimizer in (a, b):
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    torch.testing.assert_close(ps[0][0], ps[1][0], rtol=1e-14, atol=1e-15)
+
+
+@on_threads
+def test_a_norm_that_single_precision_cannot_square():
+    ps = params((300,), (40,))
+    for p in ps:
+        p.grad = torch.full_like(p, 1e25)
+    optimizer = fusedopt.SGD(ps, engine="cuda", max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    close(optimizer.grad_norm, torch.tensor(math.sqrt(340) * 1e25))
+
+
+@on_threads
+def test_two_launches_with_a_hook_between():
+    """As ranks do that add up their norms: measured, added, and updated by the sum."""
+    ours, theirs = params((70,), (300,)), None
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a, b = (fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, engine="cuda") for ps in (ours, theirs))
+    fill_gradients(ours)
+    for p, q in zip(ours, theirs, strict=True):
+        q.grad = p.grad.clone()
+    a.step(), b.step()
+    (plan,) = b._plans
+    assert plan.scan()
+    squared, _, _ = plan.run(fusedopt.optimizer.Scaling(), math.inf, True, False, False, None)
+    total = squared * 4
+    _, norm, _ = plan.run(fusedopt.optimizer.Scaling(), 1.0, False, True, False, total)
+    close(norm.float(), 2 * a.grad_norm)
+    for p, q in zip(ours, theirs, strict=True):
+        factor = 1 / (2 * a.grad_norm + 1e-6)
+        close(p.detach() - factor * p.grad, q.detach(), 1e-5)
+
+
+@on_threads
+def test_a_failed_launch_is_an_error_with_its_name_and_changes_nothing():
+    ps = params((5,))
+    optimizer = fusedopt.AdamW(ps, engine="cuda")
+    fill_gradients(ps)
+    optimizer.step()
+    before = ps[0].detach().clone()
+    cuda.load().fail_next_launch()
+    with pytest.raises(RuntimeError, match="cudaLaunchKernelEx failed: cudaErrorLaunchFailure"):
+        optimizer.step()
+    assert torch.equal(ps[0], before) and optimizer.state[ps[0]]["step"] == 1
+    optimizer.step()
+    assert optimizer.state[ps[0]]["step"] == 2
+
+
+@on_threads
+def test_too_many_kinds_are_refused():
+    kinds = [(False, ["fp32", "fp32"], [])] * 17
+    choice = cuda.load().Choice("sgd", [[]])
+    names = ("rows", "tiles", "shares", "layouts", "live", "partials", "verdict", "counters")
+    with pytest.raises(ValueError, match="more than 16"):
+        cuda.load().Launcher(choice, dict.fromkeys(names, 0), kinds, 0, 1, 1, 5, 0, 4)
+
+
+def test_names_are_those_of_the_rules():
+    if "cuda" not in AVAILABLE:
+        pytest.skip("needs the engine's module")
+    kernels = cuda.load().kernels()
+    for name in ALL:
+        rule = getattr(fusedopt, name).rule
+        mine = [k for k in kernels if k["rule"] == rule.name]
+        assert mine and all(sorted(k["hyper"]) == sorted(h.name for h in rule.hyper) for k in mine)
+        assert all(k["scalars"] == list(rule.scalars) for k in mine)
+        largest = max(len(k["variants"]) for k in mine)
+        assert largest == 2 ** len(rule.switches())
+
+
+# ------------------------------------------------------------------------------------- the built extension
+
+built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+
+
+@built
+def test_imports_without_a_gpu_and_says_so():
+    program = (
+        "import fusedopt._cuda as extension; print(extension.no_device());"
+        "from fusedopt.engines import cuda; print(cuda.available())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    if not torch.cuda.is_available():
+        assert run.stdout.splitlines()[0].startswith("no device") and "no device" in run.stdout.splitlines()[1]
+
+
+@built
+@pytest.mark.parametrize("arch", ["80", "90", "100"])
+def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
+    file = tmp_path / "inspect.json"
+    command = [sys.executable, "-m", "fusedopt", "inspect", "--engine", "cuda", "--arch", arch, "--json", str(file)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    kernels = json.loads(file.read_text())["kernels"]
+    assert len(kernels) == 38
+    for k in kernels:
+        assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
+        assert k["loads_other"] == 0 and k["stores_other"] == 0, k
