@@ -150,13 +150,9 @@ class _Row:
         if g is None:
             return True
         fits = g.device == self.p.device and g.dtype == self.gradient_dtype and g.shape == self.p.shape
-        return (
-            self.ready
-            and fits
-            and not checks.misaligned(g)
-            and g.layout == torch.strided
-            and significant(g) == self.gradient_stride
-        )
+        if not self.ready or not fits or g.layout != torch.strided or checks.misaligned(g):
+            return False
+        return significant(g) == self.gradient_stride
 
     @staticmethod
     def _where(p: Tensor) -> tuple[Any, ...]:

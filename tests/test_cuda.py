@@ -13,6 +13,7 @@ from helpers import ALL, BY_NAME, close, fill_gradients, params
 
 import fusedopt
 from fusedopt.engines import cuda
+from fusedopt.launch import Scaling
 from fusedopt.verification.cases import CASES
 
 on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
@@ -156,9 +157,9 @@ def test_two_launches_with_a_hook_between():
     a.step(), b.step()
     (plan,) = b._plans
     assert plan.scan()
-    squared, _, _ = plan.run(fusedopt.optimizer.Scaling(), math.inf, True, False, False, None)
+    squared, _, _ = plan.run(Scaling(), math.inf, True, False, False, None)
     total = squared * 4
-    _, norm, _ = plan.run(fusedopt.optimizer.Scaling(), 1.0, False, True, False, total)
+    _, norm, _ = plan.run(Scaling(), 1.0, False, True, False, total)
     close(norm.float(), 2 * a.grad_norm)
     for p, q in zip(ours, theirs, strict=True):
         factor = 1 / (2 * a.grad_norm + 1e-6)

@@ -1,0 +1,62 @@
+"""One step on all plans of an optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class Scaling:
+    """What a GradScaler hands to a step: one-element tensors on its device, or None."""
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def inverse(self) -> float:
+        """What unscales gradients. Waits for the device."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def refuses(self) -> bool:
+        """Whether gradients were found that are not finite. Waits for the device."""
+        return self.found_inf is not None and float(self.found_inf) != 0
+
+
+def launch(
+    plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, wait: bool
+) -> tuple[float | Tensor, bool]:
+    """Run a step on all plans. Returns the gradients' norm, and whether the step was skipped, if that is known.
+
+    It is known without asking where a plan is not asynchronous; and with ``wait``.
+    """
+    if len(plans) == 1:
+        outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
+    else:  # the norm spans devices: measure on all before updating any
+        squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
+        totals = [None if squares is None else _sum(squares, plan) for plan in plans]
+        outcomes = [
+            plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
+            for plan, total in zip(plans, totals, strict=True)
+        ]
+    _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
+    if isinstance(skipped, Tensor):
+        skipped = wait and bool(skipped)
+    for plan in plans:
+        plan.finish(stepped=not skipped)
+    return norm, skipped
+
+
+def _sum(squares: list[float | Tensor], plan: Any) -> float | Tensor:
+    """The sum in the same order for all plans; waits only for those who cannot."""
+    if not plan.asynchronous:
+        return sum(float(s) for s in squares)
+    total = torch.zeros((), dtype=torch.float64, device=plan.device)
+    for s in squares:
+        total = total + (s.to(plan.device, non_blocking=True) if isinstance(s, Tensor) else s)
+    return total
