@@ -112,8 +112,8 @@ def find_nvcc() -> str:
     homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     places = [*(Path(home) / "bin" / "nvcc" for home in homes), Path("/usr/local/cuda/bin/nvcc")]
     found = os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in places if p.exists()), None)
-    if not found:
-        raise RuntimeError("no CUDA compiler: nvcc not found in PATH, CUDA_HOME or /usr/local/cuda")
+    if not found or not shutil.which(found):
+        raise RuntimeError(f"no CUDA compiler: {found or 'nvcc'} not found in PATH, CUDA_HOME or /usr/local/cuda")
     return found
 
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
     [("no-such-compiler", "no C++ compiler: no-such-compiler not found"), ("false", "FAILED")],
 )
 def test_build_without_a_compiler(tmp_path, compiler, reason):
-    env = {**os.environ, "CXX": compiler}
+    env = {**os.environ, "CXX": compiler, "NVCC": "no-such-nvcc"}
     command = [
         sys.executable,
         "setup.py",
@@ -31,7 +31,8 @@ def test_build_without_a_compiler(tmp_path, compiler, reason):
     package = tmp_path / "lib" / "fusedopt"
     assert (package / "triton_kernels" / "__init__.py").exists() and (package / "bench" / "__init__.py").exists()
     assert (package / "py.typed").exists() and not list(package.glob("*.so"))
-    assert reason in json.loads((package / "_build_report.json").read_text())["cpu"]
+    report = json.loads((package / "_build_report.json").read_text())
+    assert reason in report["cpu"] and "no CUDA compiler: no-such-nvcc not found" in report["cuda"]
     program = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'Editable' not in getattr(f, '__name__', '')];"
         "import torch, fusedopt; from fusedopt.engines import cpu; print(cpu.available());"
