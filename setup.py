@@ -28,7 +28,7 @@ LEVELS = ("v2", "v3", "v4") if X86 else ("base",)
 CSRC = ROOT / "csrc"
 RULES = sorted((CSRC / "rules").glob("*.h"))
 # Compute capabilities with code of their own; the last one's PTX serves later ones.
-CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
 
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
 # Faster sqrt and branches, but never -ffast-math: a NaN must propagate.
@@ -119,9 +119,9 @@ def find_nvcc() -> str:
 
 def gencode(nvcc: str) -> str:
     """What to compile for: those of CUDA_ARCHS that this nvcc knows, or what FUSEDOPT_CUDA_ARCHS lists."""
-    asked = os.environ.get("FUSEDOPT_CUDA_ARCHS")
+    asked = os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").split()
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    archs = asked.replace(",", " ").split() if asked else [str(a) for a in CUDA_ARCHS if f"compute_{a}" in known]
+    archs = sorted(asked, key=int) or [str(a) for a in CUDA_ARCHS if f"compute_{a}" in known]
     code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     return f"{code} -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 

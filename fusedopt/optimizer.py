@@ -151,6 +151,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         try:
             norm, skipped = launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(fresh))
         except BaseException:
+            for plan in plans:
+                plan.finish(stepped=False)
             self._forget(fresh)
             raise
         self._norm = norm if measures else None

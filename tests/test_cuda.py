@@ -135,6 +135,27 @@ def test_steps_are_those_of_eager_in_double_precision(case, t):
 
 
 @on_threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("what", ["state", "gradient"])
+def test_doubles_beside_narrower_parameters(what, dtype):
+    """A state that was loaded as float64, or gradients that are: too wide for a tile's sixteen bytes."""
+    results = []
+    for engine in ("cuda", "eager"):
+        torch.manual_seed(2)
+        (p,) = params((700,), dtype=dtype)
+        if what == "gradient":
+            p.grad_dtype = torch.float64
+        optimizer = fusedopt.SGD([p], lr=0.1, momentum=0.9, engine=engine)
+        for t in range(3):
+            p.grad = torch.randn(700, dtype=p.grad_dtype)
+            optimizer.step()
+            if t == 0 and what == "state":
+                optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].double()
+        results.append(p.detach())
+    torch.testing.assert_close(*results, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@on_threads
 def test_a_norm_that_single_precision_cannot_square():
     ps = params((300,), (40,))
     for p in ps:
@@ -183,10 +204,10 @@ def test_a_failed_launch_is_an_error_with_its_name_and_changes_nothing():
 
 @on_threads
 def test_too_many_kinds_are_refused():
-    kinds = [(False, ["fp32", "fp32"], [])] * 17
+    kinds = [(False, ["fp32", "fp32"], [])] * 65
     choice = cuda.load().Choice("sgd", [[]])
     names = ("rows", "tiles", "shares", "layouts", "live", "partials", "verdict", "counters")
-    with pytest.raises(ValueError, match="more than 16"):
+    with pytest.raises(ValueError, match="more than 64"):
         cuda.load().Launcher(choice, dict.fromkeys(names, 0), kinds, 0, 1, 1, 5, 0, 4)
 
 

@@ -198,7 +198,7 @@ __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begi
       continue;
     }
     const Ready<Rule, float> r = ready<Rule, float>(prepared);
-    row.head = row.kind.strided() ? -1 : head_of<kParam, kGrad + n>(row);
+    row.head = row.kind.strided() || row.kind.wide() ? -1 : head_of<kParam, kGrad + n>(row);
 #pragma unroll 1
     for (; tile >= low && !is_full(row, tile); tile -= n_warps()) {
       step_range<Rule, float>(t, row, range_of(row, tile), r);

@@ -60,11 +60,12 @@ bool has_states(const Variant& variant, const std::vector<std::string>& states) 
 
 Kind encode(const Entry& entry, const KindNames& names) {
   std::uint32_t bits = 0;
-  bool halves = false;
+  bool halves = false, wide = false;
   for (std::size_t k = 0; k < names.types.size(); ++k) {
     const DType type = type_of(names.types[k]);
     bits |= static_cast<std::uint32_t>(type) << (2 * k);
     halves |= type == DType::bf16 || type == DType::f16;
+    wide |= type == DType::f64;
   }
   for (std::size_t v = 0; v < entry.variants.size(); ++v) {
     if (!has_states(entry.variants[v], names.states)) continue;
@@ -72,6 +73,7 @@ Kind encode(const Entry& entry, const KindNames& names) {
     bits |= static_cast<std::uint32_t>(v) << Kind::kVariant;
     bits |= static_cast<std::uint32_t>(names.strided) << Kind::kStrided;
     bits |= static_cast<std::uint32_t>(halves) << Kind::kHalves;
+    bits |= static_cast<std::uint32_t>(wide) << Kind::kWide;
     return {bits};
   }
   throw std::logic_error(std::string("the kernel of rule ") + entry.rule + " has no variant with these states");
@@ -92,10 +94,14 @@ std::string no_device() {
 bool has_code_for(int device) {
   const Current current(device);
   cudaFuncAttributes attributes;
-  const bool found =
-      cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(entries().front().small)) == cudaSuccess;
-  if (!found) cudaGetLastError();
-  return found;
+  const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(entries().front().small));
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
+      status == cudaErrorUnsupportedPtxVersion) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "cudaFuncGetAttributes");
+  return true;
 }
 
 int words_by_value(int device) {
@@ -125,7 +131,8 @@ int Choice::blocks(int device) const {
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks;
   };
-  const int least = std::min(resident(entry_->small), resident(entry_->large));
+  int least = resident(entry_->small);
+  if (words_by_value(device) == kLarge) least = std::min(least, resident(entry_->large));
   return least * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 

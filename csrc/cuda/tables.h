@@ -28,16 +28,18 @@ struct Kind {
   std::uint32_t bits;
 
   static constexpr int kStates = 2 * kMaxOperands, kVariant = kStates + 3, kStrided = kVariant + 3,
-                       kHalves = kStrided + 1;
+                       kHalves = kStrided + 1, kWide = kHalves + 1;
 
   FUSEDOPT_HD DType dtype(int operand) const { return static_cast<DType>(bits >> (2 * operand) & 3); }
   FUSEDOPT_HD int n_states() const { return static_cast<int>(bits >> kStates & 7); }
   FUSEDOPT_HD int variant() const { return static_cast<int>(bits >> kVariant & 7); }
   FUSEDOPT_HD bool strided() const { return bits >> kStrided & 1; }
+  // Some operand is a double, so that elements are read one by one.
+  FUSEDOPT_HD bool wide() const { return bits >> kWide & 1; }
   // Some operand has 2 bytes, so that a lane's 8 elements are neighbours.
   FUSEDOPT_HD bool halves() const { return bits >> kHalves & 1; }
 };
-constexpr int kMaxKinds = 16;
+constexpr int kMaxKinds = 64;
 
 struct Tables {
   const std::int64_t* rows;

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
-from fusedopt.engines.device import DevicePlan
+from fusedopt.engines.device import DevicePlan, on_device
 from fusedopt.rule import Rule
 
 
@@ -24,7 +24,7 @@ def load() -> Any:
     try:
         return import_module("fusedopt._cuda")
     except ImportError as error:
-        raise ImportError(host.build_failure("cuda") or str(error)) from error
+        raise ImportError("; ".join(filter(None, (host.build_failure("cuda"), str(error))))) from error
 
 
 def available() -> str | None:
@@ -47,7 +47,7 @@ def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type != load().device_type:
         return f"it is on {p.device}"
-    if not _has_code_for(_index(p.device)):
+    if not _has_code_for(p.device):
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
     if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
         return f"rule {rule.name!r} has no CUDA kernel"
@@ -60,8 +60,9 @@ def counters(p: Tensor) -> torch.device:
 
 
 @cache
-def _has_code_for(index: int) -> bool:
-    return load().has_code_for(index)
+def _has_code_for(device: torch.device) -> bool:
+    with on_device(device):
+        return load().has_code_for(_index(device))
 
 
 @cache
@@ -91,7 +92,8 @@ class Plan(DevicePlan):
         states = {tuple(s.name for s in rule.active_states(group)) for group in groups}
         choice = extension.Choice(rule.name, sorted(map(list, states)))
         index = _index(device)
-        blocks = choice.blocks(index)
+        with on_device(device):
+            blocks = choice.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
         super().__init__(optimizer, members, fresh, names, blocks, extension.tile, limit)

@@ -14,6 +14,11 @@ from fusedopt.engines.tables import HEADER, Live, Rows, is_capturing, refuse_cap
 from fusedopt.rule import LAST_FLOAT_STEP
 
 
+def on_device(device: torch.device) -> Any:
+    """The device as the current one."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
 class DevicePlan:
     """The parameters of an optimizer on a device, whose steps the device counts. Subclasses launch.
 
@@ -44,7 +49,7 @@ class DevicePlan:
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._members = members
         self._scan = host.device_scan(optimizer, names[2], members, fresh, self.device)
-        with self.on_device():
+        with on_device(self.device):
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
             words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
             self.live = Live(HEADER + words, self.device, HEADER + words <= by_value)
@@ -53,10 +58,6 @@ class DevicePlan:
         self._streams: set[int] = set()
         self._launched: set[str] = set()
         self._room = self._steps_left(names[1])
-
-    def on_device(self) -> Any:
-        """The device as the current one."""
-        return nullcontext() if self.device.type == "cpu" else torch.get_device_module(self.device).device(self.device)
 
     def scan(self) -> bool:
         """Read gradients and hyperparameters; False when the plan no longer fits and must be built anew."""
@@ -86,7 +87,7 @@ class DevicePlan:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
         verdict = self.verdict
-        with self.on_device():
+        with on_device(self.device):
             parts = {name for name, asked in (("norm", measure), ("step", update)) if asked}
             if is_capturing(self.device):
                 self._check_capture(parts)

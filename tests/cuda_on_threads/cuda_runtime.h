@@ -204,7 +204,14 @@ using std::sqrt;
 // ------------------------------------------------------------------------------------------ the host's calls
 
 using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorLaunchFailure };
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorLaunchFailure,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidDeviceFunction,
+  cudaErrorUnsupportedPtxVersion
+};
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 struct cudaFuncAttributes {};
 enum cudaLaunchAttributeID { cudaLaunchAttributeCooperative };
