@@ -50,7 +50,8 @@ def test_extensions_link_no_torch():
 
     for path in Path(fusedopt.__file__).parent.glob("_*.so"):
         needed = subprocess.run(["readelf", "-d", str(path)], capture_output=True, text=True, check=True).stdout
-        assert "libtorch" not in needed and "libc10" not in needed and "libgomp" in needed
+        assert "libtorch" not in needed and "libc10" not in needed and "libcudart" not in needed
+        assert ("libgomp" in needed) == (not path.name.startswith("_cuda"))
 
 
 def test_anatomy_is_known_for_this_torch():
