@@ -305,7 +305,7 @@ __device__ __forceinline__ void advance(const Arguments<Words>& a) {
 // way in each warp, so that fewer warps do.
 template <class Rule, class... More>
 constexpr int kBlocks = sizeof...(More)           ? 2
-                        : Rule::states.size() > 2 ? 3
+                        : Rule::states.size() > 1 ? 3
                                                   : 4;
 
 // One launch for measuring and updating is cooperative; either alone need not be.
