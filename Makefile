@@ -5,15 +5,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-OUT ?= gpu-results
-
-.PHONY: demo test lint check gpu clean
+.PHONY: demo test bench lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# Under ten minutes on two cores. Any option of `fusedopt bench`: make bench ARGS='--suite gpt2 --optimizer Lion'
+bench: OUT ?= bench-results
+bench: $(VENV)/.bench
+	mkdir -p $(OUT)
+	$(BIN)/fusedopt bench --json $(OUT)/bench.json $(ARGS)
+	$(BIN)/fusedopt bench report $(OUT)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check
@@ -24,6 +29,7 @@ lint: $(VENV)/.lint
 check: lint test
 
 # On a machine with a GPU: builds in place with that machine's own Python and torch, without network.
+gpu: OUT ?= gpu-results
 gpu:
 	$(PYTHON) bench/gpu.py $(OUT)
 
@@ -38,6 +44,11 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $
 	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
 	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test]"
 	$(PIP) --no-deps timm
+	touch $@
+
+# Others' optimizers, beside the torch that is there.
+$(VENV)/.bench: $(VENV)/.installed
+	$(PIP) "fusedopt[bench]"
 	touch $@
 
 # Brings pyright a node to run on.

@@ -1,8 +1,9 @@
-"""`make gpu`: builds in place, tests every GPU engine, and leaves a folder of results. Needs no network.
+"""`make gpu`: builds in place, tests every GPU engine, runs the benchmark, and leaves a folder of results.
 
-Runs with the machine's own Python, torch and compilers; only the standard library is used here, because nothing
-of fusedopt can be imported before it is built. A part that fails does not stop the next. Without a GPU, what
-needs one is left out, and said so.
+Needs no network, and stays under nine minutes. Runs with the machine's own Python, torch and compilers; only the
+standard library is used here, because nothing of fusedopt can be imported before it is built. A part that fails does
+not stop the next. Without a GPU, what needs one is left out, which is said, and the
+benchmark is a short one on the CPU.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-MAPPED = {"triton_kernels": "triton_kernels", "bench": "bench"}  # as package_dir in setup.py
+MAPPED = ("triton_kernels", "bench")  # installed inside fusedopt, as package_dir in setup.py says
+ALL_SECONDS = 520
+GRACE_SECONDS = 20  # from an interrupt, at which the benchmark writes what it has, to the end
+SUMMARY = "Ours, and the fastest other one"  # the title of the benchmark's last table
 
 
 @dataclass
@@ -28,7 +33,7 @@ class Part:
     Attributes:
         name: Of its log.
         command: What is run.
-        seconds: How long it may take.
+        seconds: How long it may take, if the whole has so much left.
         needs_gpu: Left out without one.
     """
 
@@ -38,18 +43,22 @@ class Part:
     needs_gpu: bool = True
 
 
-def parts(out: Path) -> list[Part]:
+SANITIZED = ["-m", "pytest", "-q", "tests/test_gpu.py", "-k", "cuda and engines_agree and (AdamW or SGD or NAdam)"]
+ON_CPU = ["--device", "cpu", "--suite", "100x1000", "--optimizer", "AdamW", "--optimizer", "Lion", "--repeats", "3"]
+
+
+def parts(out: Path, gpu: bool) -> list[Part]:
     """What a visit consists of, in order."""
     python, module = sys.executable, [sys.executable, "-m", "fusedopt"]
+    bench = [*module, "bench", "--json", str(out / "bench.json"), *([] if gpu else ON_CPU)]
     return [
-        Part("build", [python, "setup.py", "build_ext", "--inplace"], 400, needs_gpu=False),
+        Part("build", [python, "setup.py", "build_ext", "--inplace"], 170, needs_gpu=False),
         Part("info", [*module, "info", "--json", str(out / "info.json")], 60, needs_gpu=False),
-        Part("tests", [python, "-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py"], 300),
+        Part("tests", [python, "-m", "pytest", "-q", "-rs", "--durations=10", "tests/test_gpu.py"], 120),
+        Part("bench", bench, 180, needs_gpu=False),
+        Part("report", [*module, "bench", "report", str(out)], 40, needs_gpu=False),
         *(Part(tool, [*sanitizer(tool), python, *SANITIZED], 60) for tool in ("memcheck", "racecheck", "initcheck")),
     ]
-
-
-SANITIZED = ["-m", "pytest", "-q", "tests/test_gpu.py", "-k", "cuda and engines_agree and (AdamW or SGD or NAdam)"]
 
 
 def sanitizer(tool: str) -> list[str]:
@@ -67,63 +76,88 @@ def stage(folder: Path) -> Path:
     for path in (ROOT / "fusedopt").iterdir():
         if path.name != "__pycache__":
             (package / path.name).symlink_to(path)
-    for name, place in MAPPED.items():
-        (package / name).symlink_to(ROOT / place)
+    for name in MAPPED:
+        (package / name).symlink_to(ROOT / name)
     return folder
 
 
-def has_gpu() -> bool:
-    """Whether torch sees a GPU."""
-    probe = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
+def architecture() -> str | None:
+    """The compute capability of the first GPU, such as "90"; None without a GPU that torch sees."""
+    probe = "import torch; print(*torch.cuda.get_device_capability(), sep='') if torch.cuda.is_available() else None"
+    found = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True).stdout.strip()
+    return found or None
 
 
-def run(part: Part, out: Path, environment: dict[str, str]) -> dict[str, object]:
+def run(part: Part, out: Path, environment: dict[str, str], seconds: float) -> dict[str, object]:
     """Run a part; its output goes to a log, whatever comes of it."""
     start = time.monotonic()
     log = out / f"{part.name}.log"
     with log.open("w") as file:
         try:
-            status: object = subprocess.run(
-                part.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, timeout=part.seconds
-            ).returncode
-        except FileNotFoundError as error:
-            status = f"{error.filename} is not there"
-        except subprocess.TimeoutExpired:
-            status = f"stopped after {part.seconds} s"
+            process = subprocess.Popen(part.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+            status: object = finish(process, seconds)
+        except OSError as error:
+            status = f"{part.command[0]}: {error.strerror}"
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    last = lines[-1] if lines else ""
+    last = lines[-1].strip() if lines else ""
     return {"status": status, "seconds": round(time.monotonic() - start, 1), "last_line": last}
 
 
+def finish(process: subprocess.Popen[bytes], seconds: float) -> object:
+    """The exit status of a process, or that it had to be ended."""
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return f"stopped after {seconds:.0f} s"
+
+
 def main() -> int:
-    """Run all parts, and print what came of them."""
+    """Run all parts, and print what came of them, the benchmark's summary last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path, help="the folder of results; made if missing")
     out = parser.parse_args().out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    gpu = has_gpu()
+    end = time.monotonic() + ALL_SECONDS
+    arch = architecture()
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment.setdefault("FUSEDOPT_CUDA_ARCHS", arch or "90")
     results: dict[str, dict[str, object]] = {}
-    for part in parts(out):
-        if part.needs_gpu and not gpu:
+    for part in parts(out, arch is not None):
+        left = end - time.monotonic() - GRACE_SECONDS
+        if part.needs_gpu and arch is None:
             results[part.name] = {"status": "skipped: torch sees no GPU", "seconds": 0.0, "last_line": ""}
+        elif left < 1:
+            results[part.name] = {"status": "skipped: no time was left", "seconds": 0.0, "last_line": ""}
         else:
             print(f"{part.name}: {' '.join(part.command)}", flush=True)
-            results[part.name] = run(part, out, environment)
+            results[part.name] = run(part, out, environment, min(part.seconds, left))
         if part.name == "build":
             environment["PYTHONSAFEPATH"] = "1"  # else the sources in the current folder come first
-            environment["PYTHONPATH"] = os.pathsep.join(
-                [str(stage(ROOT / "build" / "stage")), *filter(None, [environment.get("PYTHONPATH")])]
-            )
+            places = [str(stage(ROOT / "build" / "stage")), *filter(None, [environment.get("PYTHONPATH")])]
+            environment["PYTHONPATH"] = os.pathsep.join(places)
     (out / "summary.json").write_text(json.dumps(results, indent=1) + "\n")
+    show(results, out)
+    return int(any(r["status"] != 0 and not str(r["status"]).startswith("skipped") for r in results.values()))
+
+
+def show(results: dict[str, dict[str, object]], out: Path) -> None:
+    """Print what came of each part, and the end of the benchmark's log."""
     print(f"\n{'part':<12}{'seconds':>9}  result")
     for name, result in results.items():
         told = "ok" if result["status"] == 0 else f"FAILED ({result['status']})"
         told = str(result["status"]) if str(result["status"]).startswith("skipped") else told
-        print(f"{name:<12}{result['seconds']:>9}  {told} {result['last_line']}"[:160])
-    print(f"Results in {out}")
-    return int(any(r["status"] != 0 and not str(r["status"]).startswith("skipped") for r in results.values()))
+        print(f"{name:<12}{result['seconds']:>9}  {told} {result['last_line']}"[:120].rstrip())
+    log = out / "bench.log"
+    text = log.read_text(errors="replace") if log.exists() else ""
+    print(f"Results in {out}\n")
+    if SUMMARY in text:
+        print(text[text.rindex(SUMMARY) :].rstrip())
 
 
 if __name__ == "__main__":

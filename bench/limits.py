@@ -2,46 +2,93 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fusedopt.bench.rows import COPY, LIMIT
 from fusedopt.engines import cpu
+from fusedopt.engines import triton as triton_engine
 
 FLOAT = 4
+# Elements of a stream. Longer ones would only take memory: none of this length is kept in a cache.
+LONGEST = {"cpu": 2**26, "cuda": 2**28}
 
 
-def step_bytes(numel: int, states: int) -> int:
-    """What a float32 step must move: parameter and states are read and written, gradients are read."""
-    return numel * FLOAT * (2 * (1 + states) + 1)
+@dataclass(frozen=True)
+class Limit:
+    """Memory that is touched as a step touches it.
 
-
-class StreamLimit:
-    """Flat streams, as many elements each as a suite, that the engine's bare loop touches.
-
-    Args:
-        numel: Elements of a stream.
+    Attributes:
+        how: For reports.
+        step: Touches it once.
+        nbytes: What that moves.
     """
 
-    def __init__(self, numel: int) -> None:
-        self._numel = numel
-        self._gradient = self._stream()
-        self._updated: list[Tensor] = []
+    how: str
+    step: Callable[[], object]
+    nbytes: int
 
-    def _stream(self) -> Tensor:
-        # Written, not torch.zeros: pages that were never written are all one page, in cache.
-        return torch.empty(self._numel).uniform_(0.5, 1.5)
 
-    def step(self, states: int) -> Callable[[], None]:
-        """What moves the bytes of one step of an optimizer with so many states per element."""
-        while len(self._updated) < 1 + states:
-            self._updated.append(self._stream())
-        streams = self._updated[: 1 + states]
-        stream, n, threads = cpu.load()[1].stream, self._numel, torch.get_num_threads()
+def limits(kind: str, nbytes: int, states: int) -> dict[str, Limit]:
+    """The limit for a step, and on GPUs a plain copy too.
 
-        def touch() -> None:
-            # The addresses are taken here, so that the function keeps its streams alive.
-            stream([u.data_ptr() for u in streams], [self._gradient.data_ptr()], n, threads)
+    Streams of floats, as many as a float32 step has (one is read, one and one more for each state are read and
+    written), so long that together they are as many bytes as the step moves, but no longer than ``LONGEST``.
 
-        return touch
+    Args:
+        kind: Of device.
+        nbytes: What the step moves.
+        states: How many the optimizer has.
+    """
+    if kind == "cpu":
+        return {LIMIT: _threads(nbytes, states) if cpu.available() is None else _copy(kind, nbytes)}
+    copy = _copy(kind, nbytes)
+    return {LIMIT: _triton(kind, nbytes, states) if triton_engine.available() is None else copy, COPY: copy}
+
+
+def resident_bytes(kind: str, nbytes: int, states: int) -> int:
+    """How much memory ``limits`` takes."""
+    streams = FLOAT * (states + 2) * _length(kind, nbytes, 2 * states + 3)
+    return streams if kind == "cpu" else streams + 2 * FLOAT * _length(kind, nbytes, 2)
+
+
+def _length(kind: str, nbytes: int, passes: int) -> int:
+    return min(max(1, math.ceil(nbytes / (FLOAT * passes))), LONGEST.get(kind, LONGEST["cuda"]))
+
+
+def _stream(kind: str, numel: int) -> Tensor:
+    # Written, not torch.zeros: pages that were never written are all one page, in cache.
+    return torch.empty(numel, device=kind).uniform_(0.5, 1.5)
+
+
+def _threads(nbytes: int, states: int) -> Limit:
+    """The loop of the CPU engine without a rule, on as many threads."""
+    passes = 2 * states + 3
+    numel = _length("cpu", nbytes, passes)
+    updated, gradient = [_stream("cpu", numel) for _ in range(1 + states)], _stream("cpu", numel)
+    touch, threads = cpu.load()[1].stream, torch.get_num_threads()
+
+    def step() -> None:
+        # Addresses are taken here, so that the function keeps its streams alive.
+        touch([u.data_ptr() for u in updated], [gradient.data_ptr()], numel, threads)
+
+    return Limit("streams", step, FLOAT * numel * passes)
+
+
+def _triton(kind: str, nbytes: int, states: int) -> Limit:
+    from fusedopt.bench.streams import TILE, touch
+
+    passes = 2 * states + 3
+    numel = math.ceil(_length(kind, nbytes, passes) / TILE) * TILE
+    updated, gradient = [_stream(kind, numel) for _ in range(1 + states)], _stream(kind, numel)
+    return Limit("streams", lambda: touch(updated, gradient), FLOAT * numel * passes)
+
+
+def _copy(kind: str, nbytes: int) -> Limit:
+    numel = _length(kind, nbytes, 2)
+    source, target = _stream(kind, numel), _stream(kind, numel)
+    return Limit("copy", lambda: target.copy_(source), 2 * FLOAT * numel)

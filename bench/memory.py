@@ -1,4 +1,4 @@
-"""How much memory a step takes for itself, as the kernel counts it."""
+"""How much memory there is, and how much a step takes for itself."""
 
 from __future__ import annotations
 
@@ -7,35 +7,79 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
-MIB = 2**20
+import torch
+from torch import Tensor
+
 # Writing 5 sets the peak of resident memory back to what is resident now.
 _CLEAR, _RESET_PEAK = Path("/proc/self/clear_refs"), "5"
-_STATUS = Path("/proc/self/status")
+_STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 
 
-def _kib(key: str) -> int:
-    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(key))
+def _kib(path: Path, key: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(key))
     return int(line.split()[1])
 
 
-def available() -> str | None:
-    """Why peaks cannot be measured here; None if they can."""
-    try:
-        _CLEAR.write_text(_RESET_PEAK)
-        _kib("VmHWM")
-    except (OSError, StopIteration) as error:
-        return f"the kernel's peak of resident memory cannot be read and reset: {error}"
-    return None
-
-
-def peak_growth(step: Callable[[], object]) -> float:
-    """MiB by which resident memory exceeds, at its peak during a step, what it was before."""
+def _trim() -> None:
+    """Give back freed memory that malloc keeps."""
     gc.collect()
-    # Freed memory that malloc keeps would hide what a step takes.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-    before = _kib("VmRSS")
-    _CLEAR.write_text(_RESET_PEAK)
-    step()
-    return (_kib("VmHWM") - before) * 1024 / MIB
+
+
+def room(device: torch.device) -> int | None:
+    """Bytes that can still be had; None where that is not known."""
+    if device.type == "cpu":
+        _trim()
+        return _kib(_MEMINFO, "MemAvailable") * 1024 if _MEMINFO.exists() else None
+    gc.collect()
+    module = torch.get_device_module(device)
+    module.empty_cache()
+    return module.mem_get_info(device)[0]
+
+
+def peak(step: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which memory in use exceeds, at its peak during a step, what it was before; None where not known."""
+    if device.type != "cpu":
+        module = torch.get_device_module(device)
+        module.synchronize(device)
+        before = module.memory_allocated(device)
+        module.reset_peak_memory_stats(device)
+        step()
+        module.synchronize(device)
+        return module.max_memory_allocated(device) - before
+    try:
+        _trim()
+        before = _kib(_STATUS, "VmRSS")
+        _CLEAR.write_text(_RESET_PEAK)
+        step()
+        return max(0, _kib(_STATUS, "VmHWM") - before) * 1024
+    except (OSError, StopIteration):
+        return None
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's states, counted once where they share memory."""
+    seen: dict[int, int] = {}
+
+    def visit(value: object) -> None:
+        if isinstance(value, Tensor):
+            if hasattr(value, "__tensor_flatten__"):
+                for name in value.__tensor_flatten__()[0]:
+                    visit(getattr(value, name))
+            else:
+                storage = value.untyped_storage()
+                seen[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+        elif hasattr(value, "__dict__"):
+            visit(vars(value))
+
+    for state in optimizer.state.values():
+        visit(state)
+    return sum(seen.values())

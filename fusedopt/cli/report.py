@@ -33,11 +33,12 @@ def table(title: str, *columns: str, numeric: tuple[str, ...] = ()) -> Table:
     return result
 
 
-def progress_bar(detail: str = "{task.description}") -> Progress:
+def progress_bar(detail: str = "{task.description}", console: Console = console) -> Progress:
     """A progress bar that disappears when it is done.
 
     Args:
         detail: What stands behind the bar, in rich's markup.
+        console: Where it is shown.
     """
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn(detail))
     return Progress(*columns, console=console, transient=True)

@@ -1,0 +1,46 @@
+"""The optimizers that are measured, with every option spelled out, because packages differ in their defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """One optimizer.
+
+    Attributes:
+        name: What ``--optimizer`` and reports call it.
+        optimizer: The class's name in fusedopt.
+        lr: Learning rate of the first group.
+        options: The other constructor arguments, but for ``weight_decay``, which groups carry as they do ``lr``.
+        warmup: Steps before the timed ones.
+        weight_decay: Of the first group.
+    """
+
+    name: str
+    optimizer: str
+    lr: float
+    options: dict[str, Any]
+    warmup: int = 2
+    weight_decay: float = 0.01
+
+
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+CASES = {
+    case.name: case
+    for case in (
+        Case("SGD", "SGD", 1e-2, {"momentum": 0.9}),
+        Case("Adagrad", "Adagrad", 1e-2, {"lr_decay": 0.0, "eps": 1e-10}),
+        Case("RMSprop", "RMSprop", 1e-2, {"alpha": 0.99, "eps": 1e-8}),
+        Case("Adam", "Adam", 1e-3, ADAM),
+        Case("AdamW", "AdamW", 1e-3, ADAM),
+        Case("AMSGrad", "AdamW", 1e-3, ADAM | {"amsgrad": True}),
+        Case("NAdam", "NAdam", 2e-3, ADAM | {"momentum_decay": 4e-3}),
+        Case("NAdamW", "NAdamW", 1e-3, ADAM),
+        Case("RAdam", "RAdam", 1e-3, ADAM, warmup=6),  # plain momentum until its sixth step
+        Case("AdaBound", "AdaBound", 1e-3, ADAM | {"final_lr": 0.1, "gamma": 1e-3}),
+        Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
+    )
+}

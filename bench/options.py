@@ -1,0 +1,106 @@
+"""The options of ``fusedopt bench`` and its commands."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from fusedopt import engines
+from fusedopt.bench import compare, optimizers, peers, standard, suites, workload
+
+EPILOG = """\
+Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
+combination of the suites and optimizers (default: AdamW on gpt2), then the sweeps.
+"""
+REPEATS, STANDARD_REPEATS = 15, {"cpu": 7}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options, and its own two commands."""
+    parser.epilog = EPILOG
+    each = {"action": "append", "metavar": "NAME"}
+    parser.add_argument("--suite", type=_suite, **each, help=f"repeatable: {suites.ACCEPTED}")
+    cases = list(optimizers.CASES)
+    parser.add_argument("--optimizer", choices=cases, **each, help=f"repeatable: {', '.join(cases)}")
+    parser.add_argument("--dtype", choices=workload.DTYPES, help="of parameters (default: fp32)")
+    parser.add_argument("--clip", type=_positive_float, metavar="NORM", help="clip the global norm of gradients")
+    parser.add_argument("--amp", action="store_true", help="step through a GradScaler")
+    parser.add_argument("--groups", type=_positive, metavar="N", help="param groups (default: the suite's own)")
+    parser.add_argument("--cache", choices=workload.CACHES, help="state of the caches before a step (default: cold)")
+    parser.add_argument(
+        "--storage",
+        action="append",
+        choices=standard.STORAGES,
+        help="repeatable: peers that keep states so (default: full)",
+    )
+    parser.add_argument("--sweep", action="append", choices=standard.SWEEPS, help="repeatable: how the cost grows")
+    names = ["all", "none", *peers.known()]
+    parser.add_argument("--peer", choices=names, **each, help=f"repeatable: {', '.join(names)} (default: all)")
+    own = ["auto", *engines.ENGINES]
+    parser.add_argument(
+        "--engine", action="append", choices=own, help="repeatable; the first is compared with (default: auto)"
+    )
+    parser.add_argument("--device", type=_device, help="such as cpu or cuda:1 (default: a GPU if there is one)")
+    parser.add_argument(
+        "--repeats",
+        type=_positive,
+        metavar="N",
+        help=f"timed rounds (default: {REPEATS}; on a CPU the standard set {STANDARD_REPEATS['cpu']})",
+    )
+    parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw plots into a folder")
+
+    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report", title="commands")
+    pair = commands.add_parser("compare", help="two results side by side", description="Two results side by side.")
+    pair.add_argument("before", type=Path, metavar="A.json")
+    pair.add_argument("after", type=Path, metavar="B.json")
+    measures = "; ".join(f"{name}: {about}" for name, about in compare.MEASURES.items())
+    pair.add_argument("--measure", choices=compare.MEASURES, default="time", help=f"{measures} (default: %(default)s)")
+    pair.add_argument(
+        "--only",
+        action="append",
+        metavar="WORD",
+        help="rows of a suite, optimizer, dtype, variant, device, cache or storage; clip, amp, or fusedopt for all "
+        "of ours; repeatable: rows that are all of it",
+    )
+    pair.add_argument(
+        "--bound", type=_positive_float, metavar="RATIO", help="exit with status 1 if a ratio is less than this"
+    )
+    pair.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
+    page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
+    page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")
+
+
+def _suite(name: str) -> suites.Suite:
+    try:
+        return suites.find(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
+
+
+def _positive_float(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+    return value
+
+
+def _device(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not there: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise argparse.ArgumentTypeError("tensors on 'meta' have no memory to be measured")
+    return device

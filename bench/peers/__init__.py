@@ -1,0 +1,57 @@
+"""Other packages' optimizers, each behind one small adapter.
+
+An adapter module has ``peers(case, device)``: what its package offers for an optimizer on a kind of device. It says so
+without importing the package, which happens only when a peer is built.
+"""
+
+from __future__ import annotations
+
+from fusedopt.bench.optimizers import CASES, Case
+from fusedopt.bench.peers import (
+    adabound,
+    apex,
+    bitsandbytes,
+    deepspeed,
+    flashoptim,
+    lion_pytorch,
+    optimi,
+    pytorch_optimizer,
+    timm,
+    torch_optim,
+    torchao,
+    transformer_engine,
+)
+from fusedopt.bench.peers.peer import Groups, Peer
+
+ADAPTERS = (
+    torch_optim,
+    apex,
+    transformer_engine,
+    deepspeed,
+    bitsandbytes,
+    torchao,
+    optimi,
+    flashoptim,
+    pytorch_optimizer,
+    lion_pytorch,
+    adabound,
+    timm,
+)
+
+__all__ = ["ADAPTERS", "Groups", "Peer", "known", "offered"]
+
+
+def offered(case: Case, device: str) -> list[Peer]:
+    """All peers of an optimizer, installed or not.
+
+    Args:
+        case: The optimizer.
+        device: Its kind, such as ``cpu``.
+    """
+    return [peer for adapter in ADAPTERS for peer in adapter.peers(case, device)]
+
+
+def known() -> dict[str, str]:
+    """The names of all peers, and their packages."""
+    every = (peer for device in ("cpu", "cuda") for case in CASES.values() for peer in offered(case, device))
+    return {peer.name: peer.package for peer in every}

@@ -1,0 +1,22 @@
+"""bitsandbytes: states of 32 or 8 bits, the latter on GPUs only."""
+
+from __future__ import annotations
+
+from fusedopt.bench.optimizers import Case
+from fusedopt.bench.peers.peer import Peer, from_module
+
+HAVE = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "Lion")
+DIFFERS = {"Adam": "its weight decay is decoupled"}
+BLOCKWISE = "states are rounded to 8 bits"
+
+
+def peers(case: Case, device: str) -> list[Peer]:
+    """What bitsandbytes has for an optimizer."""
+    if case.name not in HAVE:
+        return []
+    make, options = from_module("bitsandbytes.optim", case.optimizer), case.options
+    found = [Peer("bitsandbytes", "bitsandbytes", make, options | {"optim_bits": 32}, differs=DIFFERS.get(case.name))]
+    if device != "cpu":
+        options = options | {"optim_bits": 8}
+        found.append(Peer("bitsandbytes-8bit", "bitsandbytes", make, options, storage="8bit", differs=BLOCKWISE))
+    return found

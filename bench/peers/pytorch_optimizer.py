@@ -1,0 +1,18 @@
+"""pytorch-optimizer: a collection in plain torch."""
+
+from __future__ import annotations
+
+from fusedopt.bench.optimizers import Case
+from fusedopt.bench.peers.peer import Peer, from_module
+
+MORE = {"AdaBound": {"weight_decouple": False}, "Lion": {"weight_decouple": True}, "RAdam": {"weight_decouple": False}}
+DIFFERS = {"RAdam": "it takes no step at all until the rectification is defined"}
+
+
+def peers(case: Case, device: str) -> list[Peer]:
+    """What pytorch-optimizer has that torch has not, and RAdam."""
+    if case.name not in MORE:
+        return []
+    make = from_module("pytorch_optimizer", case.optimizer)
+    options = case.options | MORE[case.name]
+    return [Peer("pytorch-optimizer", "pytorch_optimizer", make, options, differs=DIFFERS.get(case.name))]

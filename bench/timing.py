@@ -1,0 +1,168 @@
+"""Interleaved timing: variants take turns, so that all of them see the same machine."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Step = Callable[[], object]
+
+# Spread (interquartile range / median) above which a figure is called noisy.
+NOISY = 0.15
+# Share of the machine that others may use before a run is called noisy, whatever its spread.
+DISTURBED = 0.05
+
+WARM_STEPS = 3
+# What is touched between steps: more than any processor's cache. A GPU is busy with it for about a quarter of a
+# millisecond, in which the host prepares the step, as it does while a backward pass is still running.
+FLUSHED = {"cpu": 2**28, "cuda": 2**30}  # bytes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median with its quartiles."""
+
+    median: float
+    q1: float
+    q3: float
+
+    @classmethod
+    def of(cls, samples: np.ndarray) -> Spread:
+        """The spread of samples."""
+        q1, median, q3 = np.quantile(samples, (0.25, 0.5, 0.75)).tolist()
+        return cls(median, q1, q3)
+
+    @property
+    def noise(self) -> float:
+        """Interquartile range over median."""
+        return (self.q3 - self.q1) / self.median
+
+
+class Neighbours:
+    """How much of the machine other processes use, from construction on."""
+
+    def __init__(self) -> None:
+        self._busy, self._since = self._others(), time.monotonic()
+
+    @staticmethod
+    def _others() -> float | None:
+        """Processor seconds that others have used since boot, or that the hypervisor took."""
+        stat = Path("/proc/stat")
+        if not stat.exists():
+            return None
+        user, nice, system, _, _, irq, softirq, steal, *_ = map(int, stat.read_text().splitlines()[0].split()[1:])
+        busy = (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+        return busy - time.process_time()
+
+    def share(self) -> float | None:
+        """Their share of all cores; None where the system doesn't tell."""
+        others, wall = self._others(), time.monotonic() - self._since
+        if others is None or self._busy is None:
+            return None
+        return max(0.0, others - self._busy) / (wall * (os.cpu_count() or 1))
+
+
+class Stopwatch:
+    """Times one step on a device, after what has to precede it.
+
+    On a GPU: device events around the step, behind a flush that keeps the device busy meanwhile. Elsewhere: a wall
+    clock.
+
+    Args:
+        device: Where the step does its work.
+        cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
+    """
+
+    def __init__(self, device: torch.device, cache: str) -> None:
+        self._warm = cache == "warm"
+        self._gpu = None if device.type == "cpu" else torch.get_device_module(device)
+        self._flushed: Tensor | None = None
+        if self._gpu or not self._warm:
+            nbytes = FLUSHED.get(device.type, FLUSHED["cuda"])
+            self._flushed = torch.ones(nbytes // 4, device=device)
+
+    def __call__(self, step: Step) -> tuple[float, float]:
+        """Seconds of a step, and those until the call returned."""
+        if self._flushed is not None:
+            self._flushed.mul_(1)
+        if self._warm:
+            for _ in range(WARM_STEPS):
+                step()
+        if self._gpu is None:
+            start = time.perf_counter()
+            step()
+            elapsed = time.perf_counter() - start
+            return elapsed, elapsed
+        first, last = (self._gpu.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        start = time.perf_counter()
+        step()
+        returned = time.perf_counter() - start
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1e3, returned
+
+
+class Timings:
+    """Seconds of every variant in every round of an interleaved run.
+
+    Attributes:
+        others: The share of the machine that other processes used meanwhile.
+        rounds: How many there were.
+    """
+
+    def __init__(self, seconds: Mapping[str, list[tuple[float, float]]], others: float | None) -> None:
+        self.others = others
+        self._seconds = {name: np.asarray(values) for name, values in seconds.items()}
+        self.rounds = min(map(len, self._seconds.values()))
+
+    def seconds(self, name: str) -> Spread:
+        """How long a variant took."""
+        return Spread.of(self._seconds[name][:, 0])
+
+    def returned(self, name: str) -> float:
+        """The median of seconds until a variant's call returned."""
+        return float(np.median(self._seconds[name][:, 1]))
+
+    def ratio(self, name: str, base: str) -> Spread:
+        """How many times as long as ``base`` a variant took, round by round.
+
+        Neighbours in one round share the machine's mood, so this is steadier than a ratio of medians.
+        """
+        return Spread.of(self._seconds[name][:, 0] / self._seconds[base][:, 0])
+
+
+def interleave(
+    variants: Mapping[str, Step], watch: Stopwatch, rounds: int, warmup: int, tick: Callable[[], object]
+) -> Timings:
+    """Time variants in turn, A B C A B C.
+
+    Args:
+        variants: By name.
+        watch: What times them.
+        rounds: Timed rounds.
+        warmup: Rounds before those.
+        tick: Called after every round, for a progress bar.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    gc.collect()
+    gc.disable()
+    neighbours = Neighbours()
+    try:
+        for r in range(warmup + rounds):
+            for name, step in variants.items():
+                taken = watch(step)
+                if r >= warmup:
+                    seconds[name].append(taken)
+            tick()
+    finally:
+        gc.enable()
+    return Timings(seconds, neighbours.share())

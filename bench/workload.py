@@ -1,0 +1,177 @@
+"""What is stepped: tensors of a suite on a device, and how a step with clipping and loss scaling is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fusedopt
+from fusedopt.bench.optimizers import Case
+from fusedopt.bench.suites import Suite
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+POOL = 2**20 + 1  # random values
+CACHES = ("cold", "warm")
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One question: how long does a step of this optimizer on these tensors take?
+
+    Attributes:
+        suite: The tensors' shapes, by param group.
+        case: The optimizer.
+        dtype: Of parameters and gradients, a key of ``DTYPES``.
+        device: Where they are.
+        clip: The global norm that gradients are clipped to; None to leave them.
+        amp: Whether the step goes through a ``GradScaler``.
+        cache: ``cold``: much other memory was touched before each step, as a backward pass does; ``warm``: the same
+            step was done three times before.
+    """
+
+    suite: Suite
+    case: Case
+    dtype: str = "fp32"
+    device: str = "cpu"
+    clip: float | None = None
+    amp: bool = False
+    cache: str = "cold"
+
+    @property
+    def kind(self) -> str:
+        """The kind of device, such as ``cuda``."""
+        return torch.device(self.device).type
+
+    def title(self) -> str:
+        """One line for people."""
+        shapes, groups = self.suite.shapes, len(self.suite.groups)
+        parts = [
+            f"{self.case.name} on {self.suite.name}: {len(shapes):,} tensors, {self.suite.numel / 1e6:.4g}M elements",
+            f"{groups} groups" if groups > 1 else "",
+            self.dtype,
+            self.device,
+            f"clipped to {self.clip:g}" if self.clip else "",
+            "AMP" if self.amp else "",
+            self.cache,
+        ]
+        return ", ".join(filter(None, parts))
+
+
+class Tensors:
+    """Parameters with gradients, and the param groups that hand them to an optimizer.
+
+    Args:
+        workload: Their shapes, dtype and device.
+        single: Give every tensor one element only.
+        seed: Of the random values.
+    """
+
+    def __init__(self, workload: Workload, *, single: bool = False, seed: int = 0) -> None:
+        device, dtype = torch.device(workload.device), DTYPES[workload.dtype]
+        values = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        self.params: list[Tensor] = []
+        self._groups: list[dict[str, Any]] = []
+        case = workload.case
+        for k, shapes in enumerate(workload.suite.groups):
+            made = []
+            for shape in shapes:
+                p = torch.nn.Parameter(_filled((1,) if single else shape, values))
+                p.grad = _filled(p.shape, values).mul_(0.01)
+                made.append(p)
+            # Each group with options of its own, or they could be stepped as one.
+            factor = 1 + k / 1024
+            self._groups.append({"params": made, "lr": case.lr * factor, "weight_decay": case.weight_decay * factor})
+            self.params += made
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Param groups, a fresh list each time."""
+        return [dict(group) for group in self._groups]
+
+
+def _filled(shape: Sequence[int], values: Tensor) -> Tensor:
+    """A tensor of a shape with random values, which repeat in a large one: drawing them all would take longest."""
+    made = torch.empty(shape, device=values.device, dtype=values.dtype)
+    flat, count = made.view(-1), len(values)
+    for start in range(0, made.numel(), count):
+        part = flat[start : start + count]
+        part.copy_(values[: len(part)])
+    return made
+
+
+def ours(workload: Workload, groups: list[dict[str, Any]], engine: str) -> fusedopt.FusedOptimizer:
+    """Our optimizer, which clips by itself."""
+    case = workload.case
+    return getattr(fusedopt, case.optimizer)(groups, **case.options, max_grad_norm=workload.clip, engine=engine)
+
+
+def step_of(optimizer: torch.optim.Optimizer, params: list[Tensor], workload: Workload) -> Step:
+    """What its users call for one step: with AMP and clipping, the scaler and ``clip_grad_norm_`` too.
+
+    The scale is 1, so that gradients can be unscaled in place over and over. Clipping does its work each time as well.
+
+    Args:
+        optimizer: Whose step.
+        params: What it steps.
+        workload: Tells clipping and AMP.
+    """
+    clips = workload.clip is not None and not isinstance(optimizer, fusedopt.FusedOptimizer)
+    if not workload.amp:
+        if not clips:
+            return optimizer.step
+
+        def clipped() -> None:
+            torch.nn.utils.clip_grad_norm_(params, workload.clip)
+            optimizer.step()
+
+        return clipped
+
+    scaler = torch.amp.GradScaler(workload.kind, init_scale=1.0, growth_interval=2**30)
+    scaler.scale(torch.ones((), device=workload.device))  # the scaler makes its tensors when it is first used
+
+    def scaled() -> None:
+        if clips:
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(params, workload.clip)
+        scaler.step(optimizer)
+        scaler.update()
+
+    return scaled
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of one element.
+
+    Attributes:
+        param: Of the parameter, and of the gradient.
+        states: Of each state.
+    """
+
+    param: int
+    states: tuple[int, ...]
+
+    @classmethod
+    def of(cls, workload: Workload) -> Footprint:
+        """The footprint of our optimizer, whose states are in full."""
+        one = replace(workload, suite=Suite("one", (((1,),),)), device="cpu", clip=None)
+        tensors = Tensors(one)
+        optimizer = ours(one, tensors.groups(), "eager")
+        optimizer.step()
+        (state,) = optimizer.state.values()
+        sizes = tuple(s.element_size() for s in state.values() if isinstance(s, Tensor) and s.shape == (1,))
+        return cls(tensors.params[0].element_size(), sizes)
+
+    def moved(self, workload: Workload) -> int:
+        """Bytes that a step has to move, whoever does it.
+
+        Parameters and states are read and written once and gradients read once; twice where a norm, or the search for
+        values that are not finite, has to come before the update.
+        """
+        gradient = self.param * (2 if workload.clip or workload.amp else 1)
+        return workload.suite.numel * (2 * (self.param + sum(self.states)) + gradient)
