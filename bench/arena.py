@@ -94,6 +94,7 @@ class Arena:
         self._ours.clear()
         self._limits.clear()
         del self._tensors, self._watch
+        torch.compiler.reset()  # compiled steps of other optimizers count against the compiler's limit for one function
 
     def _built(self, contender: Contender) -> tuple[torch.optim.Optimizer, Step]:
         optimizer = contender.build(self._tensors.groups())
@@ -231,6 +232,6 @@ class Arena:
         words = ["fusedopt", "bench", "--suite", w.suite.name, "--optimizer", w.case.name, "--dtype", w.dtype]
         words += ["--device", w.device, "--cache", w.cache, *option]
         words += ["--groups", str(len(grouped.groups))] if grouped != suites.find(grouped.name) else []
-        words += ["--clip", f"{w.clip:g}"] if w.clip is not None else []
+        words += ["--clip", str(w.clip)] if w.clip is not None else []
         words += ["--amp"] if w.amp else []
         return shlex.join([*words, "--repeats", str(self._bench.repeats)])

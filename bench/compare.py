@@ -47,7 +47,9 @@ def compare(first: Result, second: Result, measure: str, chosen: Iterable[str] =
         measure: A key of ``MEASURES``.
         chosen: Words of which each has to occur among a row's suite, optimizer, dtype, variant and the like.
     """
-    before = {row.key: row for row in first.rows}
+    before: dict[tuple[Any, ...], Row] = {}
+    for row in first.rows:
+        before.setdefault(row.key, row)  # a point of a sweep may be a workload of its own as well
     ratios = []
     for row in second.rows:
         other = before.get(row.key)

@@ -88,7 +88,8 @@ class Bench:
             fusedopt.__version__,
             lambda groups: ours(workload, groups, engine),
             None,
-            ("--engine", engine, "--peer", "none"),
+            tuple(word for name in dict.fromkeys((self.engines[0], engine)) for word in ("--engine", name))
+            + ("--peer", "none"),
         )
 
     def _peers(self, workload: Workload) -> Iterator[Contender]:
@@ -123,6 +124,8 @@ class Bench:
         try:
             with quiet.quiet():
                 same = same_update(peer, workload)
+            if peer.compiles:
+                torch.compiler.reset()
         except Exception as error:  # whatever a package raises where it cannot run
             return f"{about}: left out, it does not run here: {summary(error)}"
         if same or peer.differs:

@@ -13,6 +13,7 @@ from torch import Tensor
 # Writing 5 sets the peak of resident memory back to what is resident now.
 _CLEAR, _RESET_PEAK = Path("/proc/self/clear_refs"), "5"
 _STATUS, _MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # of a container with a limit of its own
 
 
 def _kib(path: Path, key: str) -> int:
@@ -32,11 +33,23 @@ def room(device: torch.device) -> int | None:
     """Bytes that can still be had; None where that is not known."""
     if device.type == "cpu":
         _trim()
-        return _kib(_MEMINFO, "MemAvailable") * 1024 if _MEMINFO.exists() else None
+        return min(filter(None, (_available(), _left_to_container())), default=None)
     gc.collect()
     module = torch.get_device_module(device)
     module.empty_cache()
     return module.mem_get_info(device)[0]
+
+
+def _available() -> int | None:
+    return _kib(_MEMINFO, "MemAvailable") * 1024 if _MEMINFO.exists() else None
+
+
+def _left_to_container() -> int | None:
+    try:
+        most, used = ((_CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return None
+    return int(most) - int(used) if most != "max" else None
 
 
 def peak(step: Callable[[], object], device: torch.device) -> int | None:

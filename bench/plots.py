@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import cycle
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -18,7 +19,10 @@ SWEPT = {
     "groups": "param groups of the same tensors",
 }
 OURS, LIMIT_COLOR = ("#1f5fa8", "#5aa0d8", "#123a66"), "#888888"
-THEIRS = ("#e8a33d", "#c8553d", "#7a9e3b", "#8d6cab", "#d98cb3", "#4aa59b", "#a8763e", "#b9b93a", "#666b9e", "#cc8f6b")
+THEIRS = (
+    *("#e8a33d", "#c8553d", "#7a9e3b", "#8d6cab", "#d98cb3", "#4aa59b", "#a8763e", "#b9b93a", "#666b9e", "#cc8f6b"),
+    *("#9db7a4", "#6e4b3a", "#f2c879", "#b04a78", "#3f7d5a", "#c3b1dd", "#7f7f3f", "#e07b91", "#9aa3b5", "#54402e"),
+)
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
@@ -51,10 +55,10 @@ def draw(result: Result, folder: Path) -> list[Path]:
 def _colors(rows: Iterable[Row]) -> dict[str, str]:
     """The same color for a variant in every plot."""
     found: dict[str, str] = {LIMIT: LIMIT_COLOR}
-    ours, theirs = iter(OURS), iter(THEIRS * 3)
+    ours, theirs = cycle(OURS), cycle(THEIRS)
     for row in rows:
         if row.variant not in found:
-            found[row.variant] = next(ours, OURS[0]) if row.ours else next(theirs)
+            found[row.variant] = next(ours) if row.ours else next(theirs)
     return found
 
 
@@ -75,7 +79,9 @@ def _limits(rows: list[Row], colors: dict[str, str]) -> Figure | None:
         alike.setdefault((r.suite, r.groups, r.dtype, r.device, r.clip, r.amp, r.cache), []).append(group)
     chosen = max(alike.values(), key=len)
     bars = [[row for row in group if row.variant in colors and row.variant != LIMIT and row.limit] for group in chosen]
-    figure = Figure(figsize=(max(6.0, 0.25 * sum(map(len, bars)) + 1.2 * len(bars)), 4.4), layout="constrained")
+    figure = Figure(
+        figsize=(min(14.0, max(6.0, 0.2 * sum(map(len, bars)) + 0.3 * len(bars))), 4.6), layout="constrained"
+    )
     axes = figure.subplots()
     at, middles = 0.0, []
     for group in bars:
@@ -84,6 +90,7 @@ def _limits(rows: list[Row], colors: dict[str, str]) -> Figure | None:
         middles.append(at + (len(group) - 1) / 2)
         at += len(group) + 1.2
     axes.set_xticks(middles, [group[0].optimizer for group in chosen])
+    axes.set_xlim(-1, at - 1.2)
     axes.axhline(1, color=LIMIT_COLOR, linewidth=1)
     first = chosen[0][0]
     axes.set_title(f"Fraction of the memory limit: {first.suite}, {first.dtype}, {first.device}", loc="left")
