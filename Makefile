@@ -17,8 +17,7 @@ test: $(VENV)/.installed
 bench: OUT ?= bench-results
 bench: $(VENV)/.bench
 	mkdir -p $(OUT)
-	$(BIN)/fusedopt bench --json $(OUT)/bench.json $(ARGS)
-	$(BIN)/fusedopt bench report $(OUT)
+	$(BIN)/fusedopt bench --json $(OUT)/bench.json $(ARGS); status=$$?; $(BIN)/fusedopt bench report $(OUT); exit $$status
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check

@@ -231,8 +231,10 @@ if __name__ == "__main__":
             "fusedopt.triton_kernels",
             "fusedopt.triton_kernels.rules",
             "fusedopt.bench",
+            "fusedopt.bench.peers",
         ],
         package_dir={"fusedopt.triton_kernels": "triton_kernels", "fusedopt.bench": "bench"},
+        exclude_package_data={"fusedopt.bench": ["results/*", "results/*/*"]},
         package_data={"fusedopt": ["py.typed", REPORT], "fusedopt.optimizers": ["*.pyi"]},
         ext_modules=[
             Extension(f"fusedopt.{name}", sources=[], optional=True)

@@ -8,23 +8,27 @@ import shlex
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from fusedopt.bench import limits, memory, quiet, suites
 from fusedopt.bench.peers import Groups, Peer
 from fusedopt.bench.rows import LIMIT, Row
-from fusedopt.bench.timing import DISTURBED, NOISY, Step, Stopwatch, Timings, interleave
-from fusedopt.bench.workload import Footprint, Tensors, Workload, step_of
+from fusedopt.bench.timing import DISTURBED, NOISY, Stopwatch, Timings, interleave
+from fusedopt.bench.workload import Footprint, Step, Tensors, Workload, step_of
 from fusedopt.engines import eager
-
-SHORT, SHORT_ROUNDS = 0.2, 5  # rounds of fewer seconds are timed so many times as often
-HOST_SECONDS, HOST_ROUNDS = 0.3, 7
 
 if TYPE_CHECKING:
     from fusedopt.bench.measure import Bench
+
+# Rounds are timed up to five times as often as asked for, where that takes no longer than two seconds.
+MOST_TIMES, EXTRA_SECONDS = 5, 2.0
+HOST_SECONDS, HOST_ROUNDS = 0.3, 7
+T = TypeVar("T")
+FAILURES = (Exception, SystemExit)  # whatever a package raises; one ends the process when it finds no triton
 
 
 @dataclass(frozen=True)
@@ -46,19 +50,34 @@ class Contender:
     option: tuple[str, ...]
 
 
-def summary(error: Exception) -> str:
+@dataclass(frozen=True)
+class Running:
+    """A contender's optimizer on the tensors of a workload.
+
+    Attributes:
+        contender: Who.
+        optimizer: Its optimizer, which has states.
+        step: What its users call for a step.
+    """
+
+    contender: Contender
+    optimizer: torch.optim.Optimizer
+    step: Step
+
+
+def summary(error: BaseException) -> str:
     """The first line of an error, and its kind."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:120]}"
 
 
-def _kernels(events: Iterable[Any]) -> int:
+def kernels(events: Iterable[Any]) -> int:
     """Kernels among a profiler's events, without copies and what the host says of itself."""
     names = [event.name() for event in events if event.device_type() != torch.autograd.DeviceType.CPU]
     return sum(not name.lower().startswith(("memcpy", "memset", "optimizer.")) for name in names)
 
 
-def _operators(events: Iterable[Any]) -> int:
+def operators(events: Iterable[Any]) -> int:
     """Operators among a profiler's events that called no other: those that end before the next one starts."""
     spans = sorted((e.start_ns(), -e.duration_ns()) for e in events if "::" in e.name())
     following = [start for start, _ in spans[1:]] + [math.inf]
@@ -83,9 +102,12 @@ class Arena:
         self._device = torch.device(workload.device)
         self._tensors = Tensors(workload)
         self._watch = Stopwatch(self._device, workload.cache)
+        self._footprint, self._bytes = footprint, footprint.tensor_bytes(workload)
         self._moved = footprint.moved(workload)
         self._limits = limits.limits(workload.kind, self._moved, len(footprint.states))
-        self._ours = [(c, *self._built(c)) for c in contenders]
+        self._ours = self._built(contenders)
+        if not self._ours:
+            raise RuntimeError("none of fusedopt's engines can step it")
 
     def __enter__(self) -> Arena:
         return self
@@ -96,53 +118,61 @@ class Arena:
         del self._tensors, self._watch
         torch.compiler.reset()  # compiled steps of other optimizers count against the compiler's limit for one function
 
-    def _built(self, contender: Contender) -> tuple[torch.optim.Optimizer, Step]:
-        optimizer = contender.build(self._tensors.groups())
-        step = step_of(optimizer, self._tensors.params, self._workload)
-        with quiet.quiet():
-            step()  # makes the states, and compiles
-        return optimizer, step
+    def _built(self, contenders: list[Contender]) -> list[Running]:
+        """Those whose optimizer can be made and does a step, which makes its states and compiles what there is to."""
+        built = []
+        for contender in contenders:
+            self._bench.report(f"building {contender.variant}")
+            try:
+                with quiet.quiet():
+                    optimizer = contender.build(self._tensors.groups())
+                    step = step_of(optimizer, self._tensors.params, self._workload)
+                    step()
+                built.append(Running(contender, optimizer, step))
+            except FAILURES as error:
+                self._leave_out(contender, error)
+        return built
+
+    def _leave_out(self, contender: Contender, error: BaseException) -> None:
+        about = f"{contender.variant} {contender.version}, {self._workload.title()}"
+        self._bench.note(f"{about}: left out: {summary(error)}")
 
     def race(self, others: list[Contender], *, first: bool) -> list[Row]:
         """Rows of some peers; of ours and the limit too in the first batch."""
         gc.collect()  # the states of the batch before
-        running = list(self._ours)
-        for other in others:
-            self._bench.report(f"building {other.variant}")
-            try:
-                running.append((other, *self._built(other)))
-            except Exception as error:  # whatever a package raises
-                about = f"{other.variant} {other.version}, {self._workload.title()}"
-                self._bench.note(f"{about}: left out: {summary(error)}")
-        variants = {c.variant: step for c, _, step in running} | {name: lim.step for name, lim in self._limits.items()}
-        rounds, warmup = self._bench.repeats, self._workload.case.warmup
-        if self._round_seconds(variants.values()) < SHORT:
-            rounds *= SHORT_ROUNDS
+        running = self._ours + self._built(others)
+        steps = {one.contender.variant: one.step for one in running}
+        steps |= {name: limit.step for name, limit in self._limits.items()}
+        rounds, warmup = self._bench.repeats * self._times(steps.values()), self._workload.case.warmup
         total = rounds + warmup
         done = iter(range(1, total + 1))
         timings = interleave(
-            variants, self._watch, rounds, warmup, lambda: self._bench.report(f"round {next(done)} of {total}")
+            steps, self._watch, rounds, warmup, lambda: self._bench.report(f"round {next(done)} of {total}")
         )
         rows = []
-        for contender, optimizer, step in running:
-            if contender.peer is None and not first:
-                continue
-            row = self._row(contender.variant, contender.version, timings, contender.option)
-            self._bench.report(f"looking at {contender.variant}")
-            self._inspect(row, contender, optimizer, step)
-            rows.append(row)
+        for one in running:
+            if (error := timings.failed.get(one.contender.variant)) is not None:
+                self._leave_out(one.contender, error)
+            elif one.contender.peer is not None or first:
+                self._bench.report(f"looking at {one.contender.variant}")
+                rows.append(self._inspected(one, timings))
         if first:
-            option = running[0][0].option
-            rows += [self._row(name, lim.how, timings, option) for name, lim in self._limits.items()]
+            option = running[0].contender.option
+            rows += [self._row(name, limit.how, timings, option, self._moved) for name, limit in self._limits.items()]
+        if not all(torch.isfinite(p.grad).all() for p in self._tensors.params):
+            self._bench.note(f"{self._workload.title()}: somebody left gradients that are not finite")
         return rows
 
-    def _round_seconds(self, steps: Iterable[Step]) -> float:
+    def _times(self, steps: Iterable[Step]) -> int:
+        """How many times as often as asked for rounds are timed."""
         start = time.perf_counter()
         for step in steps:
-            self._watch(step)
-        return time.perf_counter() - start
+            with suppress(Exception):  # interleave says who raises
+                self._watch(step)
+        seconds = (time.perf_counter() - start) * self._bench.repeats
+        return min(MOST_TIMES, max(1, int(EXTRA_SECONDS / seconds)))
 
-    def _row(self, variant: str, version: str, timings: Timings, option: Iterable[str]) -> Row:
+    def _row(self, variant: str, version: str, timings: Timings, option: Iterable[str], moved: int) -> Row:
         w, t = self._workload, timings.seconds(variant)
         limit = self._limits.get(variant)
         scale = self._moved / limit.nbytes if limit else 1.0
@@ -160,71 +190,97 @@ class Arena:
             variant=variant,
             version=version,
             storage="full",
+            states=None,
             same_update=None,
             note=None,
             median=t.median * scale,
             q1=t.q1 * scale,
             q3=t.q3 * scale,
             rounds=timings.rounds,
-            bytes=self._moved,
-            gbps=self._moved / (t.median * scale) / 1e9,
+            bytes=moved,
+            gbps=moved / (t.median * scale) / 1e9,
             others=timings.others,
             sweep=self._sweep,
             command=self.command(option),
         )
-        row.noisy = t.noise > NOISY or (timings.others or 0) > DISTURBED
-        if LIMIT in self._limits:
-            row.limit = timings.ratio(LIMIT, variant).median * self._moved / self._limits[LIMIT].nbytes / scale
-        base = self._ours[0][0].variant
-        if limit is None and variant != base:
+        row.noisy = t.noise > NOISY
+        if LIMIT not in timings.failed:
+            row.limit = timings.ratio(LIMIT, variant).median / scale * moved / self._limits[LIMIT].nbytes
+        base = self._ours[0].contender.variant
+        if limit is None and variant != base and base not in timings.failed:
             ratio = timings.ratio(variant, base)
             row.ratio, row.ratio_q1, row.ratio_q3 = ratio.median, ratio.q1, ratio.q3
             row.noisy |= ratio.noise > NOISY
-        if self._device.type != "cpu":
-            row.host = timings.returned(variant) * 1e6
+        if self._device.type == "cpu":
+            row.noisy |= (timings.others or 0) > DISTURBED
         return row
 
-    def _inspect(self, row: Row, contender: Contender, optimizer: torch.optim.Optimizer, step: Step) -> None:
-        """What is not a matter of time: launches, memory, host work, and whether the update is the same."""
-        peer, params = contender.peer, self._tensors.params
+    def _inspected(self, one: Running, timings: Timings) -> Row:
+        """A row with what is not a matter of time: launches, memory, host work, and whether the update is the same."""
+        contender, peer = one.contender, one.contender.peer
+        state_bytes, kind = memory.states(one.optimizer)
+        moved = self._bytes.moved + 2 * state_bytes
+        row = self._row(contender.variant, contender.version, timings, contender.option, moved)
         row.same_update = peer is None or peer.differs is None
         row.note, row.storage = (peer.differs, peer.storage) if peer else (None, "full")
-        row.peak_memory = memory.peak(step, self._device)
-        own = 2 * sum(p.nbytes for p in params) + memory.state_bytes(optimizer)
-        row.bytes_per_parameter = own / max(1, self._workload.suite.numel)
-        row.launches = self._launches(contender, optimizer, step)
-        if self._device.type == "cpu" and not (peer and peer.compiles):
-            row.host = self._host(contender) * 1e6
+        row.states = kind if state_bytes else None
+        if row.note is None and state_bytes < self._workload.suite.numel * sum(self._footprint.states):
+            row.note = f"its states are {kind}"
+        row.bytes_per_parameter = (self._bytes.resident + state_bytes) / max(1, self._workload.suite.numel)
+        row.peak_memory = self._found(contender, "memory", lambda: memory.peak(one.step, self._device))
+        row.launches = self._found(contender, "launches", lambda: self._launches(one))
+        row.host = self._found(contender, "host", lambda: self._host(one))
+        return row
 
-    def _launches(self, contender: Contender, optimizer: torch.optim.Optimizer, step: Step) -> int | None:
-        on_cpu, peer = self._device.type == "cpu", contender.peer
+    def _found(self, contender: Contender, what: str, find: Callable[[], T]) -> T | None:
+        """A figure; None and a note where it cannot be had."""
+        try:
+            return find()
+        except FAILURES as error:
+            self._bench.note(f"{contender.variant}: {what} is not known here: {summary(error)}")
+            return None
+
+    def _launches(self, one: Running) -> int | None:
+        on_cpu, peer = self._device.type == "cpu", one.contender.peer
         if on_cpu and peer and peer.compiles:
             return None  # the profiler does not see what was compiled
         kinds = torch.profiler.ProfilerActivity
         with quiet.quiet(), torch.profiler.profile(activities=[kinds.CPU if on_cpu else kinds.CUDA]) as profile:
-            step()
-            if not on_cpu:
-                torch.get_device_module(self._device).synchronize()
+            one.step()
+            self._synchronize()
         events = profile.profiler.kineto_results.events()  # profile.events() takes 40 times as long
         if not on_cpu:
-            return _kernels(events) or None
+            return kernels(events) or None
         if peer is not None:
-            return _operators(events) + peer.calls * len(self._tensors.params)
-        return _operators(events) + sum(plan.__module__ != eager.__name__ for plan in optimizer._plans)
+            return operators(events) + peer.calls * len(self._tensors.params)
+        return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans)
 
-    def _host(self, contender: Contender) -> float:
-        """Seconds of a step that has next to nothing to move."""
-        tensors = Tensors(self._workload, single=True)
-        step = step_of(contender.build(tensors.groups()), tensors.params, self._workload)
+    def _synchronize(self) -> None:
+        if self._device.type != "cpu":
+            torch.get_device_module(self._device).synchronize()
+
+    def _host(self, one: Running) -> float | None:
+        """Microseconds of host work in a step.
+
+        On a GPU, until the call returns. On a CPU, those of a step that has next to nothing to move; None for what is
+        compiled, which would have to be compiled again for such tensors.
+        """
+        step = one.step
+        if self._device.type == "cpu":
+            if one.contender.peer and one.contender.peer.compiles:
+                return None
+            tensors = Tensors(self._workload, single=True)
+            step = step_of(one.contender.build(tensors.groups()), tensors.params, self._workload)
         for _ in range(2):
             step()
         taken: list[float] = []
         end = time.perf_counter() + HOST_SECONDS
         while len(taken) < HOST_ROUNDS and (not taken or time.perf_counter() < end):
+            self._synchronize()
             start = time.perf_counter()
             step()
             taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
+        return statistics.median(taken) * 1e6
 
     def command(self, option: Iterable[str]) -> str:
         """What measures one row again."""

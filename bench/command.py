@@ -115,7 +115,7 @@ def _measure(args: argparse.Namespace) -> int:
     if args.plot is not None:
         _check_plots(args.plot)
     device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type != "cpu":
+    if device.type != "cpu" and device.index is not None:
         torch.get_device_module(device).set_device(device)
     repeats = args.repeats or (STANDARD_REPEATS.get(device.type, REPEATS) if _is_standard(args) else REPEATS)
     bench, entries = Bench(_engines(args.engine, device), (), repeats=repeats), _entries(args, device)
@@ -135,7 +135,7 @@ def _measure(args: argparse.Namespace) -> int:
                 bench.note("the run was interrupted: what follows is missing")
                 status = 130
                 break
-            except Exception as error:  # the others are worth measuring all the same
+            except arena.FAILURES as error:  # the others are worth measuring all the same
                 bench.note(f"{entry.workload.title()}: FAILED: {arena.summary(error)}")
                 status = 1
             bar.advance(task)
@@ -165,15 +165,17 @@ def _check_plots(folder: Path) -> None:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    ratios = compare.compare(Result.load(args.before), Result.load(args.after), args.measure, args.only or ())
+    before, after, chosen = Result.load(args.before), Result.load(args.after), args.only or ()
+    ratios, gone = compare.compare(before, after, args.measure, chosen), compare.missing(before, after, chosen)
     if not ratios:
         raise report.CommandError(f"{args.before} and {args.after} have no row in common that was asked for")
-    compare.show(ratios, args.measure, args.bound)
-    low = [ratio for ratio in ratios if args.bound is not None and ratio.value < args.bound]
-    if args.bound is not None:
-        report.console.print(f"{len(low)} of {len(ratios)} ratios are less than {args.bound:g}")
-    report.write_json(args.json, compare.document(ratios, args.measure, args.bound))
-    return 1 if low else 0
+    compare.show(ratios, gone, args.measure, args.bound)
+    report.write_json(args.json, compare.document(ratios, gone, args.measure, args.bound))
+    if args.bound is None:
+        return 0
+    low = sum(ratio.value < args.bound for ratio in ratios)
+    report.console.print(f"{low} of {len(ratios)} ratios are less than {args.bound:g}, {len(gone)} rows are missing")
+    return 1 if low or gone else 0
 
 
 def _report(args: argparse.Namespace) -> int:

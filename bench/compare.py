@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,12 @@ def compare(first: Result, second: Result, measure: str, chosen: Iterable[str] =
     return ratios
 
 
+def missing(first: Result, second: Result, chosen: Iterable[str] = ()) -> list[Row]:
+    """The chosen rows of the first result that the second has not."""
+    there = {row.key for row in second.rows}
+    return [row for row in first.rows if row.key not in there and all(matches(word, row) for word in chosen)]
+
+
 def matches(word: str, row: Row) -> bool:
     """Whether a word is one of those that describe a row."""
     words = {row.suite, row.optimizer, row.dtype, row.device, row.variant, row.cache, row.storage}
@@ -89,8 +96,8 @@ def _quotient(a: float, b: float) -> float:
     return a / b if b else 1.0 if a == b else float("inf")
 
 
-def show(ratios: list[Ratio], measure: str, bound: float | None) -> None:
-    """Print ratios; those under the bound stand out."""
+def show(ratios: list[Ratio], gone: list[Row], measure: str, bound: float | None) -> None:
+    """Print ratios, those under the bound standing out, and rows that are gone."""
     numeric = ("before", "after", "ratio", "between")
     made = report.table(f"{MEASURES[measure]}: above 1, the second is better", "row", *numeric, numeric=numeric)
     for ratio in ratios:
@@ -101,6 +108,8 @@ def show(ratios: list[Ratio], measure: str, bound: float | None) -> None:
         value = f"[bold red]{ratio.value:.3f}[/]" if low else f"{ratio.value:.3f}"
         made.add_row(about, a, b, value, f"{ratio.low:.2f} to {ratio.high:.2f}")
     report.console.print(made)
+    for row in gone:
+        report.console.print(f"{table.title(row)}: {row.variant}: missing in the second result", markup=False)
 
 
 def _value(row: Row, measure: str) -> float:
@@ -112,12 +121,17 @@ def _shown(row: Row, measure: str) -> str:
     return f"{value * 1e3:.4g} ms" if measure == "time" else f"{value:.4g}"
 
 
-def document(ratios: list[Ratio], measure: str, bound: float | None) -> dict[str, Any]:
-    """What ``--json`` writes: the measure, the bound, and for each row its key, both figures and the ratio."""
+def document(ratios: list[Ratio], gone: list[Row], measure: str, bound: float | None) -> dict[str, Any]:
+    """What ``--json`` writes: measure and bound, both figures and the ratio of each row, and the keys of those missing.
+
+    A ratio is null where the second figure is 0 and the first is not.
+    """
     rows = [
         dict(zip(KEY, r.after.key, strict=True))
         | {"before": _value(r.before, measure), "after": _value(r.after, measure)}
-        | {"ratio": r.value, "low": r.low, "high": r.high, "under": bound is not None and r.value < bound}
+        | {k: v if math.isfinite(v) else None for k, v in (("ratio", r.value), ("low", r.low), ("high", r.high))}
+        | {"under": bound is not None and r.value < bound}
         for r in ratios
     ]
-    return {"measure": measure, "bound": bound, "rows": rows}
+    gone_keys = [dict(zip(KEY, row.key, strict=True)) for row in gone]
+    return {"measure": measure, "bound": bound, "rows": rows, "missing": gone_keys}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fusedopt.bench.rows import COPY, LIMIT
 from fusedopt.engines import cpu
-from fusedopt.engines import triton as triton_engine
 
 FLOAT = 4
 # Elements of a stream. Longer ones would only take memory: none of this length is kept in a cache.
@@ -34,7 +33,7 @@ class Limit:
 
 
 def limits(kind: str, nbytes: int, states: int) -> dict[str, Limit]:
-    """The limit for a step, and on GPUs a plain copy too.
+    """The limit for a step, and on GPUs a plain copy too; the copy alone where there is nothing better.
 
     Streams of floats, as many as a float32 step has (one is read, one and one more for each state are read and
     written), so long that together they are as many bytes as the step moves, but no longer than ``LONGEST``.
@@ -47,7 +46,12 @@ def limits(kind: str, nbytes: int, states: int) -> dict[str, Limit]:
     if kind == "cpu":
         return {LIMIT: _threads(nbytes, states) if cpu.available() is None else _copy(kind, nbytes)}
     copy = _copy(kind, nbytes)
-    return {LIMIT: _triton(kind, nbytes, states) if triton_engine.available() is None else copy, COPY: copy}
+    try:
+        streams = _triton(kind, nbytes, states)
+        streams.step()  # compiles
+    except Exception:  # no triton, or no compiler for its launcher
+        return {LIMIT: copy}
+    return {LIMIT: streams, COPY: copy}
 
 
 def resident_bytes(kind: str, nbytes: int, states: int) -> int:

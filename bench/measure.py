@@ -10,14 +10,15 @@ import torch
 
 import fusedopt
 from fusedopt.bench import limits, memory, peers, quiet
-from fusedopt.bench.arena import Arena, Contender, summary
-from fusedopt.bench.check import same_update
+from fusedopt.bench.arena import FAILURES, Arena, Contender, summary
+from fusedopt.bench.check import objection
 from fusedopt.bench.peers import Peer
 from fusedopt.bench.rows import OURS, Row
 from fusedopt.bench.timing import FLUSHED
 from fusedopt.bench.workload import Footprint, Workload, ours
 
 USABLE = 0.95  # of the memory that is free
+SHARES = {"full": 1.0, "8bit": 0.3, "4bit": 0.2}  # of what fp32 states take, with their scales
 
 Report = Callable[[str], object]
 
@@ -60,27 +61,43 @@ class Bench:
         contenders = [self._ours(workload, engine) for engine in self.engines]
         others = list(self._peers(workload))
         footprint = Footprint.of(workload)
-        device = torch.device(workload.device)
-        states = workload.suite.numel * sum(footprint.states)
-        tensors = 2 * workload.suite.numel * footprint.param
+        states, tensors = workload.suite.numel * sum(footprint.states), footprint.tensor_bytes(workload).resident
         streams = limits.resident_bytes(workload.kind, footprint.moved(workload), len(footprint.states))
-        base = FLUSHED.get(workload.kind, 0) + tensors + streams + states * len(contenders)
         # At its peak a peer's step may take as much again as parameters and gradients; but one peer at a time.
-        spare = math.inf if (room := memory.room(device)) is None else USABLE * room - base - tensors
-        if spare < 0:
-            self.note(f"{workload.title()}: left out, it needs {(base + tensors) / 2**30:.1f} GiB of memory")
+        base = FLUSHED.get(workload.kind, 0) + 2 * tensors + streams
+        room = memory.room(torch.device(workload.device))
+        spare = math.inf if room is None else USABLE * room - base
+        if spare < states:
+            self.note(f"{workload.title()}: left out, it needs {(base + states) / 2**30:.1f} GiB of memory")
             return []
-        batch = int(min(len(others), spare // max(1, states)))
-        if others and batch == 0:
-            names = ", ".join(other.variant for other in others)
+        while spare < states * len(contenders):
+            self.note(f"{contenders.pop().variant}, {workload.title()}: left out, there is no memory for its states")
+        batches, alone = self._batches(others, spare - states * len(contenders), states)
+        if alone:
+            names = ", ".join(other.variant for other in alone)
             self.note(f"{workload.title()}: {names} left out, its states do not fit beside ours")
         rows: list[Row] = []
         with Arena(self, workload, footprint, contenders, sweep) as arena:
-            for start in range(0, len(others), batch) if batch else ():
-                rows += arena.race(others[start : start + batch], first=not rows)
-            if not rows:
-                rows = arena.race([], first=True)
+            for batch in batches or [[]]:
+                rows += arena.race(batch, first=not rows)
         return rows
+
+    @staticmethod
+    def _batches(others: list[Contender], spare: float, states: int) -> tuple[list[list[Contender]], list[Contender]]:
+        """Peers in batches whose states fit into memory together, and those that do not fit even alone."""
+        batches: list[list[Contender]] = []
+        alone, left = [], 0.0
+        for other in others:
+            needs = states * SHARES[other.peer.storage if other.peer else "full"]
+            if needs > spare:
+                alone.append(other)
+                continue
+            if not batches or needs > left:
+                batches.append([])
+                left = spare
+            batches[-1].append(other)
+            left -= needs
+        return batches, alone
 
     def _ours(self, workload: Workload, engine: str) -> Contender:
         return Contender(
@@ -123,11 +140,9 @@ class Bench:
         about = f"{peer.name} {peer.version()}, {workload.case.name} {workload.dtype}"
         try:
             with quiet.quiet():
-                same = same_update(peer, workload)
+                wrong = objection(peer, workload)
             if peer.compiles:
                 torch.compiler.reset()
-        except Exception as error:  # whatever a package raises where it cannot run
+        except FAILURES as error:
             return f"{about}: left out, it does not run here: {summary(error)}"
-        if same or peer.differs:
-            return None
-        return f"{about}: left out, it does not compute the same update"
+        return None if wrong is None else f"{about}: left out, {wrong}"

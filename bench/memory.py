@@ -72,27 +72,30 @@ def peak(step: Callable[[], object], device: torch.device) -> int | None:
         return None
 
 
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's states, counted once where they share memory."""
-    seen: dict[int, int] = {}
+def states(optimizer: torch.optim.Optimizer) -> tuple[int, str]:
+    """Bytes of an optimizer's states, counted once where they share memory, and the types of their numbers.
 
-    def visit(value: object) -> None:
-        if isinstance(value, Tensor):
-            if hasattr(value, "__tensor_flatten__"):
-                for name in value.__tensor_flatten__()[0]:
-                    visit(getattr(value, name))
-            else:
-                storage = value.untyped_storage()
-                seen[storage.data_ptr()] = storage.nbytes()
+    Counters, which are a number for each tensor, are not counted. Types are such as ``fp32`` and ``uint8``.
+    """
+    seen: dict[int, tuple[int, torch.dtype]] = {}
+
+    def visit(value: object, smallest: int) -> None:
+        if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+            for name in value.__tensor_flatten__()[0]:
+                visit(getattr(value, name), smallest)
+        elif isinstance(value, Tensor):
+            if value.numel() > smallest:
+                seen[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes(), value.dtype
         elif isinstance(value, dict):
             for item in value.values():
-                visit(item)
+                visit(item, smallest)
         elif isinstance(value, (list, tuple)):
             for item in value:
-                visit(item)
+                visit(item, smallest)
         elif hasattr(value, "__dict__"):
-            visit(vars(value))
+            visit(vars(value), smallest)
 
-    for state in optimizer.state.values():
-        visit(state)
-    return sum(seen.values())
+    for p, state in optimizer.state.items():
+        visit(state, 1 if p.numel() > 1 else 0)
+    largest = max(seen.values(), default=(0, torch.float32), key=lambda kept: kept[0])
+    return sum(nbytes for nbytes, _ in seen.values()), str(largest[1]).removeprefix("torch.")

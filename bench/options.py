@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "of ours; repeatable: rows that are all of it",
     )
     pair.add_argument(
-        "--bound", type=_positive_float, metavar="RATIO", help="exit with status 1 if a ratio is less than this"
+        "--bound",
+        type=_positive_float,
+        metavar="RATIO",
+        help="exit with status 1 if a ratio is less than this, or a row is missing",
     )
     pair.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
@@ -103,4 +106,4 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} is not there: {str(error).splitlines()[0]}") from error
     if device.type == "meta":
         raise argparse.ArgumentTypeError("tensors on 'meta' have no memory to be measured")
-    return device
+    return torch.device("cpu") if device.type == "cpu" else device

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from fusedopt.bench.rows import LIMIT, Result, Row
+from fusedopt.bench.rows import COPY, LIMIT, Result, Row
 from fusedopt.bench.table import swept, workloads
 
 SWEPT = {
@@ -18,7 +18,7 @@ SWEPT = {
     "size": "size of the parameters, MB",
     "groups": "param groups of the same tensors",
 }
-OURS, LIMIT_COLOR = ("#1f5fa8", "#5aa0d8", "#123a66"), "#888888"
+OURS, LIMIT_COLOR, COPY_COLOR = ("#1f5fa8", "#5aa0d8", "#123a66"), "#888888", "#bbbbbb"
 THEIRS = (
     *("#e8a33d", "#c8553d", "#7a9e3b", "#8d6cab", "#d98cb3", "#4aa59b", "#a8763e", "#b9b93a", "#666b9e", "#cc8f6b"),
     *("#9db7a4", "#6e4b3a", "#f2c879", "#b04a78", "#3f7d5a", "#c3b1dd", "#7f7f3f", "#e07b91", "#9aa3b5", "#54402e"),
@@ -54,7 +54,7 @@ def draw(result: Result, folder: Path) -> list[Path]:
 
 def _colors(rows: Iterable[Row]) -> dict[str, str]:
     """The same color for a variant in every plot."""
-    found: dict[str, str] = {LIMIT: LIMIT_COLOR}
+    found: dict[str, str] = {LIMIT: LIMIT_COLOR, COPY: COPY_COLOR}
     ours, theirs = cycle(OURS), cycle(THEIRS)
     for row in rows:
         if row.variant not in found:
@@ -78,7 +78,7 @@ def _limits(rows: list[Row], colors: dict[str, str]) -> Figure | None:
         r = group[0]
         alike.setdefault((r.suite, r.groups, r.dtype, r.device, r.clip, r.amp, r.cache), []).append(group)
     chosen = max(alike.values(), key=len)
-    bars = [[row for row in group if row.variant in colors and row.variant != LIMIT and row.limit] for group in chosen]
+    bars = [[row for row in group if row.limit and (row.ours or row.peer)] for group in chosen]
     figure = Figure(
         figsize=(min(14.0, max(6.0, 0.2 * sum(map(len, bars)) + 0.3 * len(bars))), 4.6), layout="constrained"
     )
@@ -86,7 +86,8 @@ def _limits(rows: list[Row], colors: dict[str, str]) -> Figure | None:
     at, middles = 0.0, []
     for group in bars:
         for k, row in enumerate(group):
-            axes.bar(at + k, row.limit or 0, width=0.92, color=colors[row.variant])
+            hatch = None if row.same_update else "//"  # another algorithm
+            axes.bar(at + k, row.limit or 0, width=0.92, color=colors[row.variant], hatch=hatch, edgecolor="white")
         middles.append(at + (len(group) - 1) / 2)
         at += len(group) + 1.2
     axes.set_xticks(middles, [group[0].optimizer for group in chosen])
@@ -128,7 +129,7 @@ def _sweep(sweep: str, rows: list[Row], colors: dict[str, str]) -> Figure | None
     for variant in dict.fromkeys(row.variant for row in rows):
         points = sorted(((swept(row), row) for row in rows if row.variant == variant), key=lambda point: point[0])
         across, times = [p for p, _ in points], [row.median * 1e3 for _, row in points]
-        style = {"linestyle": "--"} if variant == LIMIT else {"marker": "o", "markersize": 4}
+        style = {"linestyle": "--"} if variant in (LIMIT, COPY) else {"marker": "o", "markersize": 4}
         axes.plot(across, times, color=colors[variant], label=variant, **style)
         low, high = [row.q1 * 1e3 for _, row in points], [row.q3 * 1e3 for _, row in points]
         axes.fill_between(across, low, high, color=colors[variant], alpha=0.2, linewidth=0)

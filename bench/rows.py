@@ -30,12 +30,13 @@ class Row:
         optimizer, dtype, device, clip, amp, cache: How; see :class:`~fusedopt.bench.workload.Workload`.
         variant: Who did the step: ``fusedopt-`` and an engine, a peer, ``limit``, or on GPUs ``device-copy``.
         version: Of its package; how a limit touches memory.
-        storage: How it keeps its states.
+        storage: How it keeps its states: ``full``, ``8bit`` or ``4bit``.
+        states: The type of most of their numbers, such as ``float32``; None without any.
         same_update: Whether it was seen to compute our update; None for a limit, False for another algorithm.
-        note: Why it does not.
+        note: Why it does not, or how its states are smaller than ours.
         median, q1, q3: Seconds of a step; for a limit, of as many bytes.
         rounds: How many steps were timed.
-        bytes: What the step has to move at least, whoever does it.
+        bytes: What the step has to move at least: parameters, gradients, and its own states.
         gbps: ``bytes`` over ``median``, in 1e9 bytes per second.
         limit: ``gbps`` over the limit's, round by round.
         ratio, ratio_q1, ratio_q3: Its time over that of our first engine, round by round.
@@ -64,6 +65,7 @@ class Row:
     variant: str
     version: str
     storage: str
+    states: str | None
     same_update: bool | None
     note: str | None
     median: float
@@ -127,7 +129,9 @@ class Result:
     def save(self, path: Path) -> None:
         """Write the JSON file; replaced if it exists."""
         document = {"format": FORMAT, **self.facts, "notes": self.notes, "rows": [asdict(row) for row in self.rows]}
-        path.write_text(json.dumps(document, indent=1) + "\n")
+        whole = path.with_name(path.name + ".part")  # who ends the run meanwhile leaves the result of before
+        whole.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n")
+        os.replace(whole, path)
 
     @classmethod
     def load(cls, path: Path) -> Result:
@@ -167,7 +171,12 @@ def facts(device: torch.device, packages: list[str]) -> dict[str, Any]:
     here = machine.machine() | {"cores": os.cpu_count(), "memory_gib": _memory_gib()}
     on_cpu = device.type == "cpu"
     name = here["cpu"] if on_cpu else torch.get_device_module(device).get_device_name(device)
-    return {"commit": _commit(), "versions": versions, "machine": here, "device": name}
+    return {
+        "commit": _commit() or os.environ.get("FUSEDOPT_COMMIT"),
+        "versions": versions,
+        "machine": here,
+        "device": name,
+    }
 
 
 def _memory_gib() -> float:
@@ -175,7 +184,7 @@ def _memory_gib() -> float:
 
 
 def _commit() -> str | None:
-    """The checkout's commit, with "+" when files differ from it; None outside a checkout."""
+    """The checkout's commit, with "+" when files differ from it; None outside a checkout, or without git."""
     here = Path(__file__).resolve().parent
     watched = [str(here.parent / name) for name in ("csrc", "fusedopt", "triton_kernels", "bench", "setup.py")]
     try:

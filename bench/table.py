@@ -9,13 +9,15 @@ from rich.table import Table
 
 from fusedopt.bench.rows import OURS, Result, Row
 from fusedopt.bench.timing import DISTURBED, NOISY
+from fusedopt.bench.workload import DTYPES, described
 from fusedopt.cli import report
 
 COLUMNS = ("ms", "±%", "GB/s", "limit", "ratio", "calls", "host us", "MiB")
 LEGEND = (
     f"±%: the quartiles' distance; ~ above {NOISY:.0%}, or on a busy machine. limit: GB/s over those of the bare loop "
     "over the same streams. ratio: time over that of our first row. calls: kernels, or torch operators on a CPU. "
-    "host us: host work of a step. MiB: what a step takes for itself. ≠: another algorithm."
+    "host us: host work of a step. MiB: what a step takes for itself. ≠: another algorithm. "
+    "°: states in fewer bits."
 )
 SUMMARY = ("workload", "ours", "ms", "limit", "fastest other", "ratio")
 SWEEPS = {
@@ -23,21 +25,11 @@ SWEEPS = {
     "size": "How time grows with size: MB of parameters, in 100 tensors",
     "groups": "How time grows with the number of param groups",
 }
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp64": 8}
 
 
 def title(row: Row) -> str:
     """What was stepped, and how."""
-    parts = (
-        f"{row.optimizer} on {row.suite}: {row.tensors:,} tensors, {row.numel / 1e6:.4g}M elements",
-        f"{row.groups} groups" if row.groups > 1 else "",
-        row.dtype,
-        f"clip {row.clip:g}" if row.clip else "",
-        "AMP" if row.amp else "",
-        row.cache,
-        row.device,
-    )
-    return ", ".join(filter(None, parts))
+    return described(row, row.suite, row.optimizer, row.tensors, row.numel, row.groups)
 
 
 def short_title(row: Row) -> str:
@@ -55,7 +47,8 @@ def short_title(row: Row) -> str:
 
 def name(row: Row) -> str:
     """Variant and version."""
-    return f"{row.variant} {row.version.partition('+')[0]}{' ≠' if row.same_update is False else ''}"
+    marks = (" ≠" if row.same_update is False else "") + (" °" if row.note and row.same_update else "")
+    return f"{row.variant} {row.version.partition('+')[0]}{marks}"
 
 
 def spread(row: Row) -> str:
@@ -111,7 +104,8 @@ def summary_cells(rows: list[Row]) -> list[list[str]]:
         for row in (row for row in group if row.ours):
             other, ratio = "", ""
             if fastest is not None and fastest.ratio is not None:
-                other, ratio = fastest.variant, number(fastest.ratio / (row.ratio or 1), 2)
+                other = fastest.variant + (" °" if fastest.note else "")
+                ratio = number(fastest.ratio / (row.ratio or 1), 2)
             engine = row.variant.removeprefix(OURS) + (" ~" if row.noisy else "")
             lines.append([short_title(row), engine, f"{row.median * 1e3:.4g}", number(row.limit, 2), other, ratio])
     return lines
@@ -120,7 +114,7 @@ def summary_cells(rows: list[Row]) -> list[list[str]]:
 def swept(row: Row) -> float:
     """Where a row stands on its sweep's axis."""
     if row.sweep == "size":
-        return row.numel * BYTES[row.dtype] / 2**20
+        return row.numel * DTYPES[row.dtype].itemsize / 2**20
     return row.tensors if row.sweep == "tensors" else row.groups
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Step = Callable[[], object]
+from fusedopt.bench.workload import Step
 
 # Spread (interquartile range / median) above which a figure is called noisy.
 NOISY = 0.15
@@ -21,8 +21,8 @@ NOISY = 0.15
 DISTURBED = 0.05
 
 WARM_STEPS = 3
-# What is touched between steps: more than any processor's cache. A GPU is busy with it for about a quarter of a
-# millisecond, in which the host prepares the step, as it does while a backward pass is still running.
+# What is touched between steps: more than any processor's cache. A GPU is busy with it for about half a millisecond at
+# 4 TB/s, in which the host prepares the step, as it does while a backward pass is still running.
 FLUSHED = {"cpu": 2**28, "cuda": 2**30}  # bytes
 
 
@@ -89,8 +89,8 @@ class Stopwatch:
             nbytes = FLUSHED.get(device.type, FLUSHED["cuda"])
             self._flushed = torch.ones(nbytes // 4, device=device)
 
-    def __call__(self, step: Step) -> tuple[float, float]:
-        """Seconds of a step, and those until the call returned."""
+    def __call__(self, step: Step) -> float:
+        """Seconds of a step."""
         if self._flushed is not None:
             self._flushed.mul_(1)
         if self._warm:
@@ -99,16 +99,13 @@ class Stopwatch:
         if self._gpu is None:
             start = time.perf_counter()
             step()
-            elapsed = time.perf_counter() - start
-            return elapsed, elapsed
+            return time.perf_counter() - start
         first, last = (self._gpu.Event(enable_timing=True) for _ in range(2))
         first.record()
-        start = time.perf_counter()
         step()
-        returned = time.perf_counter() - start
         last.record()
         last.synchronize()
-        return first.elapsed_time(last) / 1e3, returned
+        return first.elapsed_time(last) / 1e3
 
 
 class Timings:
@@ -117,33 +114,32 @@ class Timings:
     Attributes:
         others: The share of the machine that other processes used meanwhile.
         rounds: How many there were.
+        failed: What variants raised that did not get through; they have no figures.
     """
 
-    def __init__(self, seconds: Mapping[str, list[tuple[float, float]]], others: float | None) -> None:
-        self.others = others
-        self._seconds = {name: np.asarray(values) for name, values in seconds.items()}
-        self.rounds = min(map(len, self._seconds.values()))
+    def __init__(
+        self, seconds: Mapping[str, list[float]], others: float | None, failed: Mapping[str, Exception] | None = None
+    ) -> None:
+        self.others, self.failed = others, dict(failed or {})
+        self._seconds = {name: np.asarray(values) for name, values in seconds.items() if name not in self.failed}
+        self.rounds = max(map(len, self._seconds.values()), default=0)
 
     def seconds(self, name: str) -> Spread:
         """How long a variant took."""
-        return Spread.of(self._seconds[name][:, 0])
-
-    def returned(self, name: str) -> float:
-        """The median of seconds until a variant's call returned."""
-        return float(np.median(self._seconds[name][:, 1]))
+        return Spread.of(self._seconds[name])
 
     def ratio(self, name: str, base: str) -> Spread:
         """How many times as long as ``base`` a variant took, round by round.
 
         Neighbours in one round share the machine's mood, so this is steadier than a ratio of medians.
         """
-        return Spread.of(self._seconds[name][:, 0] / self._seconds[base][:, 0])
+        return Spread.of(self._seconds[name] / self._seconds[base])
 
 
 def interleave(
     variants: Mapping[str, Step], watch: Stopwatch, rounds: int, warmup: int, tick: Callable[[], object]
 ) -> Timings:
-    """Time variants in turn, A B C A B C.
+    """Time variants in turn, A B C A B C; one that raises is left out from then on.
 
     Args:
         variants: By name.
@@ -152,17 +148,24 @@ def interleave(
         warmup: Rounds before those.
         tick: Called after every round, for a progress bar.
     """
-    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in variants}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    failed: dict[str, Exception] = {}
     gc.collect()
     gc.disable()
     neighbours = Neighbours()
     try:
         for r in range(warmup + rounds):
             for name, step in variants.items():
-                taken = watch(step)
+                if name in failed:
+                    continue
+                try:
+                    taken = watch(step)
+                except Exception as error:  # whatever a package raises
+                    failed[name] = error
+                    continue
                 if r >= warmup:
                     seconds[name].append(taken)
             tick()
     finally:
         gc.enable()
-    return Timings(seconds, neighbours.share())
+    return Timings(seconds, neighbours.share(), failed)

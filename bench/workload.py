@@ -50,17 +50,31 @@ class Workload:
 
     def title(self) -> str:
         """One line for people."""
-        shapes, groups = self.suite.shapes, len(self.suite.groups)
-        parts = [
-            f"{self.case.name} on {self.suite.name}: {len(shapes):,} tensors, {self.suite.numel / 1e6:.4g}M elements",
-            f"{groups} groups" if groups > 1 else "",
-            self.dtype,
-            self.device,
-            f"clipped to {self.clip:g}" if self.clip else "",
-            "AMP" if self.amp else "",
-            self.cache,
-        ]
-        return ", ".join(filter(None, parts))
+        suite = self.suite
+        return described(self, suite.name, self.case.name, len(suite.shapes), suite.numel, len(suite.groups))
+
+
+def described(how: Any, suite: str, optimizer: str, tensors: int, numel: int, groups: int) -> str:
+    """What is stepped, and how, in one line.
+
+    Args:
+        how: Has ``dtype``, ``clip``, ``amp``, ``cache`` and ``device`` as a workload has.
+        suite: Its name.
+        optimizer: The case's name.
+        tensors: Their number.
+        numel: Elements of all.
+        groups: Number of param groups.
+    """
+    parts = (
+        f"{optimizer} on {suite}: {tensors:,} tensors, {numel / 1e6:.4g}M elements",
+        f"{groups} groups" if groups > 1 else "",
+        how.dtype,
+        f"clip {how.clip:g}" if how.clip else "",
+        "AMP" if how.amp else "",
+        how.cache,
+        how.device,
+    )
+    return ", ".join(filter(None, parts))
 
 
 class Tensors:
@@ -167,11 +181,25 @@ class Footprint:
         sizes = tuple(s.element_size() for s in state.values() if isinstance(s, Tensor) and s.shape == (1,))
         return cls(tensors.params[0].element_size(), sizes)
 
-    def moved(self, workload: Workload) -> int:
-        """Bytes that a step has to move, whoever does it.
+    def tensor_bytes(self, workload: Workload) -> TensorBytes:
+        """Bytes of parameters and gradients."""
+        numel, twice = workload.suite.numel, bool(workload.clip or workload.amp)
+        return TensorBytes(2 * numel * self.param, numel * self.param * (4 if twice else 3))
 
-        Parameters and states are read and written once and gradients read once; twice where a norm, or the search for
-        values that are not finite, has to come before the update.
-        """
-        gradient = self.param * (2 if workload.clip or workload.amp else 1)
-        return workload.suite.numel * (2 * (self.param + sum(self.states)) + gradient)
+    def moved(self, workload: Workload) -> int:
+        """Bytes that a step of ours has to move."""
+        return self.tensor_bytes(workload).moved + 2 * workload.suite.numel * sum(self.states)
+
+
+@dataclass(frozen=True)
+class TensorBytes:
+    """Bytes of parameters and gradients, whoever steps them.
+
+    Attributes:
+        resident: What they take.
+        moved: What a step has to move of them: parameters are read and written once, and gradients read once; twice
+            where a norm, or the search for values that are not finite, has to come before the update.
+    """
+
+    resident: int
+    moved: int

@@ -6,6 +6,8 @@ from helpers import ALL, assert_same, close, fill_gradients, snapshot
 
 import fusedopt
 from fusedopt import engines
+from fusedopt.bench.rows import Result
+from fusedopt.cli import main
 from fusedopt.verification import gate
 from fusedopt.verification.cases import CASES
 
@@ -351,3 +353,19 @@ def test_state_goes_to_torch_and_back(engine, device, options):
     for p, q in zip(ours, theirs, strict=True):
         close(p, q, 1e-5)
         assert float(a.state[p]["step"]) == float(b.state[q]["step"]) == 6
+
+
+def test_benchmark(tmp_path, device, capsys):
+    """Its event clock, its count of launches and its memory, which need a GPU; the device is the default one."""
+    path = tmp_path / "bench.json"
+    arguments = ["--suite", "30x1000", "--groups", "3", "--clip", "1", "--peer", "torch-fused", "--repeats", "3"]
+    assert main(["bench", *arguments, "--json", str(path)]) == 0, capsys.readouterr()
+    rows = {row.variant: row for row in Result.load(path).rows}
+    assert rows.keys() >= {*(f"fusedopt-{name}" for name in ENGINES), "torch-fused", "limit"}
+    for row in rows.values():
+        assert row.device == device.type and 0 < row.q1 <= row.median <= row.q3 < 0.1
+    for name in ENGINES:
+        row = rows[f"fusedopt-{name}"]
+        assert row.launches == (2 if name == "triton" else 1)
+        assert row.host > 0 and row.peak_memory is not None and row.bytes == 30_000 * 32
+    assert rows["torch-fused"].launches > 3

@@ -13,8 +13,6 @@ def peers(case: Case, device: str) -> list[Peer]:
     if case.name not in ("SGD", "Adam", "AdamW", "RAdam", "Lion"):
         return []
     options = case.options | {"kahan_sum": False}
-    if case.name == "SGD":
-        options["torch_init"] = True  # the first momentum is the gradient
     make = from_module("optimi", case.optimizer)
     ways = {"foreach": {"foreach": True, "triton": False}}
     if device != "cpu":

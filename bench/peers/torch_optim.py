@@ -11,7 +11,7 @@ from fusedopt.bench.optimizers import Case
 from fusedopt.bench.peers.peer import Groups, Make, Peer, from_module
 
 HAVE = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "AMSGrad", "NAdam", "RAdam")
-FUSED = {"cpu": ("SGD", "Adagrad", "Adam", "AdamW", "AMSGrad"), "cuda": ("SGD", "Adam", "AdamW", "AMSGrad")}
+FUSED = ("SGD", "Adagrad", "Adam", "AdamW", "AMSGrad")
 COMPILED_TENSORS = 400  # the compiler unrolls the loop over tensors; 1000 take minutes
 
 
@@ -21,7 +21,7 @@ def peers(case: Case, device: str) -> list[Peer]:
         return []
     make = from_module("torch.optim", case.optimizer)
     ways = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
-    if case.name in FUSED.get(device, ()):
+    if case.name in FUSED:
         ways["fused"] = {"fused": True}
     found = [Peer(f"torch-{way}", "torch", make, case.options | options) for way, options in ways.items()]
     make, options = partial(_compiled, make), case.options | {"foreach": True}
