@@ -120,25 +120,7 @@ def _measure(args: argparse.Namespace) -> int:
     repeats = args.repeats or (STANDARD_REPEATS.get(device.type, REPEATS) if _is_standard(args) else REPEATS)
     bench, entries = Bench(_engines(args.engine, device), (), repeats=repeats), _entries(args, device)
     result = Result(notes=bench.notes, facts=facts(device, []))
-    status = 0
-    with report.progress_bar(console=Console(file=quiet.own_stderr(), highlight=False)) as bar:
-        task = bar.add_task("", total=len(entries))
-        for entry in entries:
-            about = f"{entry.workload.case.name} {entry.workload.suite.name}"
-            bench.wanted, bench.storages = entry.peers, entry.storages
-            bench.report = lambda text, about=about: bar.update(task, description=f"{about}: {text}")
-            try:
-                result.rows += bench.run(entry.workload, entry.sweep)
-                if args.json is not None:  # what a run that is ended early has measured
-                    result.save(args.json)
-            except KeyboardInterrupt:
-                bench.note("the run was interrupted: what follows is missing")
-                status = 130
-                break
-            except arena.FAILURES as error:  # the others are worth measuring all the same
-                bench.note(f"{entry.workload.title()}: FAILED: {arena.summary(error)}")
-                status = 1
-            bar.advance(task)
+    status = _run_all(bench, entries, result, args.json)
     for name in set(args.peer or ()) - {"all", "none"} - {row.variant for row in result.rows}:
         if not any(name in line or peers.known()[name] in line for line in bench.notes):
             bench.note(f"{name}: left out, it has none of these optimizers in such a storage on {device.type}")
@@ -152,6 +134,39 @@ def _measure(args: argparse.Namespace) -> int:
 
         for path in plots.draw(result, args.plot):
             report.console.print(f"Wrote {path}")
+    return status
+
+
+def _run_all(bench: Bench, entries: list[Entry], result: Result, path: Path | None) -> int:
+    """Measure every entry under a progress bar.
+
+    Args:
+        bench: What measures.
+        entries: What is measured.
+        result: Gets the rows.
+        path: A file that always holds what was measured so far, in case that the run is ended.
+
+    Returns:
+        The exit status: 1 if an entry failed, 130 if the run was interrupted.
+    """
+    status = 0
+    with report.progress_bar(console=Console(file=quiet.own_stderr(), highlight=False)) as bar:
+        task = bar.add_task("", total=len(entries))
+        for entry in entries:
+            about = f"{entry.workload.case.name} {entry.workload.suite.name}"
+            bench.wanted, bench.storages = entry.peers, entry.storages
+            bench.report = lambda text, about=about: bar.update(task, description=f"{about}: {text}")
+            try:
+                result.rows += bench.run(entry.workload, entry.sweep)
+                if path is not None:
+                    result.save(path)
+            except KeyboardInterrupt:
+                bench.note("the run was interrupted: what follows is missing")
+                return 130
+            except arena.FAILURES as error:  # the others are worth measuring all the same
+                bench.note(f"{entry.workload.title()}: FAILED: {arena.summary(error)}")
+                status = 1
+            bar.advance(task)
     return status
 
 
