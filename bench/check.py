@@ -24,9 +24,7 @@ TINY = 3e-8  # near eps, so that where it is added shows; fp16 has no such numbe
 # Measured: 99% of the elements of those that are right differ by up to 8.5 eps in half precision, and 56 in fp32.
 ROUNDINGS, LEAST = 12, 1e-4
 NEAR = 0.5  # of the update's norm; measured: torchao's 8-bit states 0.01 to 0.15, 4-bit states 0.22 to 0.32
-OUTLIERS = (
-    0.02  # of each tensor; Lion's sign may turn where the momentum is rounding noise; second moments in fp16 may be 0
-)
+OUTLIERS = 0.02  # of each tensor: Lion's sign may turn where momentum is noise, and second moments in fp16 may be 0
 
 
 def objection(peer: Peer, workload: Workload) -> str | None:
@@ -59,9 +57,9 @@ def objection(peer: Peer, workload: Workload) -> str | None:
 
 def _stepped(peer: Peer, workload: Workload) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters before some steps, after ours, and after a peer's."""
-    case, shapes = workload.case, SHAPES if peer.compiles and peer.storage == "full" else SHAPES + MORE_SHAPES
-    if peer.compiles and peer.storage != "full":
-        shapes = MORE_SHAPES[-1:] * 2
+    case, shapes = workload.case, SHAPES + MORE_SHAPES
+    if peer.compiles:
+        shapes = SHAPES if peer.storage == "full" else MORE_SHAPES[-1:] * 2
     half = (len(shapes) + 1) // 2
     suite = Suite("check", (shapes[:half], shapes[half:]))
     small = replace(

@@ -73,9 +73,9 @@ def peak(step: Callable[[], object], device: torch.device) -> int | None:
 
 
 def states(optimizer: torch.optim.Optimizer) -> tuple[int, str]:
-    """Bytes of an optimizer's states, counted once where they share memory, and the types of their numbers.
+    """Bytes of an optimizer's states, counted once where they share memory, and the type of most of their numbers.
 
-    Counters, which are a number for each tensor, are not counted. Types are such as ``fp32`` and ``uint8``.
+    Counters, which are a number for each tensor, are not counted. The type is such as ``float32`` and ``uint8``.
     """
     seen: dict[int, tuple[int, torch.dtype]] = {}
 

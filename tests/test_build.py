@@ -29,7 +29,9 @@ def test_build_without_a_compiler(tmp_path, compiler, reason):
     ]
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     package = tmp_path / "lib" / "fusedopt"
-    assert (package / "triton_kernels" / "__init__.py").exists() and (package / "bench" / "__init__.py").exists()
+    for part in ("triton_kernels", "triton_kernels/rules", "bench", "bench/peers"):
+        assert (package / part / "__init__.py").exists(), part
+    assert not (package / "bench" / "results").exists()
     assert (package / "py.typed").exists() and not list(package.glob("*.so"))
     report = json.loads((package / "_build_report.json").read_text())
     assert reason in report["cpu"] and "no CUDA compiler: no-such-nvcc not found" in report["cuda"]

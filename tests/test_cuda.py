@@ -14,7 +14,6 @@ from helpers import ALL, BY_NAME, close, fill_gradients, params
 import fusedopt
 from fusedopt.engines import cuda
 from fusedopt.launch import Scaling
-from fusedopt.verification.cases import CASES
 
 on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
 
@@ -114,24 +113,6 @@ def test_one_launch_with_clipping_and_mixed_states(monkeypatch, name):
     assert launches == [(True, True)] * 3
     for p, q in zip(ps, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 2e-6, atol=1e-5)
-
-
-@on_threads
-@pytest.mark.parametrize("t", [1, 2, 5, 6, 1000, 10**7])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_steps_are_those_of_eager_in_double_precision(case, t):
-    ps = [params((9,), dtype=torch.float64) for _ in range(2)]
-    a, b = case.build(ps[0], engine="cuda"), case.build(ps[1], engine="eager")
-    ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
-    b.step()
-    ps[0][0].data.copy_(ps[1][0])
-    state = b.state_dict()
-    for name in b.rule.scalars:
-        state["state"][0][name] = torch.tensor(0.37 if name == "mu_product" else t - 1, dtype=torch.float64)
-    for optimizer in (a, b):
-        optimizer.load_state_dict(state)
-        optimizer.step()
-    torch.testing.assert_close(ps[0][0], ps[1][0], rtol=1e-14, atol=1e-15)
 
 
 @on_threads

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import ALL
+from helpers import ALL, params
 
 import fusedopt
 from fusedopt.verification import gate
@@ -50,3 +50,25 @@ def test_ulps():
     a = torch.tensor([1.0, -1.0, 0.0, float("nan"), float("nan"), 2.0], dtype=torch.bfloat16)
     b = torch.tensor([1.0078125, -1.0, -0.0, float("nan"), 1.0, 1.9921875], dtype=torch.bfloat16)
     assert gate.ulps(a, b).tolist() == [1, 0, 0, 0, 1 << 16, 1]
+
+
+@pytest.mark.parametrize("t", [1, 2, 5, 6, 1000, 10**7])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_steps_are_those_of_eager_in_double_precision(engine, case, t):
+    """From the same state at step t, with counters in double precision: so close that all coefficients are exact."""
+    ps = [params((9,), dtype=torch.float64) for _ in range(2)]
+    a, b = case.build(ps[0], engine=engine), case.build(ps[1], engine="eager")
+    ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
+    b.step()
+    ps[0][0].data.copy_(ps[1][0])
+    state = b.state_dict()
+    for name in b.rule.scalars:
+        state["state"][0][name] = torch.tensor(0.37 if name == "mu_product" else t - 1, dtype=torch.float64)
+    if "betas" in b.defaults:
+        state["param_groups"][0]["betas"] = (0.9, 0.999999)
+    for optimizer in (a, b):
+        optimizer.load_state_dict(state)
+        optimizer.step()
+    torch.testing.assert_close(ps[0][0], ps[1][0], rtol=1e-14, atol=1e-15)
+    for name, value in b.state[ps[1][0]].items():
+        torch.testing.assert_close(a.state[ps[0][0]][name], value, rtol=1e-14, atol=1e-15)

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/names.h"
 #include "cpu/engine.h"
 #include "cpu/registry.h"
 
@@ -9,12 +10,6 @@ namespace py = pybind11;
 
 namespace fusedopt::cpu {
 namespace {
-
-py::list names(const char* const* list, int n) {
-  py::list out;
-  for (int i = 0; i < n; ++i) out.append(list[i]);
-  return out;
-}
 
 py::list describe_kernels() {
   py::list out;

@@ -2,18 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/names.h"
 #include "cuda/launch.h"
 
 namespace py = pybind11;
 using namespace fusedopt::cuda;
+using fusedopt::names;
 
 namespace {
-
-py::list names(const char* const* list, int n) {
-  py::list out;
-  for (int i = 0; i < n; ++i) out.append(list[i]);
-  return out;
-}
 
 py::list describe_kernels() {
   py::list out;
