@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any
 
@@ -10,18 +11,17 @@ import torch
 from fusedopt.bench.optimizers import Case
 from fusedopt.bench.peers.peer import Groups, Make, Peer, from_module
 
-HAVE = ("SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "AMSGrad", "NAdam", "RAdam")
-FUSED = ("SGD", "Adagrad", "Adam", "AdamW", "AMSGrad")
 COMPILED_TENSORS = 400  # the compiler unrolls the loop over tensors; 1000 take minutes
 
 
 def peers(case: Case, device: str) -> list[Peer]:
     """What torch has for an optimizer."""
-    if case.name not in HAVE:
+    optimizer = getattr(torch.optim, case.optimizer, None)
+    if optimizer is None:
         return []
     make = from_module("torch.optim", case.optimizer)
     ways = {"for-loop": {"foreach": False}, "foreach": {"foreach": True}}
-    if case.name in FUSED:
+    if "fused" in inspect.signature(optimizer).parameters:
         ways["fused"] = {"fused": True}
     found = [Peer(f"torch-{way}", "torch", make, case.options | options) for way, options in ways.items()]
     make, options = partial(_compiled, make), case.options | {"foreach": True}
