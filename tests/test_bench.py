@@ -1,13 +1,9 @@
 """The benchmark: it times what it says it times, races nobody's wrong step, and its figures can be had again."""
 
-import importlib.util
 import json
 import shlex
-import subprocess
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +14,7 @@ from fusedopt.bench.measure import Bench
 from fusedopt.bench.optimizers import CASES
 from fusedopt.bench.peers import torch_optim
 from fusedopt.bench.peers.peer import Peer
-from fusedopt.bench.rows import Result, Row
+from fusedopt.bench.rows import Result
 from fusedopt.bench.workload import Footprint, Tensors, Workload
 from fusedopt.cli import main
 from fusedopt.engines import cpu
@@ -293,50 +289,6 @@ def test_memory_decides_who_takes_part(monkeypatch):
     assert not names and "it needs" in notes[0]
 
 
-def result(**values):
-    options = {"dtype": "fp32", "device": "cpu", "clip": None, "amp": False, "cache": "cold"}
-    who = {
-        "variant": "fusedopt-cpu",
-        "version": "0",
-        "storage": "full",
-        "same_update": True,
-        "note": None,
-        "states": None,
-    }
-    what = {"suite": "gpt2", "tensors": 1, "numel": 1, "groups": 1, "optimizer": "AdamW", "rounds": 5, "bytes": 1}
-    figures = {"median": 1.0, "q1": 0.9, "q3": 1.1, "gbps": 1.0, "limit": 0.9, "launches": 1} | values
-    peer = {"variant": "torch-fused", "median": 2.0, "ratio": 2.0, "ratio_q1": 1.9, "ratio_q3": 2.1}
-    return Result([Row(**what, **options, **row) for row in (who | figures, who | figures | peer)])
-
-
-def test_compare(tmp_path, capsys):
-    a, b = tmp_path / "a.json", tmp_path / "b.json"
-    result().save(a)
-    result(median=1.25, q1=1.0, q3=1.5, limit=0.72).save(b)
-    compare = ["bench", "compare", str(a), str(b)]
-    assert main([*compare, "--only", "fusedopt"]) == 0
-    assert "0.800" in capsys.readouterr().out
-    assert main([*compare, "--only", "fusedopt", "--bound", "0.79"]) == 0
-    assert main([*compare, "--only", "fusedopt", "--bound", "0.81", "--json", str(tmp_path / "c.json")]) == 1
-    assert main([*compare, "--only", "torch-fused", "--bound", "0.99"]) == 0
-    Result(result().rows[:1]).save(b)
-    assert main([*compare, "--bound", "0.5"]) == 1
-    assert "torch-fused: missing" in capsys.readouterr().out.replace("\n", " ")
-    result(median=1.25, q1=1.0, q3=1.5, limit=0.72).save(b)
-    assert main([*compare, "--measure", "limit", "--only", "fusedopt", "--bound", "0.81"]) == 1
-    assert main([*compare, "--measure", "ratio", "--bound", "0.99"]) == 0
-    written = json.loads((tmp_path / "c.json").read_text())
-    (row,) = written["rows"]
-    assert row["ratio"] == pytest.approx(0.8) and row["under"] and row["variant"] == "fusedopt-cpu"
-    assert row["low"] == pytest.approx(0.9 / 1.5) and row["high"] == pytest.approx(1.1)
-
-
-def test_a_noisy_run_says_so():
-    rows = result(noisy=True).rows
-    assert "2 of 2 rows" in table.noise(rows) and table.noise(result().rows) is None
-    assert table.spread(rows[0]).startswith("~")
-
-
 @needs_cpu_engine
 def test_sweeps_plots_and_report(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
@@ -422,16 +374,6 @@ def test_bad_input_is_one_clear_error(arguments, message, capsys):
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", '{"format": 0}', '{"format": 1, "rows": [{"suite": "x"}]}', '{"format": 1, "rows": [3]}']
-)
-def test_files_that_hold_no_results(text, tmp_path, capsys):
-    path = tmp_path / "x.json"
-    path.write_text(text)
-    assert main(["bench", "compare", str(path), str(path)]) == 2
-    assert str(path) in capsys.readouterr().err
-
-
 def test_streams_in_triton():
     pytest.importorskip("triton")
     if torch.cuda.is_available():
@@ -448,57 +390,3 @@ def test_groups_differ_and_single_elements():
     groups = Tensors(w).groups()
     assert len({group["lr"] for group in groups}) == len({group["weight_decay"] for group in groups}) == 5
     assert {p.numel() for p in Tensors(w, single=True).params} == {1}
-
-
-@pytest.fixture
-def visit(monkeypatch, tmp_path):
-    """bench/gpu.py, which runs before anything of fusedopt can be imported."""
-    path = Path(__file__).parents[1] / "bench" / "gpu.py"
-    spec = importlib.util.spec_from_file_location("visit", path)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "visit", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["gpu.py", str(tmp_path / "out")])
-    monkeypatch.setattr(module, "STAGE", tmp_path / "stage")
-    monkeypatch.setattr(module, "GRACE_SECONDS", 10)
-    return module
-
-
-@pytest.mark.parametrize("arch", [None, "90"])
-def test_one_part_of_a_visit_does_not_stop_the_others(visit, arch, monkeypatch, tmp_path, capsys):
-    late = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('what there is')"
-    said = f"print('{visit.SUMMARY}'); print('the fastest')"
-    made = [
-        visit.Part("fails", [sys.executable, "-c", "raise SystemExit(3)"], 60, needs_gpu=False),
-        visit.Part("absent", ["/no/such/program"], 60, needs_gpu=False),
-        visit.Part("extra", ["/no/such/program"], 60, needs_gpu=False, optional=True),
-        visit.Part("late", [sys.executable, "-c", late], 1, needs_gpu=False),
-        visit.Part("bench", [sys.executable, "-c", said], 60, needs_gpu=False),
-        visit.Part("staged", [sys.executable, "-m", "fusedopt", "bench", "--help"], 60, needs_gpu=False),
-        visit.Part("tests", [sys.executable, "-c", "print('tested')"], 60),
-    ]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "bench.json").write_text("of the visit before")
-    monkeypatch.setattr(visit, "parts", lambda out, gpu: made)
-    monkeypatch.setattr(visit, "architecture", lambda: arch)
-    assert visit.main() == 1
-    assert not (tmp_path / "out" / "bench.json").exists()
-    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert summary["fails"]["status"] == 3 and "No such file" in summary["absent"]["status"]
-    assert summary["extra"]["status"].startswith("skipped: /no/such/program")
-    assert summary["late"]["status"] == "stopped after 1 s" and summary["late"]["last_line"] == "what there is"
-    assert summary["bench"]["status"] == summary["staged"]["status"] == 0, (tmp_path / "out" / "staged.log").read_text()
-    assert summary["tests"]["status"] == (0 if arch else "skipped: torch sees no GPU")
-    assert capsys.readouterr().out.rstrip().endswith("the fastest")
-    wrapper = subprocess.run([tmp_path / "out" / "fusedopt", "bench", "--help"], capture_output=True, text=True)
-    assert wrapper.returncode == 0 and "--suite" in wrapper.stdout
-
-
-def test_what_a_visit_consists_of(visit, tmp_path):
-    made = {part.name: part for part in visit.parts(tmp_path, True)}
-    for name in ("build", "build-cuda", "info", "tests", "bench", "report", "memcheck", "racecheck", "initcheck"):
-        assert made[name].command, name
-    assert sum(part.seconds for part in made.values() if not part.optional) <= visit.ALL_SECONDS < 540
-    assert "--device" not in made["bench"].command
-    without = {part.name: part for part in visit.parts(tmp_path, False)}
-    assert "cpu" in without["bench"].command and not without["bench"].needs_gpu
