@@ -124,6 +124,9 @@ def _measure(args: argparse.Namespace) -> int:
     for name in set(args.peer or ()) - {"all", "none"} - {row.variant for row in result.rows}:
         if not any(name in line or peers.known()[name] in line for line in bench.notes):
             bench.note(f"{name}: left out, it has none of these optimizers in such a storage on {device.type}")
+    elsewhere = peers.known().keys() - peers.known(device.type).keys()
+    if elsewhere and (args.peer is None or "all" in args.peer):
+        bench.note(f"Left out, because they are not for tensors on {device.type}: {', '.join(sorted(elsewhere))}")
     result.facts = facts(device, sorted(bench.packages))
     table.show(result)
     if args.json is not None:

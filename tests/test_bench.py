@@ -334,6 +334,9 @@ def test_peers_that_were_asked_for_are_missed(capsys):
     arguments = ["--suite", "2x10", "--engine", "cpu", "--device", "cpu", "--peer", "apex", "--repeats", "1"]
     assert main(["bench", *arguments]) == 0
     assert "apex: left out" in capsys.readouterr().out
+    assert main(["bench", *arguments[:-4], "--optimizer", "NAdamW", "--peer", "all", "--repeats", "1"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "not for tensors on cpu: apex," in said and "transformer-engine" in said
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -51,7 +51,12 @@ def offered(case: Case, device: str) -> list[Peer]:
     return [peer for adapter in ADAPTERS for peer in adapter.peers(case, device)]
 
 
-def known() -> dict[str, str]:
-    """The names of all peers, and their packages."""
-    every = (peer for device in ("cpu", "cuda") for case in CASES.values() for peer in offered(case, device))
+def known(*devices: str) -> dict[str, str]:
+    """The names of all peers, and their packages.
+
+    Args:
+        devices: The kinds that they are for; any if none is given.
+    """
+    kinds = devices or ("cpu", "cuda")
+    every = (peer for device in kinds for case in CASES.values() for peer in offered(case, device))
     return {peer.name: peer.package for peer in every}
