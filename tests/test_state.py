@@ -37,7 +37,7 @@ def advance(optimizer, ps, steps, seed):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_resume_is_bit_exact(engine, case):
-    steps = min(fewer(engine, 80), 24)
+    steps = {"triton": 8, "cuda": 24, "eager": 24}.get(engine, 80)  # as many as each has time for
     straight, a = run(lambda p: case.build(p, engine=engine), torch.float32, steps=steps)
     resumed, b = run(lambda p: case.build(p, engine=engine), torch.float32, steps=steps, resume=True)
     assert_same(straight, resumed)

@@ -15,8 +15,21 @@ HAVE = {
 
 def peers(case: Case, device: str) -> list[Peer]:
     """What apex has for an optimizer."""
+    return multi_tensor("apex", "apex", "apex.optimizers", case, device)
+
+
+def multi_tensor(name: str, package: str, module: str, case: Case, device: str) -> list[Peer]:
+    """The fused optimizer of apex, or of a package that took it over.
+
+    Args:
+        name: Of the peer.
+        package: Its distribution.
+        module: Where the classes are.
+        case: The optimizer.
+        device: Its kind; there are none for CPUs.
+    """
     if device == "cpu" or case.name not in HAVE:
         return []
-    name, more = HAVE[case.name]
+    cls, more = HAVE[case.name]
     options = {key: value for key, value in case.options.items() if key != "lr_decay"} | more
-    return [Peer("apex", "apex", from_module("apex.optimizers", name), options)]
+    return [Peer(name, package, from_module(module, cls), options)]

@@ -1,21 +1,16 @@
-"""NVIDIA TransformerEngine."""
+"""NVIDIA TransformerEngine, whose optimizers descend from apex's."""
 
 from __future__ import annotations
 
 from fusedopt.bench.optimizers import Case
-from fusedopt.bench.peers.peer import Peer, from_module
-
-HAVE = {
-    "SGD": ("FusedSGD", {}),
-    "Adam": ("FusedAdam", {"adam_w_mode": False}),
-    "AdamW": ("FusedAdam", {"adam_w_mode": True}),
-}
+from fusedopt.bench.peers import apex
+from fusedopt.bench.peers.peer import Peer
 
 
 def peers(case: Case, device: str) -> list[Peer]:
     """What TransformerEngine has for an optimizer."""
-    if device == "cpu" or case.name not in HAVE:
+    if case.name == "Adagrad":
         return []
-    name, more = HAVE[case.name]
-    make = from_module("transformer_engine.pytorch.optimizers", name)
-    return [Peer("transformer-engine", "transformer_engine", make, case.options | more)]
+    return apex.multi_tensor(
+        "transformer-engine", "transformer_engine", "transformer_engine.pytorch.optimizers", case, device
+    )
