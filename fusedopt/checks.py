@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fusedopt import memory
 from fusedopt.rule import LR, WEIGHT_DECAY, Group, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
 SCHEDULE_ROUNDING = 1e-9
 
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
+WIDE = (torch.float64, torch.complex128)  # stepped in double precision, others in float32
+PAIR = 2  # numbers in a hyperparameter such as betas
+LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
-def name_of(group: Group, group_index: int, index: int, tensor: Tensor) -> str:
-    """How messages call a parameter: its place, its name if it has one, its shape and dtype."""
-    names = group.get("param_names")
-    called = f" {names[index]!r}" if names else ""
-    return f"parameter {index}{called} of group {group_index} (shape {tuple(tensor.shape)}, {tensor.dtype})"
+class Label:
+    """How messages call a parameter: its place, its name if it has one, its shape and dtype. Made up when it is said."""
+
+    __slots__ = ("_group", "_group_index", "_index", "_tensor")
+
+    def __init__(self, group: Group, group_index: int, index: int, tensor: Tensor) -> None:
+        self._group, self._group_index, self._index, self._tensor = group, group_index, index, tensor
+
+    def __str__(self) -> str:
+        names = self._group.get("param_names")
+        called = f" {names[self._index]!r}" if names else ""
+        try:
+            shape = f"shape {tuple(self._tensor.shape)}"
+        except RuntimeError:  # nested, or not initialised yet
+            shape = type(self._tensor).__name__
+        return f"parameter {self._index}{called} of group {self._group_index} ({shape}, {self._tensor.dtype})"
 
 
-def number(value: Any, label: str, where: str) -> float:
-    """A hyperparameter as a float."""
+def labels(groups: Sequence[Group]) -> list[Label]:
+    """What messages call all parameters, through all groups."""
+    return [Label(group, g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+
+
+def number(value: Any, label: object, where: str) -> float:
+    """A hyperparameter or counter as a float: of a real number, or a tensor or array with one real element."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{label}{where} is a tensor of shape {tuple(value.shape)}; it must have one element")
+        if value.is_complex():
+            raise TypeError(f"{label}{where} is a tensor of {value.dtype}; it must be real")
+        if short := memory.shortage(value):
+            raise ValueError(f"{label}{where} is without its memory: {short}")
         return float(value.detach())
+    if not isinstance(value, Real) and not (isinstance(value, np.ndarray) and not value.ndim):
+        raise TypeError(f"{label}{where} is {value!r}; it must be a number or a one-element tensor")
     try:
         return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(f"{label}{where} is {value!r}; it must be a number or a one-element tensor") from None
+    except OverflowError:
+        raise ValueError(f"{label}{where} is too large") from None
 
 
 def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = False) -> None:
@@ -42,12 +70,19 @@ def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = F
     if hyper.key not in group:
         raise ValueError(f"{hyper.key}{where} is missing from the param group")
     value = group[hyper.key]
-    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(value) != 2):
+    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(value) != PAIR):
         raise TypeError(f"{hyper.key}{where} is {value!r}; it must be a pair of numbers")
     result = number(hyper.of(group), hyper.label, where)
     low, high = step_domain(hyper) if stepping else hyper.closed_domain
     if not low <= result <= high:
         raise ValueError(f"{hyper.label}{where} is {result!r}; it must lie in {hyper.domain}")
+    if result > LARGEST_FLOAT and is_narrow(group):
+        raise ValueError(f"{hyper.label}{where} is {result!r}, more than parameters that are not float64 can be stepped with")
+
+
+def is_narrow(group: Group) -> bool:
+    """Whether any parameter is stepped in single precision."""
+    return any(p.dtype not in WIDE for p in group.get("params", ()))
 
 
 def step_domain(hyper: Hyper) -> tuple[float, float]:
@@ -70,7 +105,7 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
 
 
 def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
-    """No parameter of a new group is repeated in it or stands in an earlier one."""
+    """No parameter of a new group stands in an earlier one. One that is repeated in it is torch's to warn of."""
     places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
     for i, item in enumerate(params):
         p = item[1] if isinstance(item, tuple) else item
@@ -78,9 +113,8 @@ def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
             g, first = places[id(p)]
             raise ValueError(
                 f"parameter {i} (shape {tuple(getattr(p, 'shape', ()))}) of group {len(groups)} is also "
-                f"parameter {first} of group {g}; each parameter may be given once"
+                f"parameter {first} of group {g}; a parameter may stand in one group"
             )
-        places[id(p)] = (len(groups), i)
 
 
 def options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
@@ -91,8 +125,8 @@ def options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
         raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}; it must be True or False")
 
 
-def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
-    """A gradient fits its parameter."""
+def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
+    """A gradient fits its parameter, and both have their memory."""
     if p.dtype not in FLOATING + COMPLEX:
         raise TypeError(f"{name}: {optimizer} steps floating point and complex parameters only")
     if g.layout != torch.strided:
@@ -100,63 +134,64 @@ def gradient(p: Tensor, g: Tensor, name: str, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
     if g.device != p.device:
         raise RuntimeError(f"{name}: the gradient is on {g.device}, the parameter on {p.device}")
-    if misaligned(g):
+    for what, t in (("parameter", p), ("gradient", g)):
+        if short := memory.shortage(t):
+            raise RuntimeError(f"{name}: the {what} is without its memory: {short}")
+    if memory.misaligned(g):
         raise RuntimeError(f"{name}: the gradient is at an address that is not a multiple of its elements' size")
-    if g.shape != p.shape:
+    if not (p.is_nested or g.is_nested) and g.shape != p.shape:
         raise RuntimeError(f"{name}: the gradient has shape {tuple(g.shape)}")
     declared = getattr(p, "grad_dtype", p.dtype) if p.is_leaf else p.dtype
     if g.dtype != p.dtype and (g.dtype not in FLOATING or p.is_complex() or declared not in (None, g.dtype)):
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
 
 
-def differentiable(p: Tensor, name: str) -> None:
+def differentiable(p: Tensor, name: object) -> None:
     """Autograd can follow an in-place step of the parameter."""
     if p.is_leaf and p.requires_grad:
         raise RuntimeError(f"{name}: differentiable=True cannot step a leaf that requires grad; give it a clone")
 
 
-def overlaps(t: Tensor) -> bool:
-    """Whether elements may share memory, so that they cannot be stepped in place."""
-    reach = 1
-    dims = sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1)
-    for stride, size in dims:
-        if stride < reach and t.numel():
-            return True
-        reach = stride * (size - 1) + reach
-    return False
-
-
-def has_gaps(t: Tensor) -> bool:
-    """Whether a tensor without overlaps leaves memory between its elements."""
-    reach = 1 + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
-    return t.numel() > 0 and reach != t.numel()
-
-
-def misaligned(t: Tensor) -> bool:
-    """Whether elements (of complex tensors their parts) do not lie at multiples of their size, as kernels expect."""
-    return t.data_ptr() % (t.element_size() // (2 if t.is_complex() else 1)) != 0
-
-
-def unsteppable(p: Tensor, group: Group) -> str | None:
-    """Why no engine but eager can step a parameter, wherever it is; None if they can."""
+def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
+    """Why no engine but eager can step a parameter as it, its gradient and its states are; None if they can."""
     if group["differentiable"]:
         return "differentiable=True runs on engine 'eager'"
-    if p.layout != torch.strided:
-        return f"its layout is {p.layout}"
+    if reason := memory.unreadable(p):
+        return reason
     if p.dtype not in FLOATING + COMPLEX:
         return f"its dtype is {p.dtype}"
-    if getattr(type(p), "__torch_dispatch__", None) is not _NO_DISPATCH:
-        return f"{type(p).__name__} is a tensor subclass with operations of its own"
-    if overlaps(p):
+    if memory.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
-    if misaligned(p):
+    if memory.misaligned(p):
         return f"its address {p.data_ptr():#x} is not a multiple of its elements' size"
+    g = p.grad
+    if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
+        return f"of its gradient: {reason}"
+    for key in (*(s.name for s in rule.states), *rule.scalars):
+        value = state.get(key)
+        if isinstance(value, Tensor) and (reason := memory.unreadable(value)):
+            return f"of its state {key!r}: {reason}"
     return None
 
 
-def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: str) -> None:
+def is_shard(t: Tensor | None) -> bool:
+    """Whether other ranks hold other parts of a tensor, as far as it shows."""
+    tensors = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
+    return (tensors is not None and isinstance(t, tensors.DTensor)) or getattr(t, "_fsdp_flattened", False)
+
+
+def whole_norm(p: Tensor, name: object) -> None:
+    """The gradient's norm can be had on this rank alone."""
+    if is_shard(p) or is_shard(p.grad):
+        raise RuntimeError(
+            f"{name} is sharded among ranks, and max_grad_norm and skip_nonfinite would see this rank's part of its "
+            "gradient only; clip with torch.nn.utils.clip_grad_norm_ (FSDP's own clip_grad_norm_) before the step"
+        )
+
+
+def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
     """The rule's states that a parameter has fit it; those it lacks are not asked for."""
-    for key in {s.name for s in rule.states} & state.keys():
+    for key in {s.name for s in rule.states} & set(state):
         value = state[key]
         if value is None:
             continue
@@ -166,13 +201,18 @@ def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: s
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
         if value.dtype not in (COMPLEX if p.is_complex() else FLOATING):
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
-        if misaligned(value):
+        if short := memory.shortage(value):
+            raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
+        if memory.misaligned(value):
             raise ValueError(f"state {key!r} of {name} is at an address that is not a multiple of its elements' size")
-        if value.layout != torch.strided or overlaps(value):
+        if value.layout != torch.strided or memory.overlaps(value):
             raise ValueError(f"state {key!r} of {name} is not a tensor with memory of its own for each element")
-    for key in rule.scalars.keys() & state.keys():
-        if not _is_float_elsewhere(state[key]):
-            number(state[key], f"state {key!r} of {name}", "")
+    for key in rule.scalars.keys() & set(state):
+        value = state[key]
+        if isinstance(value, Tensor) and (short := memory.shortage(value)):
+            raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
+        if not _is_float_elsewhere(value):
+            number(value, f"state {key!r} of {name}", "")
 
 
 def _is_float_elsewhere(value: Any) -> bool:
@@ -180,14 +220,14 @@ def _is_float_elsewhere(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1 and value.is_floating_point()
 
 
-def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: str) -> None:
+def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
     """A parameter's states are where it is."""
-    for key in {s.name for s in rule.states} & state.keys():
+    for key in {s.name for s in rule.states} & set(state):
         if state[key] is not None and state[key].device != p.device:
             raise RuntimeError(f"state {key!r} of {name} is on {state[key].device}, the parameter on {p.device}")
 
 
-def whole_state(rule: type[Rule], state: Mapping[str, Any], group: Group, name: str) -> None:
+def whole_state(rule: type[Rule], state: Mapping[str, Any], group: Group, name: object) -> None:
     """A loaded state is empty, or has all that its group's options ask for."""
     needed = {s.name for s in rule.active_states(group)}
     required = needed | rule.scalars.keys()

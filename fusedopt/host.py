@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,27 +21,61 @@ from fusedopt.rule import LR, WEIGHT_DECAY, Rule
 from fusedopt.scan import Scan
 
 REPORT = Path(__file__).parent / "_build_report.json"
+CHECKED = os.environ.get("FUSEDOPT_CHECK_SCAN", "0") not in ("", "0")
+
+T = TypeVar("T")
+
+# Symbols of libtorch. The last two are at::native's: the C ABI does not tell of lazy bits.
+_FUNCTIONS = {
+    **{
+        f"{prefix}_{name}": f"{prefix}_{name}"
+        for prefix, names in {
+            "aoti_torch_get": (
+                "layout dim sizes strides dtype device_type device_index storage_size storage_offset data_ptr"
+            ),
+            "torch_get": "const_data_ptr",
+        }.items()
+        for name in names.split()
+    },
+    "is_conj": "_ZN2at6native7is_conjERKNS_6TensorE",
+    "is_neg": "_ZN2at6native6is_negERKNS_6TensorE",
+}
+_DTYPES = {
+    dtype: str(dtype).removeprefix("torch.")
+    for dtype in (*checks.FLOATING, torch.complex64, torch.complex128, torch.complex32)
+}
+
+_lock = threading.Lock()
+_path: str | None = None  # how tensors are read, once that was found out
+_numbers: dict[str, int] = {}  # of the C ABI: dtypes and layouts
 
 
 @cache
-def load() -> Any:
-    """The host extension, which has learned how to read torch's tensors.
+def _imported(name: str) -> Any:
+    """An extension, or why it does not import: that stays so as long as the process."""
+    try:
+        return import_module(f"fusedopt.{name}")
+    except ImportError as error:
+        return str(error)
+
+
+def extension(name: str, part: str) -> Any:
+    """An extension of the package.
+
+    Args:
+        name: The module's.
+        part: Of the build that makes it.
 
     Raises:
         ImportError: With the real reason.
     """
-    try:
-        host = import_module("fusedopt._host")
-    except ImportError as error:
-        raise ImportError(build_failure("cpu") or str(error)) from error
-    capsule = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    if capsule is None:
-        raise ImportError(f"torch {torch.__version__} has no DLPack C exchange API; 2.10 or newer has")
-    host.bind_torch(torch.Tensor, torch.nn.Parameter, capsule, torch._C.TensorBase.grad)
-    host.learn_anatomy(_specimens())
-    return host
+    found = _imported(name)
+    if isinstance(found, str):
+        raise ImportError("; ".join(filter(None, (build_failure(part), found))))
+    return found
 
 
+@cache
 def build_failure(part: str) -> str | None:
     """Why the installation left an extension out."""
     if not REPORT.exists():
@@ -46,48 +84,138 @@ def build_failure(part: str) -> str | None:
     return f"it was not built: {reason}" if reason else None
 
 
-def _specimens() -> list[tuple[Any, ...]]:
-    """Tensors of distinctive geometry and every dtype, and what torch says of them; see csrc/host/anatomy.h."""
-    tensors: list[Tensor] = [torch.frombuffer(bytearray(40_000), dtype=t) for t in checks.FLOATING]
-    tensors = [t.as_strided((2, 3, 5), (307, 67, 11), 37 + i) for i, t in enumerate(tensors)]
-    tensors += [
-        torch.nn.Parameter(torch.empty(9_000, dtype=t, device="cpu").as_strided((7, 2), (131, 17), 53))
-        for t in checks.FLOATING
-    ]
-    tensors += [torch.empty(9_000, device="cpu").as_strided((3, 2, 2, 5), (211, 101, 29, 3), 71).requires_grad_()]
-    facts = []
-    for t in tensors:
-        storage = t.untyped_storage()
-        handles = (t._cdata, storage._cdata, storage.data_ptr())
-        keys = torch._C._dispatch_keys(t).raw_repr()
-        tag = checks.FLOATING.index(t.dtype)
-        facts.append((t, *handles, t.storage_offset(), keys, tag, list(t.shape), list(t.stride())))
-    return facts
+def load() -> Any:
+    """The host extension, which has learned how to read torch's tensors.
+
+    Raises:
+        ImportError: With the real reason; another call tries again.
+    """
+    global _path
+    host = extension("_host", "cpu")
+    if _path is None:
+        with _lock:
+            if _path is None:
+                _path = without_modes(lambda: _bind(host))
+    return host
+
+
+def reading_path() -> str:
+    """How tensors are read before every step: through torch's C ABI, through DLPack, or in Python."""
+    if os.environ.get("FUSEDOPT_HOST") == "python":
+        return "Python"
+    try:
+        load()
+    except ImportError:
+        return "Python"
+    assert _path is not None
+    return _path
+
+
+def without_modes(call: Callable[[], T]) -> T:
+    """What a call returns where no mode, transformation or default device of torch's is on: they belong to threads."""
+    with ThreadPoolExecutor(1, "fusedopt") as thread:
+        return thread.submit(call).result()
+
+
+def _bind(host: Any) -> str:
+    capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+    if capsule is None:
+        raise ImportError(f"torch {torch.__version__} has no DLPack C exchange API; 2.10 or newer has")
+    host.bind_torch(
+        {
+            "tensor_type": Tensor,
+            "parameter_type": torch.nn.Parameter,
+            "exchange_api": capsule,
+            "grad": torch._C.TensorBase.grad,
+            "dispatch": Tensor.__torch_dispatch__,
+            "number": lambda value: checks.number(value, "", ""),
+        }
+    )
+    wanted = os.environ.get("FUSEDOPT_HOST", "abi")
+    return "torch's C ABI" if wanted != "dlpack" and bind_abi(host) else "DLPack"
+
+
+def bind_abi(host: Any) -> bool:
+    """Read tensors through torch's C ABI, if it says of some the same as torch does in Python."""
+    try:
+        library = ctypes.PyDLL(torch._C.__file__)  # through which all that it links is found
+        addresses = {
+            name: ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value for name, symbol in _FUNCTIONS.items()
+        }
+        numbers = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in _DTYPES.values()}
+        numbers["strided"] = library.aoti_torch_layout_strided()
+        numbers["cpu"] = library.aoti_torch_device_type_cpu()
+    except (OSError, AttributeError):
+        return False
+    probes = _probes()
+    if not host.bind_abi(addresses, numbers, probes):
+        return False
+    if all(host.geometry(t) == _facts(t, numbers) for t in probes):
+        _numbers.update(numbers)
+        return True
+    host.forget_abi()
+    return False
+
+
+def _probes() -> list[Tensor]:
+    """Tensors of distinctive geometry and every dtype, lazily conjugated and negated ones among them."""
+    tensors: list[Tensor] = []
+    for i, dtype in enumerate(dtype for dtype in _DTYPES if dtype != torch.complex32):  # torch warns of that one
+        memory = torch.zeros(20_000, dtype=dtype, device="cpu")
+        tensors.append(memory.as_strided((2, 3, 5), (307, 67, 11), 37 + i))
+        tensors.append(torch.nn.Parameter(memory.as_strided((7, 2), (131, 17), 53)))
+    tensors.append(torch.zeros(9_000, device="cpu").as_strided((3, 2, 2, 5, 1, 2), (211, 101, 29, 3, 1, 7), 71))
+    z = torch.zeros(7, 3, dtype=torch.complex64, device="cpu")
+    return [*tensors, z.mH, z.conj().imag, z.mH.imag, torch.zeros((), device="cpu"), torch.zeros(0, 4, device="cpu")]
+
+
+def _facts(t: Tensor, numbers: dict[str, int]) -> tuple[Any, ...]:
+    """What torch says in Python; see csrc/host/module.cpp."""
+    dtype = numbers[_DTYPES[t.dtype]]
+    places = (numbers["cpu"], -1 if t.device.index is None else t.device.index)
+    storage = (t.untyped_storage().nbytes(), t.storage_offset())
+    return (t.data_ptr(), dtype, list(t.shape), list(t.stride()), *places, *storage, t.is_conj(), t.is_neg())
+
+
+def check_scan(tables: Any) -> None:
+    """What a scan vouches for is what torch says, tensor by tensor. FUSEDOPT_CHECK_SCAN=1 asks for it after every scan.
+
+    Raises:
+        AssertionError: If it is not.
+    """
+    for t, address, dtype, shape, strides, nbytes in tables.facts():
+        seen = (address, shape, strides, False, False)
+        assert seen == (t.data_ptr(), list(t.shape), list(t.stride()), t.is_conj(), t.is_neg()), (seen, t)
+        assert not _numbers or dtype == _numbers[_DTYPES[t.dtype]], (dtype, t)
+        assert nbytes in (-1, t.untyped_storage().nbytes()), (nbytes, t)
 
 
 def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> tuple[Any, ...]:
     """What a scan must know of a param group: its kernel, and where the kernel's hyperparameters are."""
     by_name = {h.name: h for h in rule.hyper}
     hypers = (LR, WEIGHT_DECAY, *(by_name[name] for name in hyper))
-    keys = [(h.key, h.index, *checks.step_domain(h)) for h in hypers]
+    most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")
+    keys = []
+    for h in hypers:
+        low, high = checks.step_domain(h)
+        keys.append((h.key, h.index, checks.PAIR if h.index >= 0 else 0, low, min(high, most)))
     switches = [(key, bool(group[key])) for key in rule.switches()]
     return kernel, keys, switches, rule.decoupled
 
 
 def device_scan(
-    optimizer: Any, hyper: tuple[str, ...], members: list[Tensor], fresh: list[Tensor], device: torch.device
+    optimizer: Any, hyper: tuple[str, ...], members: list[int], new_state: list[int], device: torch.device
 ) -> Any:
     """A scan for an engine that keeps counters on a device and looks rows up in tables there.
 
     Args:
         optimizer: Whose parameters.
         hyper: Names of the rule's hyperparameters, in the order of the engine.
-        members: The parameters that the engine steps, all on the device.
-        fresh: Those whose states were made for the coming step.
+        members: Which parameters the engine steps, counted through all groups; all are on the device.
+        new_state: Those whose states were made for the coming step.
         device: Where they are.
     """
     rule, groups = optimizer.rule, optimizer.param_groups
-    mine, new = {id(p) for p in members}, {id(p) for p in fresh}
     names = [([s.name for s in rule.active_states(group)], list(rule.scalars), list(hyper)) for group in groups]
     try:
         if os.environ.get("FUSEDOPT_HOST") == "python":
@@ -95,6 +223,6 @@ def device_scan(
         host = load()
     except ImportError:
         specs = [group_spec(rule, g, n, n[2]) for g, n in zip(groups, names, strict=True)]
-        return Scan(groups, specs, optimizer.state, mine, new, device)
+        return Scan(groups, specs, optimizer.state, members, new_state, device)
     specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2]) for g, n in zip(groups, names, strict=True)]
-    return host.Plan(groups, specs, optimizer.state, mine, new)
+    return host.DeviceTable(groups, specs, optimizer.state, members, new_state)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fusedopt.interrupts import held_back
 
 
 @dataclass(slots=True)
@@ -33,22 +36,23 @@ def launch(
 ) -> tuple[float | Tensor, bool]:
     """Run a step on all plans. Returns the gradients' norm, and whether the step was skipped, if that is known.
 
-    It is known without asking where a plan is not asynchronous; and with ``wait``.
+    It is known without asking where a plan is not asynchronous; and with ``wait``. Plans are updated in their order.
+    No signal handler runs between the update of a parameter and that of its counters, or of another parameter.
     """
     if len(plans) == 1:
-        outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
-    else:  # the norm spans devices: measure on all before updating any
+        with nullcontext() if plans[0].indivisible else held_back():
+            outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
+    else:  # the norm spans plans: measure on all before updating any
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
         totals = [None if squares is None else _sum(squares, plan) for plan in plans]
-        outcomes = [
-            plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
-            for plan, total in zip(plans, totals, strict=True)
-        ]
+        with held_back():
+            outcomes = [
+                plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
+                for plan, total in zip(plans, totals, strict=True)
+            ]
     _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
     if isinstance(skipped, Tensor):
         skipped = wait and bool(skipped)
-    for plan in plans:
-        plan.finish(stepped=not skipped)
     return norm, skipped
 
 

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines
+from fusedopt import checks, engines, memory
+from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, launch
 from fusedopt.rule import Rule
 from fusedopt.state import Counters, adopt_state, initial_state, unfit
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-Fresh = list[tuple[Tensor, tuple[str, ...]]]  # parameters, and the names of states made for this step
+NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
 
 _OWN = ("max_grad_norm", "skip_nonfinite", "engine")
 
@@ -62,8 +65,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
     that going backward through a graph from before the step is not reported as an error.
 
+    Two threads may step one optimizer: one step waits for the other. In a child that was forked, as DataLoader's workers
+    are, a step runs on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
+
+    Parameters that share memory, and one that is given twice (torch warns of it), are stepped one after the other in
+    their order, as torch does it.
+
     Raises:
-        ValueError: For a hyperparameter outside its domain, a repeated parameter, an unknown engine.
+        ValueError: For a hyperparameter outside its domain, a parameter of two groups, an unknown engine.
+        TypeError: For a hyperparameter that is no number.
     """
 
     rule: ClassVar[type[Rule]]
@@ -88,6 +98,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans: list[Any] | None = None
         self._verdicts: dict[torch.device, Any] = {}
         self._captured: list[Any] = []
+        self._shard: tuple[Tensor, object] | None = None
+        self._lock = threading.RLock()
         super().__init__(params, defaults)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- groups
@@ -133,33 +145,44 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         checks.options(self.max_grad_norm, self.skip_nonfinite)
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
-        plans = self._plans
-        stands = plans is not None and all(plan.scan() for plan in plans)
-        if not stands:
-            self._refuse_capture()
-        if not (stands and self._asynchronous):  # else the devices look at it
-            if scaling.refuses:
-                self._skipped += 1
-                return loss
-            scaling.found_inf = None
-        fresh: Fresh = []
-        if plans is None or not stands:
-            plans, fresh = self._plan()
-        max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-        measures = self.max_grad_norm is not None or self.skip_nonfinite
-        try:
-            norm, skipped = launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(fresh))
-        except BaseException:
-            for plan in plans:
-                plan.finish(stepped=False)
-            self._forget(fresh)
-            raise
-        self._norm = norm if measures else None
-        if skipped:
-            self._skipped += not any(plan.asynchronous for plan in plans)
-            self._forget(fresh)
+        if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
+            raise RuntimeError("step() was called inside of the same optimizer's step()")
+        with self._lock:
+            self._step(Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         return loss
+
+    def _step(self, scaling: Scaling) -> None:
+        plans, new_state = self._plans or [], NewState()
+        try:
+            is_valid = self._plans is not None and all(plan.scan() for plan in plans)
+            if not is_valid:
+                self._refuse_capture()
+            if not (is_valid and self._asynchronous):  # else the devices look at it
+                if scaling.refuses:
+                    self._skipped += 1
+                    return
+                scaling.found_inf = None
+            if not is_valid:
+                for plan in plans:
+                    plan.finish()
+                plans = self._plan(new_state)
+            max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
+            measures = self.max_grad_norm is not None or self.skip_nonfinite
+            if measures and self._shard is not None:
+                checks.whole_norm(*self._shard)
+            norm, skipped = launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(new_state))
+            self._norm = norm if measures else None
+            if skipped:
+                self._skipped += not any(plan.asynchronous for plan in plans)
+                self._forget(new_state)
+        except BaseException:
+            with held_back():
+                stepped = {i for plan in plans if plan.stepped for i in plan.members}
+                self._forget([made for made in new_state if made[0] not in stepped])
+            raise
+        finally:
+            for plan in plans:
+                plan.finish()
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -177,6 +200,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         """How many steps were skipped. Waits for the device."""
         return self._skipped + max((int(v.skipped_steps) for v in self._verdicts.values()), default=0)
 
+    def members(self, which: Sequence[int]) -> list[tuple[Tensor, dict[str, Any]]]:
+        """Parameters, counted through all groups, with their groups."""
+        everyone = [(p, group) for group in self.param_groups for p in group["params"]]
+        return [everyone[i] for i in which]
+
     def verdict(self, device: torch.device) -> Any:
         """Where the steps of a device tell whether they were skipped, and the norm."""
         if device not in self._verdicts:
@@ -188,80 +216,91 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not any(plan is kept for kept in self._captured):
             self._captured.append(plan)
 
-    def _plan(self) -> tuple[list[Any], Fresh]:
-        """Check everything, make the states that are missing, and build the plans of all engines.
+    def _plan(self, new_state: NewState) -> list[Any]:
+        """Check everything, make the states that are missing, and enter them in ``new_state``.
 
-        Returns the plans, scanned, and which states are new.
+        Returns plans that are scanned, in the order in which they are to be run.
         """
         self._plans = None
         assigned = self._assign()
-        fresh: Fresh = []
-        try:
-            self._create_states(assigned, fresh)
-            new = [p for p, _ in fresh]
-            members: dict[Any, list[Tensor]] = {}
-            for name, p, _ in assigned:
-                members.setdefault((name, engines.place(name, p)), []).append(p)
-            plans = [engines.plan(name, self, mine, new) for (name, _), mine in members.items()]
+        self._create_states(assigned, new_state)
+        new = [i for i, _, _ in new_state]
+        waves = memory.waves([self._written(engine, p) for engine, p, _ in assigned])
+        which: dict[Any, list[int]] = {}
+        for i, (name, p, _) in enumerate(assigned):
+            which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
+        keys = sorted(which, key=lambda key: key[0])
+        plans = [engines.plan(key[1], self, which[key], [i for i in new if i in set(which[key])]) for key in keys]
+        with _released_on_failure(plans):
             if not all(plan.scan() for plan in plans):
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
-        except BaseException:
-            self._forget(fresh)
-            raise
         self._plans = plans
         self._asynchronous = all(plan.asynchronous for plan in plans)
-        return plans, fresh
+        return plans
 
     def _assign(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Which engine steps each parameter, and its group; raises for whatever none of them may step."""
         assigned = []
+        self._shard = None
         for g, group in enumerate(self.param_groups):
             checks.group(self.rule, group, g, stepping=True)
             for i, p in enumerate(group["params"]):
-                name = checks.name_of(group, g, i, p)
-                self.check_parameter(p, group, name)
+                label = checks.Label(group, g, i, p)
+                if checks.is_shard(p) or checks.is_shard(p.grad):
+                    self._shard = (p, label)
+                self.check_parameter(p, group, label)
                 try:
-                    engine = engines.choose(self.engine, p, group, self.rule, name)
-                except RuntimeError:
+                    engine = engines.choose(self.engine, p, group, self.rule, self.state.get(p, {}), label)
+                except (RuntimeError, TypeError, ValueError):
                     if p.grad is not None:
                         raise
                     engine = "eager"  # which looks again when there is a gradient
                 assigned.append((engine, p, group))
         return assigned
 
+    def _written(self, engine: str, p: Tensor) -> list[Tensor]:
+        """The tensors that a parameter's step writes, as far as their addresses can be compared."""
+        values = [p, *(value for value in self.state.get(p, {}).values() if isinstance(value, Tensor))]
+        return [t for t in values if t.device.type != "meta" and not memory.unreadable(t, lazily=True)]
+
     def _refuse_capture(self) -> None:
         """A step that must plan cannot be captured: it makes states and tables, and waits for devices."""
         for device in {p.device for group in self.param_groups for p in group["params"]}:
             engines.refuse_capture(device)
 
-    def check_parameter(self, p: Tensor, group: dict[str, Any], name: str) -> None:
+    def check_parameter(self, p: Tensor, group: dict[str, Any], name: object) -> None:
         """A parameter's gradient and state, as far as it has them, can be stepped with; raises otherwise."""
         if p.grad is not None:
             checks.gradient(p, p.grad, name, type(self).__name__)
             if group["differentiable"]:
                 checks.differentiable(p, name)
-        if state := self.state.get(p):
+        if state := self.state.get(p, {}):
             checks.state_tensors(self.rule, p, state, name)
             checks.state_devices(self.rule, p, state, name)
 
-    def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], fresh: Fresh) -> None:
-        """Make the states that parameters with gradients lack, and enter them in ``fresh``; mend all counters."""
+    def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], new_state: NewState) -> None:
+        """Make the states that parameters with gradients lack, and enter them in ``new_state``; mend all counters."""
         counters = Counters((self.state.get(p, {}) for _, p, _ in assigned), self.rule.scalars)
-        for engine, p, group in assigned:
+        made: dict[int, tuple[str, ...]] = {}
+        for i, (engine, p, group) in enumerate(assigned):
+            if id(p) in made:  # given twice: a first step both times, as torch's is
+                new_state.append((i, p, made[id(p)]))
+                continue
             place, has = engines.counters(engine, p), self.state.get(p, {})
             names = [spec.name for spec in self.rule.active_states(group)]
             new: dict[str, Any] = {}
             if p.grad is not None and any(has.get(name) is None for name in (*names, *self.rule.scalars)):
-                made = initial_state(self.rule, p, group)
-                new = {name: value for name, value in made.items() if has.get(name) is None}
+                initial = initial_state(self.rule, p, group)
+                new = {name: value for name, value in initial.items() if has.get(name) is None}
             scalars = {name: new.get(name, has.get(name)) for name in self.rule.scalars}
             unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, place)}
+            if new:
+                made[id(p)] = tuple(new)
+                new_state.append((i, p, made[id(p)]))  # before they are there: whatever comes, they are taken back
             if new or unfit:
-                self.state[p].update(new)
+                self.state.setdefault(p, {}).update(new)
             for name, value in unfit.items():
                 counters.want(self.state[p], name, value, place)
-            if new:
-                fresh.append((p, tuple(new)))
         counters.make()
 
     def needs_state(self, p: Tensor, group: dict[str, Any], place: torch.device) -> bool:
@@ -271,16 +310,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         scalars = [state.get(name) for name in self.rule.scalars]
         return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, place) for s in scalars)
 
-    def _forget(self, fresh: Fresh) -> None:
+    def _forget(self, new_state: NewState) -> None:
         """Take back states that were made for a step that did not happen."""
-        for p, names in fresh:
-            state = self.state[p]
-            for name in names:
-                del state[name]
-            if not state:
-                del self.state[p]
-        if fresh:
+        if new_state:
             self._plans = None
+        for _, p, names in new_state:
+            state = self.state.get(p, {})
+            for name in names:
+                state.pop(name, None)
+            if not state:
+                self.state.pop(p, None)
 
     # ----------------------------------------------------------------- state
 
@@ -330,7 +369,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         places = {}
         for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
             for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                places[key] = (p, group, checks.name_of(group, g, i, p))
+                places[key] = (p, group, checks.Label(group, g, i, p))
         state: defaultdict[Any, Any] = defaultdict(dict)
         for key, value in state_dict["state"].items():
             if key not in places:
@@ -345,6 +384,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plans = None
+        self.__dict__.setdefault("_shard", None)
+        self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_verdicts", {})
         self.__dict__.setdefault("_captured", [])
 
@@ -352,3 +393,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         own = {name: self.__dict__[name] for name in _OWN}
         norm = None if self._norm is None else float(self._norm)
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}
+
+
+@contextmanager
+def _released_on_failure(plans: list[Any]) -> Iterator[None]:
+    """Plans let go of what they hold if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for plan in plans:
+            plan.finish()
+        raise

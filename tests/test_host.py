@@ -142,12 +142,12 @@ def test_cohorts_follow_step_counts():
     optimizer.step()
     (plan,) = optimizer._plans
     optimizer.step()
-    assert plan._tables.cohorts == 1 and optimizer._plans == [plan]
+    assert plan.cohorts == 1 and optimizer._plans == [plan]
     ps[7].grad = None
     optimizer.step()
     ps[7].grad = torch.ones(4)
     optimizer.step()
-    assert plan._tables.cohorts == 2 and optimizer._plans == [plan]  # no gradient is no reason to plan anew
+    assert plan.cohorts == 2 and optimizer._plans == [plan]  # no gradient is no reason to plan anew
 
 
 def test_plan_is_kept_when_gradients_are_new():

@@ -56,7 +56,7 @@ struct Row {
   std::int32_t cohort;
   DType dtype[kMaxOperands];
   bool active;  // has a gradient in this step
-  bool direct;  // every operand is dense and of the compute type: no staging
+  bool in_place;  // every operand is dense and of the compute type: no staging
 };
 
 // A piece of one row. Bundles of items are the unit of scheduling.

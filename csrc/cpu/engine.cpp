@@ -101,7 +101,7 @@ template <class T>
 void step_item(const Row& row, const Item& item, const Cohort& cohort, double factor) {
   const Common<T> common{static_cast<T>(cohort.sign * factor), static_cast<T>(cohort.coupled_decay),
                          static_cast<T>(cohort.keep), static_cast<T>(cohort.lr)};
-  if (!row.direct) return step_staged<T>(row, item, common, cohort.coefficients);
+  if (!row.in_place) return step_staged<T>(row, item, common, cohort.coefficients);
   T* states[kMaxStates];
   for (int k = 0; k < row.kernel->n_states; ++k) {
     states[k] = static_cast<T*>(row.data[kFirstState + k]) + item.begin;

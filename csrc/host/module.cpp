@@ -1,30 +1,25 @@
-// fusedopt._host: the plan and its scan, shared by the engines, and what this CPU can run.
+// fusedopt._host: what reads an optimizer's tensors before every step, shared by the engines, and what this CPU runs.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "host/anatomy.h"
-#include "host/plan.h"
+#include "host/cpu_job.h"
+#include "host/device_table.h"
+#include "host/tensors.h"
 
 namespace py = pybind11;
-using fusedopt::host::Plan;
+using fusedopt::host::torch;
 
 namespace {
 
-void bind_torch(const py::object& tensor_type, const py::object& parameter_type, const py::object& capsule,
-                const py::object& grad_descriptor) {
-  fusedopt::host::torch.bind(tensor_type.ptr(), parameter_type.ptr(), capsule.ptr(), grad_descriptor.ptr());
-}
-
-using SpecimenFacts = std::tuple<py::object, std::uintptr_t, std::uintptr_t, std::uintptr_t, std::int64_t,
-                                 std::uint64_t, int, std::vector<std::int64_t>, std::vector<std::int64_t>>;
-
-bool learn_anatomy(const std::vector<SpecimenFacts>& facts) {
-  std::vector<fusedopt::host::Specimen> specimens;
-  for (const auto& [tensor, impl, storage, data, offset, keys, dtype, shape, stride] : facts) {
-    specimens.push_back({tensor.ptr(), impl, storage, data, offset, keys, dtype, shape, stride});
-  }
-  fusedopt::host::anatomy.learn(specimens);
-  return fusedopt::host::anatomy.known();
+// (address, dtype, shape, strides, device type, device index, storage bytes, storage offset, conjugated, negated) of a
+// tensor; None where it cannot be read. dtype and device type are numbers of the reading path.
+py::object geometry(const py::object& tensor) {
+  fusedopt::host::Geometry g;
+  if (!torch.read(tensor.ptr(), fusedopt::host::Access::kRead, &g)) return py::none();
+  return py::make_tuple(reinterpret_cast<std::uintptr_t>(g.address), g.dtype,
+                        std::vector<std::int64_t>(g.shape, g.shape + g.ndim),
+                        std::vector<std::int64_t>(g.strides, g.strides + g.ndim), g.device_type, g.device_index,
+                        g.storage_bytes, g.storage_offset, g.conjugated, g.negated);
 }
 
 // A capsule of a kernel of which only the names matter.
@@ -52,38 +47,60 @@ const char* isa_level() {
   return "base";
 }
 
-// Plans take part in garbage collection: a parameter's hook may well hold its optimizer.
-int traverse_plan(PyObject* self, visitproc visit, void* arg) {
+// Takes part in garbage collection: a parameter's hook may well hold its optimizer.
+template <class T>
+int traverse(PyObject* self, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(self));
   if (!reinterpret_cast<py::detail::instance*>(self)->simple_holder_constructed) return 0;
-  return py::cast<Plan&>(py::handle(self)).traverse(visit, arg);
+  return py::cast<T&>(py::handle(self)).roster().traverse(visit, arg);
+}
+
+template <class T>
+py::class_<T> add_class(py::module_& m, const char* name) {
+  const auto collected = [](PyHeapTypeObject* heap_type) {
+    heap_type->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
+    heap_type->ht_type.tp_traverse = traverse<T>;
+  };
+  py::class_<T> c(m, name, py::custom_type_setup(collected));
+  c.def(py::init<py::object, const py::list&, py::object, const std::vector<std::size_t>&,
+                 const std::vector<std::size_t>&>(),
+        py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"));
+  c.def("scan", &T::scan, py::arg("threads"));
+  c.def("release", &T::release);
+  c.def("facts", [](const T& self) { return self.roster().facts(); });
+  return c;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_host, m) {
-  m.def("bind_torch", &bind_torch, py::arg("tensor_type"), py::arg("parameter_type"), py::arg("exchange_api"),
-        py::arg("grad_descriptor"), "Learn how to read torch tensors. Call once, before anything else.");
-  m.def("learn_anatomy", &learn_anatomy, py::arg("specimens"),
-        "Find where torch keeps addresses, from (tensor, impl, storage, data, offset, dispatch keys, dtype tag, shape, "
-        "stride). "
-        "An empty list forgets it. Returns whether it is known.");
+  m.def(
+      "bind_torch", [](const py::dict& names) { torch.bind(names); }, py::arg("names"),
+      "Learn how to ask torch. Call once, before anything else.");
+  m.def(
+      "bind_abi",
+      [](const py::dict& addresses, const py::dict& numbers, const py::list& probes) {
+        return torch.bind_abi(addresses, numbers, probes);
+      },
+      py::arg("addresses"), py::arg("numbers"), py::arg("probes"),
+      "Read tensors through torch's C ABI from now on. False, and DLPack stays, if handles are not where they should be.");
+  m.def(
+      "forget_abi", [] { torch.forget_abi(); }, "Read tensors through DLPack from now on.");
+  m.def("geometry", &geometry, py::arg("tensor"), "What is read of a tensor; None if it cannot be read.");
   m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
-        "A kernel for plans whose rows a device steps and counts.");
+        "A kernel for tables whose rows a device steps and counts.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
+  m.def("team_size", &fusedopt::host::team_size, py::arg("wanted"), "One in a forked child, else as many as wanted.");
 
-  py::class_<Plan>(m, "Plan", py::custom_type_setup([](PyHeapTypeObject* heap_type) {
-                     heap_type->ht_type.tp_flags |= Py_TPFLAGS_HAVE_GC;
-                     heap_type->ht_type.tp_traverse = traverse_plan;
-                   }))
-      .def(py::init<py::list, py::list, py::dict, const py::set&, const py::set&>(), py::arg("param_groups"),
-           py::arg("groups"), py::arg("state"), py::arg("mine"), py::arg("fresh"))
-      .def("scan", &Plan::scan)
-      .def("run", &Plan::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
+  using fusedopt::host::CpuJob;
+  add_class<CpuJob>(m, "CpuJob")
+      .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
            py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
-      .def("write", &Plan::write, py::arg("live"))
-      .def("commit", &Plan::commit)
-      .def("release_gradients", &Plan::release_gradients)
-      .def_property_readonly("rows", &Plan::rows)
-      .def_property_readonly("cohorts", &Plan::cohorts);
+      .def_property_readonly("stepped", &CpuJob::stepped)
+      .def_property_readonly("rows", &CpuJob::rows)
+      .def_property_readonly("cohorts", &CpuJob::cohorts);
+  using fusedopt::host::DeviceTable;
+  add_class<DeviceTable>(m, "DeviceTable")
+      .def("write", &DeviceTable::write, py::arg("words"))
+      .def("commit", &DeviceTable::commit);
 }

@@ -1,13 +1,17 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
 ``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for,
-``accepts(p, group, rule) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device`` where it
-keeps the parameter's step. ``Plan(optimizer, members, fresh)`` is what one step runs on. A plan that is
-``asynchronous`` belongs to one device, and tells its verdicts in tensors there; others know them when ``run`` returns.
+``accepts(p, group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device``
+where it keeps the parameter's step. ``Plan(optimizer, members, new_state)`` is what one step runs on; both are lists of
+parameters, counted through all groups. ``scan()`` reads what the step needs and holds the gradients until ``finish()``,
+``run()`` measures, updates, or both, and ``stepped`` says that the parameters were updated since the scan. A plan that
+is ``asynchronous`` belongs to one device, and tells its verdicts in tensors there; others know them when ``run``
+returns. One that is ``indivisible`` updates parameters and counters in one call that no signal handler interrupts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -44,7 +48,9 @@ def check_group(name: str, group: dict[str, Any]) -> None:
         raise ValueError(f"differentiable=True runs on engine 'eager', not {name!r}")
 
 
-def choose(name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], label: str) -> str:
+def choose(
+    name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], state: Mapping[str, Any], label: object
+) -> str:
     """The engine that steps a parameter.
 
     Args:
@@ -52,6 +58,7 @@ def choose(name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], label:
         p: The parameter.
         group: Its param group.
         rule: The optimizer's.
+        state: The parameter's.
         label: What messages call it.
 
     Raises:
@@ -61,7 +68,7 @@ def choose(name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], label:
     for candidate, engine in ENGINES.items():
         if name not in ("auto", candidate):
             continue
-        reason = engine.available() or engine.accepts(p, group, rule)
+        reason = engine.available() or engine.accepts(p, group, rule, state)
         if reason is None:
             return candidate
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
@@ -82,6 +89,6 @@ def refuse_capture(device: torch.device) -> None:
     tables.refuse_capture(device, "a step needed new states, or found other tensors than the one before,")
 
 
-def plan(name: str, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> Any:
+def plan(name: str, optimizer: Any, members: list[int], new_state: list[int]) -> Any:
     """What an engine needs to step its parameters, of any groups of the optimizer."""
-    return ENGINES[name].Plan(optimizer, members, fresh)
+    return ENGINES[name].Plan(optimizer, members, new_state)

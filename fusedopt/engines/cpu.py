@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from fusedopt import checks, host
 from fusedopt.rule import Rule
 
 
-@cache
+@cache  # of success only: an exception is not remembered
 def load() -> tuple[Any, Any, str]:
     """The host extension, the engine build for this CPU, and its ISA level.
 
@@ -24,10 +24,7 @@ def load() -> tuple[Any, Any, str]:
     """
     extension = host.load()
     level = _isa_level(extension.isa_level())
-    try:
-        return extension, import_module(f"fusedopt._cpu_{level}"), level
-    except ImportError as error:
-        raise ImportError(host.build_failure("cpu") or str(error)) from error
+    return extension, host.extension(f"_cpu_{level}", "cpu"), level
 
 
 def _isa_level(highest: str) -> str:
@@ -51,7 +48,6 @@ def kernel(rule: type[Rule], group: Any) -> dict[str, Any]:
     return _kernels()[rule.name, tuple(s.name for s in rule.active_states(group))]
 
 
-@cache
 def available() -> str | None:
     """Why the engine cannot run here; None if it can."""
     try:
@@ -61,13 +57,13 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type != "cpu":
         return f"it is on {p.device}"
     if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
         return f"rule {rule.name!r} has no C++ kernel"
-    return checks.unsteppable(p, group)
+    return checks.unsteppable(p, group, rule, state)
 
 
 def home() -> torch.device:
@@ -84,38 +80,51 @@ class Plan:
     """The parameters of an optimizer that this engine steps."""
 
     asynchronous = False
+    indivisible = True
     device = None
 
-    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
         extension, engine, _ = load()
         rule = optimizer.rule
         specs = [_group_spec(rule, group) for group in optimizer.param_groups]
-        mine, new = {id(p) for p in members}, {id(p) for p in fresh}
+        self.members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
-        self._tables = extension.Plan(self._groups, specs, self._state, mine, new)
+        self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state)
         self._engine = engine.run
 
+    @property
+    def stepped(self) -> bool:
+        """Whether the parameters were updated since the last scan."""
+        return self._job.stepped
+
+    @property
+    def cohorts(self) -> int:
+        """How many different coefficients the last step prepared."""
+        return self._job.cohorts
+
     def scan(self) -> bool:
-        """Read gradients and hyperparameters; False when the plan no longer fits and must be built anew."""
+        """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""
         replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
-        return not replaced and self._tables.scan()
+        if replaced or not self._job.scan(torch.get_num_threads()):
+            return False
+        if host.CHECKED:
+            host.check_scan(self._job)
+        return True
 
     def run(
         self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None
     ) -> tuple[float, float, bool]:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
         inverse = scaling.inverse
-        total, skipped = self._tables.run(
+        total, skipped = self._job.run(
             self._engine, torch.get_num_threads(), inverse, max_norm, measure, update, skip_nonfinite, squared or 0.0
         )
         return total, math.sqrt(total) * inverse, skipped
 
-    def finish(self, *, stepped: bool) -> None:
-        """The step is over: advance the counters if it happened, and let go of the gradients."""
-        if stepped:
-            self._tables.commit()
-        self._tables.release_gradients()
+    def finish(self) -> None:
+        """The step is over: let go of the gradients."""
+        self._job.release()
 
 
 def _group_spec(rule: type[Rule], group: Any) -> tuple[Any, ...]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from importlib import import_module
 from typing import Any
 
 import torch
@@ -21,10 +21,7 @@ def load() -> Any:
     Raises:
         ImportError: With the real reason.
     """
-    try:
-        return import_module("fusedopt._cuda")
-    except ImportError as error:
-        raise ImportError("; ".join(filter(None, (host.build_failure("cuda"), str(error))))) from error
+    return host.extension("_cuda", "cuda")
 
 
 def available() -> str | None:
@@ -43,7 +40,7 @@ def home() -> torch.device:
     return torch.device(load().device_type)
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type != load().device_type:
         return f"it is on {p.device}"
@@ -51,7 +48,7 @@ def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
     if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
         return f"rule {rule.name!r} has no CUDA kernel"
-    return checks.unsteppable(p, group)
+    return checks.unsteppable(p, group, rule, state)
 
 
 def counters(p: Tensor) -> torch.device:
@@ -85,18 +82,18 @@ def _index(device: torch.device) -> int:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one GPU."""
 
-    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
-        extension, rule, device = load(), optimizer.rule, members[0].device
-        mine = {id(p) for p in members}
-        groups = [g for g in optimizer.param_groups if any(id(p) in mine for p in g["params"])]
-        states = {tuple(s.name for s in rule.active_states(group)) for group in groups}
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
+        extension, rule = load(), optimizer.rule
+        chosen = optimizer.members(members)
+        device = chosen[0][0].device
+        states = {tuple(s.name for s in rule.active_states(group)) for _, group in chosen}
         choice = extension.Choice(rule.name, sorted(map(list, states)))
         index = _index(device)
         with on_device(device):
             blocks = choice.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
-        super().__init__(optimizer, members, fresh, names, blocks, extension.tile, limit)
+        super().__init__(optimizer, members, new_state, names, blocks, extension.tile, limit)
         t, v = self.table, self.verdict
         self._partials = torch.empty(t.programs, dtype=torch.float64, device=device)
         tables = {

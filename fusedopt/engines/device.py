@@ -12,6 +12,7 @@ from torch import Tensor
 from fusedopt import checks, host
 from fusedopt.engines.tables import HEADER, Live, Rows, is_capturing, refuse_capture
 from fusedopt.rule import LAST_FLOAT_STEP
+from fusedopt.scan import Scan
 
 
 def on_device(device: torch.device) -> Any:
@@ -24,8 +25,8 @@ class DevicePlan:
 
     Args:
         optimizer: Whose parameters.
-        members: Those that the plan steps, all on one device.
-        fresh: Those whose states were made for the coming step.
+        members: Those that the plan steps, counted through all groups; all are on one device.
+        new_state: Those whose states were made for the coming step.
         names: The rule's states, scalars and hyperparameters, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
@@ -33,22 +34,25 @@ class DevicePlan:
     """
 
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
+    indivisible = False
 
     def __init__(
         self,
         optimizer: Any,
-        members: list[Tensor],
-        fresh: list[Tensor],
+        members: list[int],
+        new_state: list[int],
         names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
         programs: int,
         tile: int,
         by_value: int = 0,
     ) -> None:
-        self.device = members[0].device
+        self.members = members
+        self._params = [p for p, _ in optimizer.members(members)]
+        self.device = self._params[0].device
+        self.stepped = False
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
-        self._members = members
-        self._scan = host.device_scan(optimizer, names[2], members, fresh, self.device)
+        self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
         with on_device(self.device):
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
             words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
@@ -60,10 +64,13 @@ class DevicePlan:
         self._room = self._steps_left(names[1])
 
     def scan(self) -> bool:
-        """Read gradients and hyperparameters; False when the plan no longer fits and must be built anew."""
+        """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""
+        self.stepped = False
         replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
-        if replaced or not self._scan.scan():
+        if replaced or not self._scan.scan(torch.get_num_threads()):
             return False
+        if host.CHECKED and not isinstance(self._scan, Scan):
+            host.check_scan(self._scan)
         self.live.changed(self._scan.write(self._body))
         self._room -= 1
         return self._room >= 0
@@ -72,7 +79,7 @@ class DevicePlan:
         """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""
         if "step" not in scalars:
             return sys.maxsize
-        states = [self._state.get(p, {}) for p in self._members]
+        states = [self._state.get(p, {}) for p in self._params]
         steps = [s["step"] for s in states if "step" in s and s["step"].dtype == torch.float32]
         return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize
 
@@ -102,6 +109,9 @@ class DevicePlan:
                 verdict.squared.fill_(squared)
             scale, found_inf = self._here(scaling.grad_scale, verdict.one), self._here(scaling.found_inf, verdict.zero)
             self.launch(measure, update, scale, found_inf)
+            if update:
+                self._scan.commit()
+                self.stepped = True
         return verdict.squared, verdict.norm, verdict.skipped
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
@@ -115,11 +125,9 @@ class DevicePlan:
         """
         raise NotImplementedError
 
-    def finish(self, *, stepped: bool) -> None:
-        """The step was launched, or was not: let go of the gradients."""
-        if stepped:
-            self._scan.commit()
-        self._scan.release_gradients()
+    def finish(self) -> None:
+        """The step is over: let go of the gradients."""
+        self._scan.release()
 
     def _enter_stream(self) -> None:
         """Tell the allocator where the tables are used, so that a later plan does not get their memory too early."""
@@ -147,13 +155,11 @@ class DevicePlan:
         """A graph steps what has a gradient now, and nothing else ever; and kernels are loaded outside of it."""
         if parts - self._launched:
             refuse_capture(self.device, "clipping or skip_nonfinite was switched on")
-        mine = {id(p) for p in self._members}
-        for g, group in enumerate(self._groups):
-            for i, p in enumerate(group["params"]):
-                if id(p) in mine and p.requires_grad and p.grad is None:
-                    name = checks.name_of(group, g, i, p)
-                    raise RuntimeError(
-                        f"{name} has no gradient while a CUDA graph is captured, and no replay would step it; capture "
-                        "the backward pass with the step, or keep gradients with zero_grad(set_to_none=False)"
-                    )
+        labels = checks.labels(self._groups)
+        for i, p in zip(self.members, self._params, strict=True):
+            if p.requires_grad and p.grad is None:
+                raise RuntimeError(
+                    f"{labels[i]} has no gradient while a CUDA graph is captured, and no replay would step it; capture "
+                    "the backward pass with the step, or keep gradients with zero_grad(set_to_none=False)"
+                )
         self._optimizer.keep(self)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines
+from fusedopt import checks, engines, memory
 from fusedopt.rule import Rule
 
 
@@ -18,9 +19,9 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
-    if checks.overlaps(p):
+    if p.layout == torch.strided and not p.is_nested and memory.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
     return None
 
@@ -39,37 +40,38 @@ class Plan:
     """The parameters of an optimizer that this engine steps."""
 
     asynchronous = False
+    indivisible = False
     device = None
 
-    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
         self.optimizer = optimizer
-        self.members = {id(p) for p in members}
-        self.fresh = {id(p) for p in fresh}
+        self.members = members
+        self.new_state = set(new_state)
+        self.stepped = False
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def _parameters(self):
-        for g, group in enumerate(self.optimizer.param_groups):
-            for i, p in enumerate(group["params"]):
-                if id(p) in self.members:
-                    yield g, i, p, group
+    def _with_gradients(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
+        for i, (p, group) in zip(self.members, self.optimizer.members(self.members), strict=True):
+            if p.grad is not None:
+                yield i, p, group
 
     def scan(self) -> bool:
         """Whether all is as it was planned; if not, planning anew says what is wrong."""
         optimizer = self.optimizer
-        everyone = [p for group in optimizer.param_groups for p in group["params"]]
-        if [id(p) for p in everyone] != [id(p) for p in self.everyone]:
-            return False
+        self.stepped = False
         try:
             for g, group in enumerate(optimizer.param_groups):
                 checks.group(optimizer.rule, group, g, stepping=True)
-            for g, i, p, group in self._parameters():
-                if p.grad is None:
-                    continue
-                name = checks.name_of(group, g, i, p)
-                optimizer.check_parameter(p, group, name)
+            everyone = [p for group in optimizer.param_groups for p in group["params"]]
+            if len(everyone) != len(self.everyone) or any(map(lambda a, b: a is not b, everyone, self.everyone)):
+                return False
+            labels = checks.labels(optimizer.param_groups)
+            for i, p, group in self._with_gradients():
+                optimizer.check_parameter(p, group, labels[i])
                 if optimizer.needs_state(p, group, counters(p)):
                     return False
-                if engines.choose(optimizer.engine, p, group, optimizer.rule, name) != "eager":
+                state = optimizer.state.get(p, {})
+                if engines.choose(optimizer.engine, p, group, optimizer.rule, state, labels[i]) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False
@@ -85,26 +87,27 @@ class Plan:
         if update and not skipped:
             clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
             factor = scaling.inverse * (1.0 if clip > 1 else clip)
-            for _, _, p, group in self._parameters():
-                if p.grad is not None:
-                    with torch.set_grad_enabled(bool(group["differentiable"])):
-                        self._update(p, group, factor)
+            for i, p, group in self._with_gradients():
+                with torch.set_grad_enabled(bool(group["differentiable"])):
+                    self._update(p, group, factor, i in self.new_state)
+            self.stepped = True
         return squared, norm, skipped
 
-    def finish(self, *, stepped: bool) -> None:
+    def finish(self) -> None:
         """The step is over."""
-        self.fresh.clear()
+        if self.stepped:
+            self.new_state.clear()
 
     @torch.no_grad()
     def _squared_norm(self) -> Tensor | float:
         total: Tensor | float = 0.0
-        for _, _, p, _ in self._parameters():
+        for _, p, _ in self._with_gradients():
             if p.grad is not None and p.grad.numel():
                 wide = torch.float32 if p.device.type == "mps" else torch.float64
                 total = total + _real(p.grad).to(wide).square().sum().cpu()
         return total
 
-    def _update(self, p: Tensor, group: dict[str, Any], factor: float) -> None:
+    def _update(self, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
         """One parameter's step, in the order that all engines keep."""
         rule, state = self.optimizer.rule, self.optimizer.state[p]
         compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
@@ -112,7 +115,7 @@ class Plan:
         s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
         if rule.scalars:
             s.step += 1
-        c = rule.prepare(h, s, id(p) in self.fresh)
+        c = rule.prepare(h, s, new_state)
 
         value = _real(p).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
         assert p.grad is not None
@@ -148,4 +151,7 @@ def _like(p: Tensor, real: Tensor) -> Tensor:
 
 def _write(t: Tensor, real: Tensor) -> None:
     """Round a result of the compute type into a tensor, in place."""
-    (torch.view_as_real(t) if t.is_complex() else t).copy_(real)
+    if t.is_conj():
+        t.copy_(torch.view_as_complex(real).to(t.dtype))
+    else:
+        (torch.view_as_real(t) if t.is_complex() else t).copy_(real)

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks
-from fusedopt.scan import resolved, significant
+from fusedopt import memory
 
 HEADER = 3  # words of `live` before the rows: max_norm, whether the norm was measured, whether it may skip
 ROW = 5  # words of a row besides its states and scalars: numel, kind, layout, group, the parameter's address
@@ -126,7 +125,7 @@ class Rows:
 
     Args:
         optimizer: Whose parameters.
-        members: Those that the plan steps.
+        members: Those that the plan steps, counted through all groups.
         device: Where they are.
         names: The rule's states, and its scalars, in the engine's order.
         programs: How many the engine launches at most.
@@ -136,7 +135,7 @@ class Rows:
     def __init__(
         self,
         optimizer: Any,
-        members: list[Tensor],
+        members: list[int],
         device: torch.device,
         names: tuple[tuple[str, ...], tuple[str, ...]],
         programs: int,
@@ -145,13 +144,12 @@ class Rows:
         self.width = ROW + len(names[0]) + len(names[1])
         self._names, self._kinds = names, {}
         self._layouts: list[int] = []
-        mine = {id(p) for p in members}
+        which = set(members)
+        everyone = [(g, group, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
         rows = [
-            self._row(optimizer, p, group, g) if id(p) in mine else None
-            for g, group in enumerate(optimizer.param_groups)
-            for p in group["params"]
+            (self._row(optimizer, p, group, g) if i in which else None) or [0] * self.width
+            for i, (g, group, p) in enumerate(everyone)
         ]
-        rows = [row or [0] * self.width for row in rows]
         tiles = [0]
         for row in rows:
             tiles.append(tiles[-1] + -(-row[0] // tile))
@@ -174,9 +172,9 @@ class Rows:
         active = [s.name for s in optimizer.rule.active_states(group)]
         if any(state.get(name) is None for name in (*active, *self._names[1])):
             return None
-        operands = {"param": p, "grad": p if p.grad is None else resolved(p.grad)}
+        operands = {"param": p, "grad": p if p.grad is None else memory.resolved(p.grad)}
         operands.update({name: state[name] for name in active})
-        dense = not checks.has_gaps(p) and len({significant(t) for t in operands.values()}) == 1
+        dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
         types = " ".join(f"{name}={TYPES[_part(t.dtype)]}" for name, t in operands.items())
         kind = self._kinds.setdefault(f"{'dense' if dense else 'strided'} {types}", len(self._kinds))
         layout = 0 if dense else self._layout(p, list(operands.values()))

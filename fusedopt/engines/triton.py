@@ -5,6 +5,7 @@ With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly,
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -48,13 +49,13 @@ def available() -> str | None:
     return "torch sees no GPU"
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule]) -> str | None:
+def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type not in (("cpu",) if interprets() else GPUS):
         return f"it is on {p.device}"
     if rule.name not in _rules():
         return f"rule {rule.name!r} has no Triton kernel"
-    return checks.unsteppable(p, group)
+    return checks.unsteppable(p, group, rule, state)
 
 
 def home() -> torch.device:
@@ -96,15 +97,15 @@ def backend_of(device: torch.device) -> str:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
-    def __init__(self, optimizer: Any, members: list[Tensor], fresh: list[Tensor]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
         from fusedopt.triton_kernels import norm, step  # pyright: ignore[reportMissingImports]
 
-        device = members[0].device
+        device = optimizer.members(members)[0][0].device
         ours = _rules()[optimizer.rule.name]
         interpreted = device.type == "cpu"
         tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
         programs = INTERPRETED_PROGRAMS if interpreted else _programs(device)
-        super().__init__(optimizer, members, fresh, (ours.states, ours.scalars, ours.hyper), programs, tile)
+        super().__init__(optimizer, members, new_state, (ours.states, ours.scalars, ours.hyper), programs, tile)
         for_norm, for_step = constants(optimizer.rule, self.table.kinds, tile)
         extra = {} if interpreted else options(backend_of(device))
         launch = _quietly if interpreted else lambda kernel: kernel

@@ -1,19 +1,21 @@
-#include "host/geometry.h"
+#include "host/walk_order.h"
 
 #include <algorithm>
 #include <stdexcept>
 
 namespace fusedopt::host {
 
-Geometry::Geometry(const DLTensor& t, const std::int64_t* stride) : parts_(is_complex(t) ? 2 : 1), numel_(parts_) {
-  for (int d = 0; d < t.ndim; ++d) {
-    numel_ *= t.shape[d];
-    if (t.shape[d] != 1) order_.push_back(d);
+WalkOrder::WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex)
+    : parts_(is_complex ? 2 : 1), numel_(parts_) {
+  for (int d = 0; d < ndim; ++d) {
+    numel_ *= shape[d];
+    if (shape[d] != 1) order_.push_back({d, shape[d]});
   }
-  std::stable_sort(order_.begin(), order_.end(), [&](int a, int b) { return stride[a] > stride[b]; });
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](const Dim& a, const Dim& b) { return strides[a.index] > strides[b.index]; });
 }
 
-Layout Geometry::layout_of(const DLTensor& t) const {
+Layout WalkOrder::layout_of(const std::int64_t* strides) const {
   Layout out;
   if (numel_ <= parts_) return out;
   const auto append = [&](std::int64_t size, std::int64_t stride) {
@@ -26,7 +28,7 @@ Layout Geometry::layout_of(const DLTensor& t) const {
     out.shape[out.ndim] = size;
     out.stride[out.ndim++] = stride;
   };
-  for (const int d : order_) append(t.shape[d], t.strides[d] * parts_);
+  for (const Dim& dim : order_) append(dim.size, strides[dim.index] * parts_);
   if (parts_ == 2) append(2, 1);
   if (out.ndim == 1 && out.stride[0] == 1) out.ndim = 0;
   return out;

@@ -5,27 +5,29 @@
 #include <vector>
 
 #include "core/job.h"
-#include "host/tensor.h"
 
 namespace fusedopt::host {
 
 // The walking order of a parameter: by falling stride, so that a dense parameter of any memory
 // format (channels_last, transposed) is one run of memory. Complex tensors count as real ones with a
 // last dimension of 2.
-class Geometry {
+class WalkOrder {
  public:
-  explicit Geometry(const DLTensor& parameter) : Geometry(parameter, parameter.strides) {}
-  Geometry(const DLTensor& same_shape, const std::int64_t* parameter_strides);
+  WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex);
 
   std::int64_t numel() const { return numel_; }
 
-  // The layout of `t`, which has the parameter's shape, in walking order. ndim = 0: dense.
-  Layout layout_of(const DLTensor& t) const;
+  // The layout of a tensor of the parameter's shape, in walking order. ndim = 0: dense.
+  Layout layout_of(const std::int64_t* strides) const;
 
  private:
+  struct Dim {
+    int index;
+    std::int64_t size;
+  };
   int parts_;  // 2 for complex
   std::int64_t numel_;
-  std::vector<int> order_;  // outermost first; dimensions of size 1 left out
+  std::vector<Dim> order_;  // outermost first; dimensions of size 1 left out
 };
 
 }  // namespace fusedopt::host

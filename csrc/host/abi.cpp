@@ -1,0 +1,153 @@
+#include "host/abi.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+
+namespace fusedopt::host {
+namespace {
+
+// Tensors of many small parameters do not fit in cache; their misses overlap when each stage works some tensors ahead
+// of the next. The stages are tensor object, then what it points to.
+constexpr std::int64_t kObjectAhead = 16;
+constexpr std::int64_t kImplAhead = 8;
+constexpr std::int64_t kImplLines = 3;
+constexpr std::int64_t kBlock = 128;  // tensors that a thread takes at a time
+
+std::atomic<bool> forked{false};
+[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// Where an at::Tensor points: only to prefetch.
+void prefetch_impl(Abi::Handle tensor) {
+  const char* impl = *static_cast<const char* const*>(tensor);
+  for (std::int64_t line = 0; line < kImplLines; ++line) __builtin_prefetch(impl + 64 * line);
+}
+
+template <class HandleAt>
+void prefetch(HandleAt handle_at, std::int64_t i, std::int64_t n) {
+  if (i + kObjectAhead < n) {
+    if (Abi::Handle far = handle_at(i + kObjectAhead)) __builtin_prefetch(far);
+    if (Abi::Handle near = handle_at(i + kImplAhead)) prefetch_impl(near);
+  }
+}
+
+bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
+  std::int64_t now;
+  if (abi.get_dim(tensor, &now) || now != ndim) return false;
+  if (!ndim) return true;
+  std::int64_t *sizes, *steps;
+  if (abi.get_sizes(tensor, &sizes) || !std::equal(sizes, sizes + ndim, shape)) return false;
+  return !abi.get_strides(tensor, &steps) && std::equal(steps, steps + ndim, strides);
+}
+
+bool is_there(const Abi& abi, Abi::Handle tensor, std::int32_t dtype, std::int32_t device_type,
+              std::int32_t device_index) {
+  std::int32_t layout, type, device, index;
+  return !abi.get_layout(tensor, &layout) && layout == abi.strided && !abi.get_dtype(tensor, &type) && type == dtype &&
+         !abi.get_device_type(tensor, &device) && device == device_type && !abi.get_device_index(tensor, &index) &&
+         index == device_index;
+}
+
+}  // namespace
+
+std::int64_t Geometry::numel() const {
+  std::int64_t n = 1;
+  for (int d = 0; d < ndim; ++d) n *= shape[d];
+  return n;
+}
+
+std::int64_t Geometry::reach(int item_size) const {
+  std::int64_t last = 0;
+  for (int d = 0; d < ndim; ++d) {
+    if (!shape[d]) return 0;
+    last += (shape[d] - 1) * strides[d];
+  }
+  return (last + 1) * item_size;
+}
+
+bool Geometry::has_memory(int item_size) const {
+  const std::int64_t needed = reach(item_size);
+  return !needed || (address && storage_offset * item_size + needed <= storage_bytes);
+}
+
+bool Abi::read(Handle tensor, Access access, Geometry* out) const {
+  std::int32_t layout;
+  std::int64_t ndim;
+  std::int64_t *shape, *strides;
+  if (get_layout(tensor, &layout) || layout != strided) return false;
+  if (get_dim(tensor, &ndim) || get_sizes(tensor, &shape) || get_strides(tensor, &strides)) return false;
+  if (get_dtype(tensor, &out->dtype) || get_device_type(tensor, &out->device_type) ||
+      get_device_index(tensor, &out->device_index) || get_storage_size(tensor, &out->storage_bytes) ||
+      get_storage_offset(tensor, &out->storage_offset)) {
+    return false;
+  }
+  out->ndim = static_cast<std::int32_t>(ndim);
+  out->shape = shape;
+  out->strides = strides;
+  out->conjugated = is_conj(tensor);
+  out->negated = is_neg(tensor);
+  if (access == Access::kWrite) return !get_data_ptr(tensor, &out->address);
+  const void* address;
+  if (get_const_data_ptr(tensor, &address)) return false;
+  out->address = const_cast<void*>(address);
+  return true;
+}
+
+bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims) {
+  const std::int64_t* const shape = dims + was.dims;
+  if (!is_there(abi, was.tensor, was.dtype, was.device_type, was.device_index)) return false;
+  if (!has_dims(abi, was.tensor, was.ndim, shape, shape + was.ndim)) return false;
+  std::int64_t bytes;
+  if (abi.get_storage_size(was.tensor, &bytes) || bytes != was.storage_bytes) return false;
+  if (abi.is_neg(was.tensor) || (was.is_complex && abi.is_conj(was.tensor))) return false;
+  const void* address;
+  if (abi.get_const_data_ptr(was.tensor, &address) || address != was.address) return false;
+  void* writable;
+  return !abi.get_data_ptr(was.tensor, &writable) && writable == was.address;
+}
+
+const void* fitting_address(const Abi& abi, Abi::Handle gradient, const GradientExpectation& like,
+                            const std::int64_t* dims) {
+  if (!is_there(abi, gradient, like.dtype, like.device_type, like.device_index)) return nullptr;
+  if (!has_dims(abi, gradient, like.ndim, dims + like.shape, dims + like.strides)) return nullptr;
+  std::int64_t bytes, offset;
+  const void* address;
+  if (abi.get_storage_size(gradient, &bytes) || abi.get_storage_offset(gradient, &offset) ||
+      offset * like.item_size + like.reach > bytes || abi.get_const_data_ptr(gradient, &address)) {
+    return nullptr;
+  }
+  return address;
+}
+
+bool inspect(const Inspection& all, int threads) {
+  const std::int64_t n = all.n_tensors, blocks = (n + kBlock - 1) / kBlock;
+  const std::int64_t gradient_blocks = (all.n_gradients + kBlock - 1) / kBlock;
+  std::atomic<bool> unchanged{true};
+  const auto tensor_block = [&](std::int64_t b) {
+    const auto handle_at = [&](std::int64_t i) { return all.tensors[i].tensor; };
+    for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
+      prefetch(handle_at, i, n);
+      if (!is_unchanged(all.abi, all.tensors[i], all.dims)) return unchanged.store(false, std::memory_order_relaxed);
+    }
+  };
+  const auto gradient_block = [&](std::int64_t b) {
+    const auto handle_at = [&](std::int64_t i) { return all.gradients[i]; };
+    for (std::int64_t i = b * kBlock; i < std::min(all.n_gradients, (b + 1) * kBlock); ++i) {
+      prefetch(handle_at, i, all.n_gradients);
+      const Abi::Handle gradient = all.gradients[i];
+      all.addresses[i] = gradient ? fitting_address(all.abi, gradient, all.like[i], all.dims) : nullptr;
+    }
+  };
+  const auto block = [&](std::int64_t b) {
+    if (b < gradient_blocks) return gradient_block(b);
+    if (unchanged.load(std::memory_order_relaxed)) tensor_block(b - gradient_blocks);
+  };
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
+  for (std::int64_t b = 0; b < gradient_blocks + blocks; ++b) block(b);
+  return unchanged;
+}
+
+int team_size(int wanted) { return forked ? 1 : wanted; }
+
+}  // namespace fusedopt::host

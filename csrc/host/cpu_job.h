@@ -1,0 +1,78 @@
+// The job of the CPU engine: a roster's tensors as rows, cut into near-equal items, and the step counters, which the
+// host advances.
+#pragma once
+
+#include <deque>
+#include <vector>
+
+#include "core/job.h"
+#include "host/roster.h"
+
+namespace fusedopt::host {
+
+class CpuJob {
+ public:
+  // See Roster.
+  CpuJob(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
+         const std::vector<std::size_t>& new_state);
+
+  // True when all is as it was planned and a step can run; false when a job must be made anew.
+  bool scan(int threads);
+
+  // Runs an engine without the GIL, and advances the counters of what it stepped: one call, so that nothing comes
+  // between a step and its counters. Returns (squared norm, skipped).
+  py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                bool update, bool skip_nonfinite, double squared_norm);
+
+  // The parameters were stepped since the last scan.
+  bool stepped() const { return stepped_; }
+  void release();
+
+  std::size_t rows() const { return rows_.size(); }
+  std::size_t cohorts() const { return cohorts_.size(); }
+  const Roster& roster() const { return roster_; }
+
+ private:
+  // A 0-dim state such as `step`.
+  struct Counter {
+    void* address;
+    bool wide;  // double, else float
+    double read() const { return wide ? *static_cast<const double*>(address) : *static_cast<const float*>(address); }
+    void write(double value) const;
+  };
+  struct Counters {
+    Counter of[kMaxScalars];
+  };
+  struct CohortKey {
+    std::int32_t group;
+    bool new_state;
+    double before[kMaxScalars], after[kMaxScalars];
+  };
+
+  void add_row(const Entry& entry);
+  void split_into_items();
+  void lay_out(std::size_t i);
+  bool counters_have_room() const;
+  void make_cohorts();
+  void join_cohort(std::size_t i);
+  void advance_counters();
+
+  Roster roster_;
+  std::vector<Row> rows_;
+  std::vector<Counters> counters_;
+  std::vector<const Layouts*> planned_layouts_;  // of each row
+  std::vector<bool> planned_in_place_;
+  std::deque<Layout> layouts_;  // of parameters, states and gradients as planned
+  std::deque<Layouts> tables_;
+  std::deque<Layout> step_layouts_;  // of this step's other gradients
+  std::deque<Layouts> step_tables_;
+  std::vector<Item> items_;
+  std::vector<std::int64_t> bundles_;
+  std::vector<double> partials_;
+  std::vector<Cohort> cohorts_;
+  std::vector<CohortKey> cohort_keys_;
+  std::int64_t numel_ = 0;
+  bool stepped_ = false;
+};
+
+}  // namespace fusedopt::host

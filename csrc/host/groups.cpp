@@ -1,0 +1,127 @@
+#include "host/groups.h"
+
+#include <stdexcept>
+
+#include "host/tensors.h"
+
+namespace fusedopt::host {
+namespace {
+
+PyObject* const* items(const py::object& sequence) { return PySequence_Fast_ITEMS(sequence.ptr()); }
+Py_ssize_t length(const py::object& sequence) { return PySequence_Fast_GET_SIZE(sequence.ptr()); }
+
+// 1, 0, or -1 with a Python error.
+int truth(const py::object& value) { return value ? PyObject_IsTrue(value.ptr()) : -1; }
+
+PyObject* params_key() {
+  static PyObject* const key = PyUnicode_InternFromString("params");
+  return key;
+}
+
+}  // namespace
+
+py::object look_up(PyObject* mapping, PyObject* key) {
+  // Not by PyObject_GetItem in a dict: a defaultdict would make an entry.
+  if (PyDict_Check(mapping)) return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(mapping, key));
+  return py::reinterpret_steal<py::object>(PyObject_GetItem(mapping, key));
+}
+
+py::object as_sequence(PyObject* iterable) {
+  return py::reinterpret_steal<py::object>(PySequence_Fast(iterable, "params must be a sequence"));
+}
+
+NamedKernel::NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
+                         std::vector<std::string> hyper)
+    : rule(std::move(rule)), states(std::move(states)), scalars(std::move(scalars)), hyper(std::move(hyper)), kernel{} {
+  if (this->states.size() > kMaxStates || this->scalars.size() > kMaxScalars || this->hyper.size() > kMaxHyper) {
+    throw std::invalid_argument("rule " + this->rule + " has more names than csrc/core/rule.h allows");
+  }
+  for (const auto* names : {&this->states, &this->scalars, &this->hyper}) {
+    for (const std::string& name : *names) pointers.push_back(name.c_str());
+  }
+  kernel.rule = this->rule.c_str();
+  kernel.n_states = static_cast<int>(this->states.size());
+  kernel.n_scalars = static_cast<int>(this->scalars.size());
+  kernel.n_hyper = static_cast<int>(this->hyper.size());
+  kernel.states = pointers.data();
+  kernel.scalars = kernel.states + kernel.n_states;
+  kernel.hyper = kernel.scalars + kernel.n_scalars;
+}
+
+Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group)) {
+  const py::object params = look_up(group_.ptr(), params_key());
+  const py::object sequence = params ? as_sequence(params.ptr()) : py::object();
+  if (!sequence) throw std::invalid_argument("a param group has no sequence of params");
+  for (Py_ssize_t i = 0; i < length(sequence); ++i) {
+    params_.push_back(py::reinterpret_borrow<py::object>(items(sequence)[i]));
+  }
+  kernel_owner_ = spec[0];
+  kernel_ = py::reinterpret_borrow<py::capsule>(kernel_owner_).get_pointer<const Kernel>();
+  for (const py::handle item : py::object(spec[1])) {
+    const auto h = py::reinterpret_borrow<py::tuple>(item);
+    hyper_.push_back(
+        {h[0], h[1].cast<Py_ssize_t>(), h[2].cast<Py_ssize_t>(), h[3].cast<double>(), h[4].cast<double>()});
+  }
+  if (hyper_.size() != 2 + static_cast<std::size_t>(kernel_->n_hyper)) {
+    throw std::logic_error("hyperparameters do not match the kernel");
+  }
+  for (const py::handle item : py::object(spec[2])) {
+    const auto s = py::reinterpret_borrow<py::tuple>(item);
+    switches_.push_back({s[0], s[1].cast<bool>()});
+  }
+  decoupled_ = spec[3];
+}
+
+bool Group::is_unchanged(PyObject* group) const {
+  if (group != group_.ptr()) return false;
+  const py::object params = look_up(group, params_key());
+  const py::object sequence = params ? as_sequence(params.ptr()) : py::object();
+  if (!sequence || length(sequence) != static_cast<Py_ssize_t>(params_.size())) return false;
+  for (std::size_t i = 0; i < params_.size(); ++i) {
+    if (items(sequence)[i] != params_[i].ptr()) return false;
+  }
+  return true;
+}
+
+bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,
+                       std::int64_t* source) const {
+  py::object found = look_up(group_.ptr(), h.key.ptr());
+  if (!found) return false;
+  if (h.index >= 0) {
+    if (!PyTuple_Check(found.ptr()) && !PyList_Check(found.ptr())) return false;
+    if (length(found) != h.count) return false;
+    found = py::reinterpret_borrow<py::object>(items(found)[h.index]);
+  }
+  *value = 0;
+  *source = source_of ? source_of(found.ptr(), context) : 0;
+  if (*source) return true;
+  return torch.number(found.ptr(), value) && *value >= h.low && *value <= h.high;
+}
+
+bool Group::read(SourceOf source_of, const void* context) {
+  static PyObject* const maximize_key = PyUnicode_InternFromString("maximize");
+  for (std::size_t k = 0; k < hyper_.size(); ++k) {
+    if (!read_value(hyper_[k], source_of, context, &values[k], &sources[k])) return false;
+  }
+  for (const Switch& s : switches_) {
+    if (truth(look_up(group_.ptr(), s.key.ptr())) != static_cast<int>(s.on)) return false;
+  }
+  const int maximize = truth(look_up(group_.ptr(), maximize_key));
+  const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);
+  if (maximize < 0 || decoupled < 0) return false;
+  const double lr = values[0], weight_decay = values[1];
+  is_decoupled = decoupled;
+  common.lr = lr;
+  common.coupled_decay = is_decoupled ? 0 : weight_decay;
+  common.keep = is_decoupled ? 1 - lr * weight_decay : 1;
+  common.sign = maximize ? -1 : 1;
+  return true;
+}
+
+int Group::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(group_.ptr());
+  for (const py::object& param : params_) Py_VISIT(param.ptr());
+  return 0;
+}
+
+}  // namespace fusedopt::host

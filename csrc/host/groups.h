@@ -1,0 +1,103 @@
+// What a step reads of the param groups.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+#include <vector>
+
+#include "core/job.h"
+
+namespace fusedopt::host {
+
+namespace py = pybind11;
+
+// A hyperparameter in a group: group[key], or group[key][index] of `count` numbers when index >= 0.
+struct HyperKey {
+  py::object key;
+  Py_ssize_t index, count;
+  double low, high;  // what it may be, ends included
+};
+
+// A hyperparameter that decides which states there are; it must keep its truth value.
+struct Switch {
+  py::object key;
+  bool on;
+};
+
+// A kernel of which the host knows only names: a device prepares its coefficients, and counts its steps.
+struct NamedKernel {
+  std::string rule;
+  std::vector<std::string> states, scalars, hyper;
+  std::vector<const char*> pointers;
+  Kernel kernel;
+  NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
+              std::vector<std::string> hyper);
+};
+
+// Tells where a device reads a hyperparameter that is a tensor there: an address whose bit 0 says that it is a double.
+// 0: the host reads it.
+using SourceOf = std::int64_t (*)(PyObject* value, const void* context);
+
+class Group {
+ public:
+  // spec: (kernel capsule, [(key, index, count, low, high)], [(key, on)], decoupled: True, False or the key of a flag)
+  Group(py::object group, const py::tuple& spec);
+
+  // Reads all hyperparameters; false, perhaps with a Python error, when the plan does not fit them. May run Python.
+  bool read(SourceOf source_of, const void* context);
+  // The same group, with the same parameters in the same order.
+  bool is_unchanged(PyObject* group) const;
+
+  const Kernel& kernel() const { return *kernel_; }
+  std::size_t size() const { return params_.size(); }
+  PyObject* param(std::size_t i) const { return params_[i].ptr(); }
+  int traverse(visitproc visit, void* arg) const;
+
+  // What `read` found.
+  Cohort common = {};                    // without coefficients
+  double values[2 + kMaxHyper] = {};     // lr, weight_decay, then the kernel's
+  std::int64_t sources[2 + kMaxHyper] = {};
+  bool is_decoupled = false;
+  std::size_t n_values() const { return hyper_.size(); }
+
+ private:
+  bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value, std::int64_t* source) const;
+
+  py::object group_;
+  std::vector<py::object> params_;  // kept alive, so that an address means the same object
+  const Kernel* kernel_;
+  py::object kernel_owner_;
+  std::vector<HyperKey> hyper_;
+  std::vector<Switch> switches_;
+  py::object decoupled_;
+};
+
+// mapping[key] of a dict or any other mapping; empty, perhaps with a Python error, if it is not there.
+py::object look_up(PyObject* mapping, PyObject* key);
+
+// The items of a list or tuple, or of any other iterable; empty with a Python error.
+py::object as_sequence(PyObject* iterable);
+
+// Calls visit(key, value) for the items of a dict, in its order, or of any other mapping, until one returns false.
+// Returns whether all returned true; perhaps with a Python error if not.
+template <class Visit>
+bool each_item(PyObject* mapping, Visit visit) {
+  if (PyDict_Check(mapping)) {
+    Py_ssize_t position = 0;
+    for (PyObject *key, *value; PyDict_Next(mapping, &position, &key, &value);) {
+      if (!visit(key, value)) return false;
+    }
+    return true;
+  }
+  const auto items = py::reinterpret_steal<py::object>(PyMapping_Items(mapping));
+  if (!items) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(items.ptr()); ++i) {
+    PyObject* const item = PyList_GET_ITEM(items.ptr(), i);
+    if (!PyTuple_Check(item) || PyTuple_GET_SIZE(item) != 2) return false;
+    if (!visit(PyTuple_GET_ITEM(item, 0), PyTuple_GET_ITEM(item, 1))) return false;
+  }
+  return true;
+}
+
+}  // namespace fusedopt::host

@@ -1,0 +1,128 @@
+// The roster: every tensor that one engine steps, in the order of the param groups, and what is known of each.
+//
+// `scan` finds out before every step whether all of it is still so. It reads in this order, so that nothing is touched
+// that was not found valid: what may run Python (numbers, gradients), then who is in the groups and states, then every
+// tensor's geometry, which runs no Python and may be shared among threads. It writes nothing.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "host/abi.h"
+#include "host/groups.h"
+#include "host/tensors.h"
+
+namespace fusedopt::host {
+
+// A tensor as it was when it was planned.
+struct Member {
+  PyObject* tensor = nullptr;  // null: there is none; kept alive by the roster
+  void* address = nullptr;
+  DType dtype = DType::f32;  // of a complex tensor's parts
+  bool is_complex = false;
+  bool has_memory = false;
+  std::uint32_t dims = 0;  // where its shape and strides stand
+};
+
+// A parameter of the groups, with its states. One that another engine steps is only a place in the order.
+struct Entry {
+  bool is_member = false;
+  bool new_state = false;     // its states were made for the step to come
+  bool is_steppable = false;  // has all that its kernel needs, with memory, on one device
+  std::int32_t group = 0;
+  std::int32_t ndim = 0;
+  std::int64_t numel = 0;  // of complex tensors, numbers and not pairs of them
+  Member param;
+  Member states[kMaxStates];
+  Member scalars[kMaxScalars];
+  // Of its gradient: as it was when it was planned, else like the parameter.
+  DType gradient_dtype = DType::f32;
+  std::uint32_t gradient_strides = 0;
+};
+
+class Roster {
+ public:
+  // groups: a spec for each param group, see Group
+  // members: which parameters, counted through all groups, are stepped by this plan; others go to another
+  // new_state: which of them have states that were made for the step to come
+  Roster(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
+         const std::vector<std::size_t>& new_state);
+  ~Roster() { release(); }
+  Roster(const Roster&) = delete;
+  Roster& operator=(const Roster&) = delete;
+
+  // True when all is as it was planned and a step can run; false when a plan must be made anew, which then says why.
+  bool scan(int threads, SourceOf source_of, const void* context);
+  // Lets go of the step's gradients.
+  void release();
+
+  std::size_t size() const { return entries_.size(); }
+  const Entry& entry(std::size_t i) const { return entries_[i]; }
+  const Group& group(std::size_t g) const { return groups_[g]; }
+  std::size_t groups() const { return groups_.size(); }
+  const std::int64_t* dims(std::uint32_t at) const { return dims_.data() + at; }
+  const Geometry& device() const { return device_; }  // that all members are on
+
+  // Of the step that was scanned. A gradient that is not laid out as planned tells its strides.
+  bool has_gradient(std::size_t i) const { return gradients_[i] != nullptr; }
+  const void* gradient_address(std::size_t i) const { return addresses_[i]; }
+  const std::int64_t* gradient_strides(std::size_t i) const { return strides_[i]; }
+
+  void set_stepped(std::size_t i) { entries_[i].new_state = false; }
+
+  // (tensor, address, dtype, shape, strides, device type, device index, storage bytes) of all that a scan vouched for.
+  py::list facts() const;
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  Entry entry_of(std::size_t group, PyObject* param, bool new_state);
+  void add_states(Entry& entry, std::size_t i);
+  GradientExpectation gradient_of(Entry& entry, const Expectation& param);
+  bool expect(PyObject* tensor, Member* out);
+  bool storages_are_disjoint();
+
+  bool read_all(int threads, SourceOf source_of, const void* context);
+  bool read_groups(SourceOf source_of, const void* context);
+  bool fetch_gradients();
+  bool containers_are_unchanged() const;
+  bool items_are_unchanged(std::size_t i) const;
+  bool tensors_are_unchanged(int threads);
+  bool find_address(std::size_t i);
+
+  struct Item {
+    PyObject *key, *value;
+  };
+  struct StateItems {
+    PyObject* mapping = nullptr;      // null: no state
+    std::uint32_t first = 0, count = 0;  // in items_
+  };
+
+  py::object param_groups_, state_;
+  std::vector<Group> groups_;
+  std::vector<bool> has_members_;  // of each group
+  std::vector<Entry> entries_;
+  std::vector<StateItems> state_items_;  // of each entry
+  std::vector<Item> items_;
+  std::vector<Item> all_states_;  // the optimizer's, in their order
+  std::vector<py::object> held_;  // keys and values of items_ and all_states_
+  std::vector<std::int64_t> dims_;
+  std::vector<Expectation> expectations_;
+  std::vector<PyObject*> expected_;  // whose they are
+  struct Storage {
+    std::uintptr_t begin, end;
+  };
+  std::vector<Storage> storages_;
+  bool may_share_work_ = true;  // among threads: no two of its tensors have one storage
+  Geometry device_;
+
+  // Of each entry, in the step that was scanned.
+  std::vector<GradientExpectation> like_;
+  std::vector<PyObject*> gradients_;  // owned
+  std::vector<Abi::Handle> handles_;
+  std::vector<const void*> addresses_;
+  std::vector<const std::int64_t*> strides_;  // null: as planned
+};
+
+}  // namespace fusedopt::host

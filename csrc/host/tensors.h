@@ -1,0 +1,78 @@
+// Reads torch's Python tensors, without linking torch: through its C ABI, or where that is not to be had through DLPack.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include FUSEDOPT_DLPACK_HEADER
+
+#include "core/job.h"
+#include "host/abi.h"
+
+namespace fusedopt::host {
+
+namespace py = pybind11;
+
+// What is bound once, when the extension is first used.
+class Torch {
+ public:
+  // Names of `names`: tensor_type, parameter_type, grad (the descriptor), dispatch (what a class without dispatch of its
+  // own has for __torch_dispatch__), exchange_api (a capsule), number (float of a hyperparameter, or an exception).
+  void bind(const py::dict& names);
+  // Addresses of the functions of the ABI and of `is_conj` and `is_neg`, and its numbers for dtypes and layouts.
+  // Returns whether the handles in `probes` are where they are expected; nothing is called before that is known.
+  bool bind_abi(const py::dict& addresses, const py::dict& numbers, const py::list& probes);
+  void forget_abi() { abi_.reset(); }
+  const Abi* abi() const { return abi_ ? &*abi_ : nullptr; }
+
+  // False where a tensor has no strided memory, or cannot be read; no Python error is left. Through DLPack lazily
+  // conjugated and negated tensors cannot.
+  bool read(PyObject* tensor, Access access, Geometry* out) const;
+
+  // New reference; null with a Python error. May run Python.
+  PyObject* grad(PyObject* tensor) const;
+  // A gradient without lazy bits, as its memory is read. Steals and returns a reference; null with a Python error.
+  PyObject* resolved(PyObject* gradient, bool is_complex) const;
+  // A number, as hyperparameters are; false with a Python error. May run Python.
+  bool number(PyObject* value, double* out) const;
+
+  bool is_tensor(PyObject* object) const { return is_plain(object) || PyObject_TypeCheck(object, tensor_type_); }
+  bool is_plain(PyObject* tensor) const {
+    return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
+  }
+  // Operations on it are torch's own: it has memory, and what its memory holds is what it is.
+  bool has_no_dispatch(PyObject* tensor) const;
+
+  // Of Geometry::dtype. Empty for types that no engine steps.
+  std::optional<DType> element_type(std::int32_t dtype) const;
+  bool is_complex(std::int32_t dtype) const;
+  // Bytes of an element; of a complex one both parts.
+  int item_size(std::int32_t dtype) const;
+
+  static Abi::Handle handle(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + sizeof(PyObject); }
+
+ private:
+  struct Type {
+    DType parts;
+    bool complex;
+  };
+  const Type* type_of(std::int32_t dtype) const;
+  bool read_by_dlpack(PyObject* tensor, Geometry* out) const;
+
+  std::optional<Abi> abi_;
+  static constexpr int kNumbers = 128;
+  std::optional<Type> types_[kNumbers];  // by the ABI's numbers
+  const DLPackExchangeAPI* exchange_ = nullptr;
+  PyTypeObject* tensor_type_ = nullptr;
+  PyTypeObject* parameter_type_ = nullptr;
+  PyObject* grad_descriptor_ = nullptr;
+  PyObject* dispatch_ = nullptr;
+  PyObject* number_ = nullptr;
+};
+
+extern Torch torch;
+
+}  // namespace fusedopt::host

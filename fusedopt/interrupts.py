@@ -1,0 +1,42 @@
+"""What must not be interrupted half-way: signal handlers wait until it is over."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+# Those that people and schedulers send, and for which Python or its users have handlers that raise.
+SIGNALS = tuple(
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2", "SIGBREAK")
+    if hasattr(signal, name)
+)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Hold signals back until the block is over, then do what their handlers do. Handlers run in the main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    arrived: list[tuple[int, FrameType | None]] = []
+    handlers: dict[int, Any] = {}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        arrived.append((number, frame))
+
+    try:
+        for number in SIGNALS:
+            if callable(signal.getsignal(number)):
+                handlers[number] = signal.getsignal(number)
+                signal.signal(number, note)
+        yield
+    finally:
+        for number, handler in reversed(handlers.items()):
+            signal.signal(number, handler)
+        for number, frame in arrived:
+            handlers[number](number, frame)

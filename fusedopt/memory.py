@@ -1,0 +1,149 @@
+"""What can be known of tensors' memory: where it is, whether it is all there, whose it is too. Nothing here raises."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
+# How hard to think about whether interleaved tensors share an element; beyond it they are taken to.
+_MOST_WORK = 10_000
+
+
+def has_own_operations(t: Tensor) -> bool:
+    """Whether it is a subclass with operations of its own, so that its memory need not hold what it is."""
+    return getattr(type(t), "__torch_dispatch__", None) is not _NO_DISPATCH
+
+
+def unreadable(t: Tensor, *, lazily: bool = False) -> str | None:
+    """Why what lies at a tensor's address is not what the tensor is; None if it is.
+
+    Args:
+        t: The tensor.
+        lazily: Whether it may be lazily conjugated or negated.
+    """
+    if has_own_operations(t):
+        return f"{type(t).__name__} is a tensor subclass with operations of its own"
+    if t.layout != torch.strided:
+        return f"its layout is {t.layout}"
+    if t.is_nested:
+        return "it is a nested tensor"
+    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+        return "it is inside of a transformation of torch.func"
+    if torch._is_zerotensor(t):
+        return "it is a tensor of zeros without memory"
+    if not lazily and (t.is_conj() or t.is_neg()):
+        return f"it is lazily {'conjugated' if t.is_conj() else 'negated'}"
+    return None
+
+
+def reach(t: Tensor) -> int:
+    """Over how many elements of its storage a strided tensor reaches, from its first on."""
+    if not t.numel():
+        return 0
+    if t.is_contiguous():
+        return t.numel()
+    return 1 + sum(stride * (size - 1) for stride, size in zip(t.stride(), t.shape, strict=True))
+
+
+def shortage(t: Tensor) -> str | None:
+    """What is wrong with the memory of a tensor whose storage was resized or given back; None if nothing.
+
+    Tensors whose memory is not read by its address have none to miss.
+    """
+    if t.device.type == "meta" or has_own_operations(t) or t.layout != torch.strided or t.is_nested:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_zerotensor(t) or not t.numel():
+        return None
+    needed, has = (t.storage_offset() + reach(t)) * t.element_size(), t.untyped_storage().nbytes()
+    if has >= needed and t.data_ptr():
+        return None
+    return f"its storage has {has if t.data_ptr() else 0} bytes, and it needs {needed}"
+
+
+def misaligned(t: Tensor) -> bool:
+    """Whether elements (of complex tensors their parts) do not lie at multiples of their size, as kernels expect."""
+    return not unreadable(t) and t.data_ptr() % (t.element_size() // (2 if t.is_complex() else 1)) != 0
+
+
+def overlaps(t: Tensor) -> bool:
+    """Whether elements may share memory, so that they cannot be stepped in place."""
+    reached = 1
+    dims = sorted((stride, size) for stride, size in zip(t.stride(), t.shape, strict=True) if size != 1)
+    for stride, size in dims:
+        if stride < reached and t.numel():
+            return True
+        reached = stride * (size - 1) + reached
+    return False
+
+
+def has_gaps(t: Tensor) -> bool:
+    """Whether a tensor without overlaps leaves memory between its elements."""
+    return reach(t) != t.numel()
+
+
+def significant(t: Tensor) -> tuple[int, ...]:
+    """The strides that matter: those of dimensions with more than one element, in a tensor with any."""
+    return tuple(stride if size > 1 and t.numel() else 0 for stride, size in zip(t.stride(), t.shape, strict=True))
+
+
+def resolved(g: Tensor) -> Tensor:
+    """g, or what it stands for when it is lazily conjugated or negated."""
+    return g.resolve_conj().resolve_neg()
+
+
+def waves(operands: Sequence[Sequence[Tensor]]) -> list[int]:
+    """When each of several steps may be done, if those that write the same memory keep their order.
+
+    Args:
+        operands: For each step the tensors that it writes. Those without readable memory are left out.
+
+    Returns:
+        For each step a number; steps of one number share no memory, and of two that do, the later has a higher one.
+    """
+    spans: list[tuple[int, int, int, Tensor]] = []
+    for i, tensors in enumerate(operands):
+        for t in tensors:
+            begin = t.data_ptr()
+            spans.append((begin, begin + reach(t) * t.element_size(), i, t))
+    spans.sort(key=lambda span: span[:3])
+    earlier: dict[int, set[int]] = {}
+    live: list[tuple[int, int, int, Tensor]] = []
+    for span in spans:
+        live = [other for other in live if other[1] > span[0]] if live else live
+        for other in live:
+            if other[2] != span[2] and _share(other[3], span[3]):
+                first, second = sorted((other[2], span[2]))
+                earlier.setdefault(second, set()).add(first)
+        if span[1] > span[0]:
+            live.append(span)
+    result = [0] * len(operands)
+    for i in sorted(earlier):
+        result[i] = 1 + max(result[j] for j in earlier[i])
+    return result
+
+
+class _Array:
+    """What numpy must know of a tensor to say whether it shares memory; its values are never looked at."""
+
+    def __init__(self, t: Tensor) -> None:
+        size = t.element_size()
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{size}",
+            "data": (t.data_ptr(), True),
+            "shape": tuple(t.shape),
+            "strides": tuple(stride * size for stride in t.stride()),
+        }
+
+
+def _share(a: Tensor, b: Tensor) -> bool:
+    if a.device != b.device:
+        return False
+    try:
+        return np.shares_memory(np.asarray(_Array(a)), np.asarray(_Array(b)), max_work=_MOST_WORK)
+    except np.exceptions.TooHardError:
+        return True
