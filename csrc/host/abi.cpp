@@ -43,10 +43,40 @@ bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* 
 
 bool is_there(const Abi& abi, Abi::Handle tensor, std::int32_t dtype, std::int32_t device_type,
               std::int32_t device_index) {
-  std::int32_t layout, type, device, index;
-  return !abi.get_layout(tensor, &layout) && layout == abi.strided && !abi.get_dtype(tensor, &type) && type == dtype &&
-         !abi.get_device_type(tensor, &device) && device == device_type && !abi.get_device_index(tensor, &index) &&
-         index == device_index;
+  std::int32_t type, device, index;
+  if (abi.get_dtype(tensor, &type) || type != dtype) return false;
+  if (abi.get_device_type(tensor, &device) || device != device_type) return false;
+  return device == abi.cpu || (!abi.get_device_index(tensor, &index) && index == device_index);
+}
+
+// Whether a tensor is what it was.
+bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims, bool alone) {
+  const std::int64_t* const shape = dims + was.dims;
+  std::int64_t bytes;
+  if (!is_there(abi, was.tensor, was.dtype, was.device_type, was.device_index)) return false;
+  if (!has_dims(abi, was.tensor, was.ndim, shape, shape + was.ndim)) return false;
+  if (abi.get_storage_size(was.tensor, &bytes) || bytes != was.storage_bytes) return false;
+  if (abi.is_neg(was.tensor) || (was.is_complex && abi.is_conj(was.tensor))) return false;
+  const void* address;
+  if (!alone && (abi.get_const_data_ptr(was.tensor, &address) || address != was.address)) return false;
+  void* writable;
+  return !abi.get_data_ptr(was.tensor, &writable) && writable == was.address;
+}
+
+// The address of a gradient that is as expected; null if it is not, or has no elements.
+const void* fitting_address(const Abi& abi, Abi::Handle gradient, GradientExpectation& like, const std::int64_t* dims) {
+  std::int32_t layout;
+  std::int64_t bytes, offset;
+  const void* address;
+  if (abi.get_layout(gradient, &layout) || layout != abi.strided) return nullptr;
+  if (!is_there(abi, gradient, like.dtype, like.device_type, like.device_index)) return nullptr;
+  if (!has_dims(abi, gradient, like.ndim, dims + like.shape, dims + like.strides)) return nullptr;
+  if (abi.get_storage_size(gradient, &bytes) || abi.get_const_data_ptr(gradient, &address)) return nullptr;
+  if (address == like.address && bytes == like.storage_bytes) return address;
+  if (abi.get_storage_offset(gradient, &offset) || offset * like.item_size + like.reach > bytes) return nullptr;
+  like.address = address;
+  like.storage_bytes = bytes;
+  return address;
 }
 
 }  // namespace
@@ -94,32 +124,6 @@ bool Abi::read(Handle tensor, Access access, Geometry* out) const {
   return true;
 }
 
-bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims) {
-  const std::int64_t* const shape = dims + was.dims;
-  if (!is_there(abi, was.tensor, was.dtype, was.device_type, was.device_index)) return false;
-  if (!has_dims(abi, was.tensor, was.ndim, shape, shape + was.ndim)) return false;
-  std::int64_t bytes;
-  if (abi.get_storage_size(was.tensor, &bytes) || bytes != was.storage_bytes) return false;
-  if (abi.is_neg(was.tensor) || (was.is_complex && abi.is_conj(was.tensor))) return false;
-  const void* address;
-  if (abi.get_const_data_ptr(was.tensor, &address) || address != was.address) return false;
-  void* writable;
-  return !abi.get_data_ptr(was.tensor, &writable) && writable == was.address;
-}
-
-const void* fitting_address(const Abi& abi, Abi::Handle gradient, const GradientExpectation& like,
-                            const std::int64_t* dims) {
-  if (!is_there(abi, gradient, like.dtype, like.device_type, like.device_index)) return nullptr;
-  if (!has_dims(abi, gradient, like.ndim, dims + like.shape, dims + like.strides)) return nullptr;
-  std::int64_t bytes, offset;
-  const void* address;
-  if (abi.get_storage_size(gradient, &bytes) || abi.get_storage_offset(gradient, &offset) ||
-      offset * like.item_size + like.reach > bytes || abi.get_const_data_ptr(gradient, &address)) {
-    return nullptr;
-  }
-  return address;
-}
-
 bool inspect(const Inspection& all, int threads) {
   const std::int64_t n = all.n_tensors, blocks = (n + kBlock - 1) / kBlock;
   const std::int64_t gradient_blocks = (all.n_gradients + kBlock - 1) / kBlock;
@@ -128,7 +132,7 @@ bool inspect(const Inspection& all, int threads) {
     const auto handle_at = [&](std::int64_t i) { return all.tensors[i].tensor; };
     for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
       prefetch(handle_at, i, n);
-      if (!is_unchanged(all.abi, all.tensors[i], all.dims)) return unchanged.store(false, std::memory_order_relaxed);
+      if (!is_unchanged(all.abi, all.tensors[i], all.dims, threads == 1)) return unchanged.store(false, std::memory_order_relaxed);
     }
   };
   const auto gradient_block = [&](std::int64_t b) {

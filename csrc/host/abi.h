@@ -49,7 +49,7 @@ struct Abi {
   // The C ABI does not tell these; they are at::native's own, which take a reference to the same at::Tensor.
   bool (*is_conj)(Handle);
   bool (*is_neg)(Handle);
-  std::int32_t strided;  // the layout
+  std::int32_t strided, cpu;  // its numbers for a layout and a device, of which there is one
 
   // False for what has no strided memory: sparse tensors, wrappers.
   bool read(Handle tensor, Access access, Geometry* out) const;
@@ -69,34 +69,30 @@ struct Expectation {
 
 // A gradient and what it must be like to be read where it is; its address is another one in each step.
 struct GradientExpectation {
-  std::int64_t reach;  // bytes
+  const void* address;         // where one was found to fit last, and the size of its storage: then it need not be
+  std::int64_t storage_bytes;  // looked at where in the storage it is
+  std::int64_t reach;          // bytes
   std::uint32_t shape, strides;
   std::int32_t dtype;
   std::int16_t device_type, device_index;
   std::int8_t ndim, item_size;
 };
 
-// Whether a tensor is what it was. It is asked for a writable address only after everything else was found equal, so
-// that no two threads ask for that of one storage if planned storages are disjoint.
-bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims);
-
-// The address of a gradient that is as expected; null if it is not, or has no elements.
-const void* fitting_address(const Abi& abi, Abi::Handle gradient, const GradientExpectation& like,
-                            const std::int64_t* dims);
-
-// All tensors and gradients of a plan, by up to `threads` threads.
+// All tensors and gradients of a plan.
 struct Inspection {
   const Abi& abi;
   const Expectation* tensors;
   std::int64_t n_tensors;
-  const GradientExpectation* like;     // one for each gradient
-  const Abi::Handle* gradients;        // null: there is none
-  const void** addresses;              // out: null where a gradient is none of those expected
+  GradientExpectation* like;     // one for each gradient
+  const Abi::Handle* gradients;  // null: there is none
+  const void** addresses;        // out: null where a gradient is not as expected, or has no elements
   std::int64_t n_gradients;
   const std::int64_t* dims;
 };
 
-// Whether all tensors are what they were; fills in the gradients' addresses.
+// Whether all tensors are what they were; fills in the gradients' addresses. Several threads may only share the work if
+// no two of the planned storages overlap: torch is asked for a writable address, which is not safe for two threads in
+// one storage, after all else was found equal.
 bool inspect(const Inspection& inspection, int threads);
 
 // How many threads a team may have: one in a forked child, where OpenMP's pool does not exist any more.

@@ -122,7 +122,7 @@ Entry Roster::entry_of(std::size_t group, PyObject* param, bool new_state) {
 
 GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) {
   const auto ndim = static_cast<std::uint32_t>(param.ndim);
-  GradientExpectation like{0,           param.dims, param.dims + ndim, param.dtype, param.device_type,
+  GradientExpectation like{nullptr, 0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type,
                            param.device_index, param.ndim, 0};
   PyObject* given = torch.grad(entry.param.tensor);
   if (given && given != Py_None) given = torch.resolved(given, entry.param.is_complex);

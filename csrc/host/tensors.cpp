@@ -74,6 +74,7 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   look_up(addresses, "is_conj", &abi.is_conj);
   look_up(addresses, "is_neg", &abi.is_neg);
   abi.strided = numbers["strided"].cast<std::int32_t>();
+  abi.cpu = numbers["cpu"].cast<std::int32_t>();
   const auto enter = [&](const char* name, Type type) {
     types_[numbers[name].cast<std::size_t>() % kNumbers] = type;
   };
