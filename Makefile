@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find csrc tests/cuda_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test bench lint check gpu clean
+.PHONY: demo test sanitize bench lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+# The host and the CPU engine under AddressSanitizer and UBSan.
+sanitize: TESTS ?= $(patsubst %,tests/test_%.py,host moved layouts step errors)
+sanitize: $(VENV)/.installed
+	$(BIN)/python tests/sanitize.py $(TESTS)
 
 # Under ten minutes on two cores. Any option of `fusedopt bench`: make bench ARGS='--suite gpt2 --optimizer Lion'
 bench: OUT ?= bench-results

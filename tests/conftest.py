@@ -12,7 +12,10 @@ import pytest  # noqa: E402
 
 from fusedopt import engines  # noqa: E402
 
-if INTERPRETED and shutil.which("g++"):
+# Names of the engines to test, with spaces between; all where it is not set.
+CHOSEN = os.environ.get("FUSEDOPT_TEST_ENGINES", " ".join(engines.ENGINES)).split()
+
+if INTERPRETED and "cuda" in CHOSEN and shutil.which("g++"):
     import cuda_on_threads
 
     extension = cuda_on_threads.build()
@@ -20,7 +23,9 @@ if INTERPRETED and shutil.which("g++"):
 
 # Where the tests' tensors are the engine must be too: theirs are on the CPU, a GPU's tests in test_gpu.py.
 AVAILABLE = [
-    name for name, engine in engines.ENGINES.items() if engine.available() is None and engine.home().type == "cpu"
+    name
+    for name, engine in engines.ENGINES.items()
+    if name in CHOSEN and engine.available() is None and engine.home().type == "cpu"
 ]
 collect_ignore = ["test_gpu.py"] if INTERPRETED else []
 if "triton" in AVAILABLE:

@@ -1,0 +1,61 @@
+"""Builds the CPU engine for ThreadSanitizer: OpenMP runs on threads that it understands, which libgomp's are not."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+FOLDER = ROOT / "build" / "_openmp_on_threads"
+
+# What is watched, beside one rule_unit.cpp per rule: paths below csrc/.
+WATCHED = ("cpu/engine.cpp", "cpu/codec.cpp")
+WATCHED_RULES = ("adam", "lion", "sgd")
+DRIVERS = ("gomp.cpp", "races.cpp")
+
+
+def missing():
+    """Why it cannot be built here; None if it can."""
+    if platform.system() != "Linux" or not shutil.which("g++"):
+        return "needs g++ on Linux"
+    # A library that is not there is named without its folder.
+    found = subprocess.run(["g++", "-print-file-name=libtsan.so"], capture_output=True, text=True).stdout.strip()
+    return None if os.path.isabs(found) else "g++ has no libtsan"
+
+
+def build():
+    """The program; built anew where a source is newer.
+
+    Raises:
+        RuntimeError: If it does not compile.
+    """
+    sys.path.insert(0, str(ROOT))
+    try:
+        from setup import CSRC, Ninja, define
+    finally:
+        sys.path.remove(str(ROOT))
+
+    # -fopenmp compiles the calls; where it does not link, libgomp is not there to answer them.
+    flags = f"-std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -fopenmp -I{CSRC}"
+    ninja = Ninja("g++", FOLDER, "-fsanitize=thread")
+    objects = [
+        ninja.compile(CSRC / "cpu" / "rule_unit.cpp", rule, f"{flags} {define(CSRC / 'rules' / f'{rule}.h')}")
+        for rule in WATCHED_RULES
+    ]
+    sources = [*(CSRC / source for source in WATCHED), *(HERE / source for source in DRIVERS)]
+    objects += [ninja.compile(source, f"{source.stem}_", flags) for source in sources]
+    ninja.link(objects, FOLDER / "races")
+    ninja.run()
+    return FOLDER / "races"
+
+
+def run(program, *arguments):
+    """Runs it, without address space randomisation where ThreadSanitizer cannot live with it."""
+    command = [str(program), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if "unexpected memory mapping" in result.stderr:
+        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True)
+    return result
