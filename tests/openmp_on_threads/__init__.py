@@ -1,4 +1,4 @@
-"""Builds the CPU engine for ThreadSanitizer: OpenMP runs on threads that it understands, which libgomp's are not."""
+"""Builds the teams of threads for ThreadSanitizer, the CPU engine's and the scan's: OpenMP runs on threads that it understands, which libgomp's are not."""
 
 import os
 import platform
@@ -11,10 +11,9 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 FOLDER = ROOT / "build" / "_openmp_on_threads"
 
-# What is watched, beside one rule_unit.cpp per rule: paths below csrc/.
-WATCHED = ("cpu/engine.cpp", "cpu/codec.cpp")
-WATCHED_RULES = ("adam", "lion", "sgd")
-DRIVERS = ("gomp.cpp", "races.cpp")
+# Programs, and what each watches: paths below csrc/, and a rule_unit.cpp for each of the rules.
+PROGRAMS = {"races": ("cpu/engine.cpp", "cpu/codec.cpp"), "inspection": ("host/abi.cpp",)}
+WATCHED_RULES = {"races": ("adam", "lion", "sgd"), "inspection": ()}
 
 
 def missing():
@@ -27,10 +26,10 @@ def missing():
 
 
 def build():
-    """The program; built anew where a source is newer.
+    """The programs by name; built anew where a source is newer.
 
     Raises:
-        RuntimeError: If it does not compile.
+        RuntimeError: If one does not compile.
     """
     sys.path.insert(0, str(ROOT))
     try:
@@ -41,15 +40,17 @@ def build():
     # -fopenmp compiles the calls; where it does not link, libgomp is not there to answer them.
     flags = f"-std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -fopenmp -I{CSRC}"
     ninja = Ninja("g++", FOLDER, "-fsanitize=thread")
-    objects = [
-        ninja.compile(CSRC / "cpu" / "rule_unit.cpp", rule, f"{flags} {define(CSRC / 'rules' / f'{rule}.h')}")
-        for rule in WATCHED_RULES
-    ]
-    sources = [*(CSRC / source for source in WATCHED), *(HERE / source for source in DRIVERS)]
-    objects += [ninja.compile(source, f"{source.stem}_", flags) for source in sources]
-    ninja.link(objects, FOLDER / "races")
+    runtime = ninja.compile(HERE / "gomp.cpp", "gomp_", flags)
+    for program, watched in PROGRAMS.items():
+        objects = [
+            ninja.compile(CSRC / "cpu" / "rule_unit.cpp", rule, f"{flags} {define(CSRC / 'rules' / f'{rule}.h')}")
+            for rule in WATCHED_RULES[program]
+        ]
+        sources = [*(CSRC / source for source in watched), HERE / f"{program}.cpp"]
+        objects += [ninja.compile(source, f"{program}_{source.stem}_", flags) for source in sources]
+        ninja.link([*objects, runtime], FOLDER / program)
     ninja.run()
-    return FOLDER / "races"
+    return {program: FOLDER / program for program in PROGRAMS}
 
 
 def run(program, *arguments):

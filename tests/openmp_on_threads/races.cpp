@@ -126,11 +126,11 @@ class World {
     row.kernel = &kernel;
     row.active = true;
     const DType compute = param == DType::f64 ? DType::f64 : DType::f32;
-    row.direct = true;
+    row.in_place = true;
     for (int k = 0; k < kFirstState + kernel.n_states; ++k) {
       row.dtype[k] = k == kParam ? param : k == kGrad ? grad : state;
       row.data[k] = fill(row.dtype[k], numel);
-      row.direct &= row.dtype[k] == compute;
+      row.in_place &= row.dtype[k] == compute;
     }
     return rows_.emplace_back(row);
   }
@@ -146,7 +146,7 @@ class World {
     table.operand[operand] = &layout;
     row.layouts = &table;
     row.data[operand] = at;
-    row.direct = false;
+    row.in_place = false;
   }
 
   // Memory for elements between 0.1 and 1.9, which second moments can be as well.
