@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from contextlib import nullcontext
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +33,32 @@ class Scaling:
         return self.found_inf is not None and float(self.found_inf) != 0
 
 
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextmanager
+def threads_that_exist() -> Iterator[None]:
+    """One thread in a forked child, torch's included: the pool of its parent's is not there to be waited for."""
+    threads = torch.get_num_threads()
+    if not _forked or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def launch(
     plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, wait: bool
 ) -> tuple[float | Tensor, bool]:
@@ -39,6 +67,8 @@ def launch(
     It is known without asking where a plan is not asynchronous; and with ``wait``. Plans are updated in their order.
     No signal handler runs between the update of a parameter and that of its counters, or of another parameter.
     """
+    if not plans:
+        return 0.0, False
     if len(plans) == 1:
         with nullcontext() if plans[0].indivisible else held_back():
             outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 _NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 # How hard to think about whether interleaved tensors share an element; beyond it they are taken to.
@@ -25,6 +26,8 @@ def unreadable(t: Tensor, *, lazily: bool = False) -> str | None:
         t: The tensor.
         lazily: Whether it may be lazily conjugated or negated.
     """
+    if isinstance(t, UninitializedTensorMixin):
+        return "it is not initialized yet"
     if has_own_operations(t):
         return f"{type(t).__name__} is a tensor subclass with operations of its own"
     if t.layout != torch.strided:
@@ -54,7 +57,9 @@ def shortage(t: Tensor) -> str | None:
 
     Tensors whose memory is not read by its address have none to miss.
     """
-    if t.device.type == "meta" or has_own_operations(t) or t.layout != torch.strided or t.is_nested:
+    if isinstance(t, UninitializedTensorMixin) or t.device.type == "meta" or has_own_operations(t):
+        return None
+    if t.layout != torch.strided or t.is_nested:
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_zerotensor(t) or not t.numel():
         return None

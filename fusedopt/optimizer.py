@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, launch
+from fusedopt.launch import Scaling, launch, threads_that_exist
 from fusedopt.rule import Rule
 from fusedopt.state import Counters, adopt_state, initial_state, unfit
 
@@ -147,7 +147,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         checks.options(self.max_grad_norm, self.skip_nonfinite)
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError("step() was called inside of the same optimizer's step()")
-        with self._lock:
+        with self._lock, threads_that_exist():
             self._step(Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
         return loss
 
@@ -246,7 +246,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             checks.group(self.rule, group, g, stepping=True)
             for i, p in enumerate(group["params"]):
                 label = checks.Label(group, g, i, p)
-                if checks.is_shard(p) or checks.is_shard(p.grad):
+                if self._shard is None and (checks.is_shard(p) or checks.is_shard(p.grad)):
                     self._shard = (p, label)
                 self.check_parameter(p, group, label)
                 try:

@@ -1,7 +1,5 @@
 #include "host/abi.h"
 
-#include <pthread.h>
-
 #include <algorithm>
 #include <atomic>
 
@@ -14,9 +12,6 @@ constexpr std::int64_t kObjectAhead = 16;
 constexpr std::int64_t kImplAhead = 8;
 constexpr std::int64_t kImplLines = 3;
 constexpr std::int64_t kBlock = 128;  // tensors that a thread takes at a time
-
-std::atomic<bool> forked{false};
-[[maybe_unused]] const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
 // Where an at::Tensor points: only to prefetch.
 void prefetch_impl(Abi::Handle tensor) {
@@ -151,7 +146,5 @@ bool inspect(const Inspection& all, int threads) {
   for (std::int64_t b = 0; b < gradient_blocks + blocks; ++b) block(b);
   return unchanged;
 }
-
-int team_size(int wanted) { return forked ? 1 : wanted; }
 
 }  // namespace fusedopt::host

@@ -95,7 +95,4 @@ struct Inspection {
 // one storage, after all else was found equal.
 bool inspect(const Inspection& inspection, int threads);
 
-// How many threads a team may have: one in a forked child, where OpenMP's pool does not exist any more.
-int team_size(int wanted);
-
 }  // namespace fusedopt::host

@@ -182,7 +182,7 @@ py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_sca
   job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
   job.cohorts = cohorts_.data();
   job.partials = partials_.data();
-  job.threads = numel_ < kWorthThreads ? 1 : team_size(threads);
+  job.threads = numel_ < kWorthThreads ? 1 : threads;
   job.measure = measure;
   job.update = update;
   job.skip_nonfinite = skip_nonfinite;

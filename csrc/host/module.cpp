@@ -90,7 +90,6 @@ PYBIND11_MODULE(_host, m) {
   m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
         "A kernel for tables whose rows a device steps and counts.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
-  m.def("team_size", &fusedopt::host::team_size, py::arg("wanted"), "One in a forked child, else as many as wanted.");
 
   using fusedopt::host::CpuJob;
   add_class<CpuJob>(m, "CpuJob")

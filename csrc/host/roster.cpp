@@ -267,7 +267,7 @@ bool Roster::tensors_are_unchanged(int threads) {
     const Inspection all{*abi,          expectations_.data(), static_cast<std::int64_t>(expectations_.size()),
                          like_.data(),  handles_.data(),      addresses_.data(),
                          static_cast<std::int64_t>(entries_.size()), dims_.data()};
-    return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : team_size(threads));
+    return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads);
   }
   for (std::size_t k = 0; k < expectations_.size(); ++k) {
     Geometry now;

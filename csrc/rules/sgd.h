@@ -23,18 +23,18 @@ struct SGD {
   struct Scalars {};
   template <class T>
   struct Coefficients {
-    T momentum, gain, nesterov;
+    T momentum, kept, gain, nesterov;
   };
 
-  // A fresh buffer is zero, so the first step needs only its gain to be 1.
+  // The first step puts the gradient into the buffer, whatever is there: a parameter given twice has two first steps.
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool first) {
-    return {h.momentum, first ? 1 : 1 - h.dampening, h.nesterov};
+    return {h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening, h.nesterov};
   }
 
   template <class T>
   FUSEDOPT_HD static T direction(T, T g, T* state, const Coefficients<T>& c) {
     if constexpr (!Momentum) return g;
-    state[0] = c.momentum * state[0] + c.gain * g;
+    state[0] = c.kept * state[0] + c.gain * g;
     return c.nesterov != T(0) ? g + c.momentum * state[0] : state[0];
   }
 };

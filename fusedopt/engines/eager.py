@@ -151,7 +151,7 @@ def _like(p: Tensor, real: Tensor) -> Tensor:
 
 def _write(t: Tensor, real: Tensor) -> None:
     """Round a result of the compute type into a tensor, in place."""
-    if t.is_conj():
-        t.copy_(torch.view_as_complex(real).to(t.dtype))
+    if t.is_conj() or t.is_neg():  # converted first: torch copies float32 into negated halves with the wrong sign
+        t.copy_((torch.view_as_complex(real) if t.is_complex() else real).to(t.dtype))
     else:
         (torch.view_as_real(t) if t.is_complex() else t).copy_(real)

@@ -26,13 +26,14 @@ class SGDRule(Rule):
 
     @staticmethod
     def prepare(h, s, first):
-        return SimpleNamespace(momentum=h.momentum, gain=1.0 if first else 1 - h.dampening, nesterov=h.nesterov)
+        kept, gain = (0.0, 1.0) if first else (h.momentum, 1 - h.dampening)
+        return SimpleNamespace(momentum=h.momentum, kept=kept, gain=gain, nesterov=h.nesterov)
 
     @staticmethod
     def direction(p, g, state, c):
         if not state:
             return g, {}
-        buffer = c.momentum * state["momentum_buffer"] + c.gain * g
+        buffer = c.kept * state["momentum_buffer"] + c.gain * g
         return (g + c.momentum * buffer if c.nesterov else buffer), {"momentum_buffer": buffer}
 
 

@@ -11,9 +11,9 @@ hyper = ("momentum", "dampening", "nesterov")
 
 @triton.jit
 def prepare(h, s, first):
-    """Coefficients of ``direction``. A fresh buffer is zero, so the first step needs only its gain to be 1."""
+    """Coefficients of ``direction``. The first step puts the gradient into the buffer, whatever is there."""
     momentum, dampening, nesterov = h
-    return (momentum, tl.where(first, 1.0, 1 - dampening), nesterov), s
+    return (momentum, tl.where(first, 0.0, momentum), tl.where(first, 1.0, 1 - dampening), nesterov), s
 
 
 @triton.jit
@@ -22,6 +22,6 @@ def direction(p, g, state, c, STATES):
     if len(state) == 0:
         return g, state
     else:
-        momentum, gain, nesterov = c
-        buffer = momentum * state[0] + gain * g
+        momentum, kept, gain, nesterov = c
+        buffer = kept * state[0] + gain * g
         return tl.where(nesterov != 0, g + momentum * buffer, buffer), (buffer,)
