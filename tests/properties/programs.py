@@ -157,6 +157,11 @@ def rounds(draw, name, precision, dtypes):
 
 
 @cache
+def several(name, precision, dtypes, most):
+    return st.lists(rounds(name, precision, dtypes), min_size=2, max_size=most)
+
+
+@cache
 @st.composite
 def programs(draw, many=0):
     """A program of twins.run. Most are in double precision alone, where rounding hides nothing.
@@ -174,5 +179,5 @@ def programs(draw, many=0):
         "skip": draw(st.booleans()),
         "many": many,
         "groups": draw(st.lists(groups(name, precision, dtypes), min_size=1, max_size=1 if many else 3)),
-        "ops": [op for ops in draw(st.lists(rounds(name, precision, dtypes), min_size=2, max_size=6)) for op in ops],
+        "ops": [op for ops in draw(several(name, precision, dtypes, 3 if many else 6)) for op in ops],
     }
