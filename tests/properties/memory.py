@@ -8,7 +8,13 @@ import torch
 
 def bits(t):
     """A tensor's numbers as bytes of their own, so that NaN equals itself."""
-    return t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+    plain = t.detach().resolve_conj().resolve_neg()
+    return plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def home(t):
+    """What tells storages apart; a lazy clone has one of its own, though yet at the same address."""
+    return t.untyped_storage()._cdata
 
 
 def strides(shape, layout):
@@ -51,14 +57,12 @@ class Buffer:
         return self.all.clone().view(torch.uint8)
 
     def outside(self, tensors):
-        """Which bytes belong to none of the tensors."""
+        """Which bytes belong to none of the tensors, which are given by their homes."""
         free = torch.ones(self.all.numel() * self.all.element_size(), dtype=torch.bool)
-        home = self.all.untyped_storage()._cdata
-        for t in tensors:
-            if t.untyped_storage()._cdata == home:  # a lazy clone has another
-                size = t.element_size()
-                steps = [stride * size for stride in t.stride()]
-                free.as_strided((*t.shape, size), (*steps, 1), t.storage_offset() * size).fill_(False)
+        for t in tensors.get(home(self.all), ()):
+            size = t.element_size()
+            steps = [stride * size for stride in t.stride()]
+            free.as_strided((*t.shape, size), (*steps, 1), t.storage_offset() * size).fill_(False)
         return free
 
 
