@@ -7,9 +7,9 @@ import pickle
 from collections import defaultdict
 
 import torch
-from properties.memory import Buffer, bits, values
 
 import fusedopt
+from properties.memory import Buffer, bits, values
 
 PLAIN = [0, 1, 0, 0]
 SCALARS = ("step", "mu_product")

@@ -7,6 +7,7 @@ from collections import defaultdict
 from contextlib import contextmanager
 
 import torch
+
 from properties.memory import bits, home
 from properties.operations import SCALARS, Operations, tensors, wide
 
@@ -72,7 +73,7 @@ class Twins(Operations):
                     fill = complex(start, start) if q.is_complex() else start
                     self.b.state[q] = {"step": torch.tensor(0.0), "sum": torch.full_like(q, fill).detach()}
         given = [q.grad for q in self.theirs]
-        for i, q in enumerate(self.theirs):
+        for q in self.theirs:
             if q.grad is not None:
                 q.grad = q.grad.clone()
         if clip is not None:
