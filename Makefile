@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize bench lint check gpu clean
+.PHONY: demo test sanitize fuzz bench lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
@@ -17,6 +17,15 @@ test: $(VENV)/.installed
 sanitize: TESTS ?= $(patsubst %,tests/test_%.py,host moved layouts step errors)
 sanitize: $(VENV)/.installed
 	$(BIN)/python tests/sanitize.py $(TESTS)
+
+# Random programs for MINUTES on each engine: make fuzz MINUTES=240
+fuzz: MINUTES ?= 60
+fuzz: $(VENV)/.installed
+	failed=0; \
+	for engine in "cpu" "cuda" "cuda --scan python" "eager"; do \
+		$(BIN)/python tests/fuzz.py --minutes $(MINUTES) --engine $$engine || failed=1; \
+	done; \
+	exit $$failed
 
 # Under ten minutes on two cores. Any option of `fusedopt bench`: make bench ARGS='--suite gpt2 --optimizer Lion'
 bench: OUT ?= bench-results
