@@ -111,7 +111,7 @@ class Operations:
             g = values(p.shape, p.dtype, seed + i, scale)
             if kind == "zero":
                 g.zero_()
-            if kind == "in place" and p.grad is not None and not fusedopt.checks.overlaps(p.grad):
+            if kind == "in place" and p.grad is not None and not fusedopt.memory.overlaps(p.grad):
                 p.grad.copy_(g)
             else:
                 self.set_gradient(p, self.laid(g, kind, p, layout))
@@ -137,7 +137,7 @@ class Operations:
 
     def zero_grad(self, to_none):
         for p in self.ours:
-            if p.grad is not None and fusedopt.checks.overlaps(p.grad):
+            if p.grad is not None and fusedopt.memory.overlaps(p.grad):
                 p.grad = p.grad.clone()
         self.a.zero_grad(set_to_none=to_none)
         self.b.zero_grad(set_to_none=to_none)
