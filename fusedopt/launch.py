@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +45,17 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
 
 
-@contextmanager
-def threads_that_exist() -> Iterator[None]:
+_AS_THEY_ARE = nullcontext()
+
+
+def threads_that_exist() -> AbstractContextManager[None]:
     """One thread in a forked child, torch's included: the pool of its parent's is not there to be waited for."""
+    return _one_thread() if _forked else _AS_THEY_ARE
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    if not _forked or threads == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
         yield
@@ -70,7 +74,7 @@ def launch(
     if not plans:
         return 0.0, False
     if len(plans) == 1:
-        with nullcontext() if plans[0].indivisible else held_back():
+        with _AS_THEY_ARE if plans[0].indivisible else held_back():
             outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
     else:  # the norm spans plans: measure on all before updating any
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None

@@ -36,20 +36,20 @@ bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* 
   return !abi.get_strides(tensor, &steps) && std::equal(steps, steps + ndim, strides);
 }
 
-bool is_there(const Abi& abi, Abi::Handle tensor, std::int32_t dtype, std::int32_t device_type,
-              std::int32_t device_index) {
-  std::int32_t type, device, index;
-  if (abi.get_dtype(tensor, &type) || type != dtype) return false;
+bool is_on(const Abi& abi, Abi::Handle tensor, std::int32_t device_type, std::int32_t device_index) {
+  std::int32_t device, index;
   if (abi.get_device_type(tensor, &device) || device != device_type) return false;
   return device == abi.cpu || (!abi.get_device_index(tensor, &index) && index == device_index);
 }
 
-// Whether a tensor is what it was.
+// Whether a tensor is what it was. What has no storage, as sparse tensors, fails when its size is asked for. The device
+// need not be asked: the address is one of it alone.
 bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims, bool alone) {
   const std::int64_t* const shape = dims + was.dims;
   std::int64_t bytes;
-  if (!is_there(abi, was.tensor, was.dtype, was.device_type, was.device_index)) return false;
+  std::int32_t dtype;
   if (!has_dims(abi, was.tensor, was.ndim, shape, shape + was.ndim)) return false;
+  if (abi.get_dtype(was.tensor, &dtype) || dtype != was.dtype) return false;
   if (abi.get_storage_size(was.tensor, &bytes) || bytes != was.storage_bytes) return false;
   if (abi.is_neg(was.tensor) || (was.is_complex && abi.is_conj(was.tensor))) return false;
   const void* address;
@@ -60,12 +60,12 @@ bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* di
 
 // The address of a gradient that is as expected; null if it is not, or has no elements.
 const void* fitting_address(const Abi& abi, Abi::Handle gradient, GradientExpectation& like, const std::int64_t* dims) {
-  std::int32_t layout;
+  std::int32_t dtype;
   std::int64_t bytes, offset;
   const void* address;
-  if (abi.get_layout(gradient, &layout) || layout != abi.strided) return nullptr;
-  if (!is_there(abi, gradient, like.dtype, like.device_type, like.device_index)) return nullptr;
   if (!has_dims(abi, gradient, like.ndim, dims + like.shape, dims + like.strides)) return nullptr;
+  if (abi.get_dtype(gradient, &dtype) || dtype != like.dtype) return nullptr;
+  if (!is_on(abi, gradient, like.device_type, like.device_index)) return nullptr;
   if (abi.get_storage_size(gradient, &bytes) || abi.get_const_data_ptr(gradient, &address)) return nullptr;
   if (address == like.address && bytes == like.storage_bytes) return address;
   if (abi.get_storage_offset(gradient, &offset) || offset * like.item_size + like.reach > bytes) return nullptr;

@@ -94,8 +94,10 @@ void CpuJob::split_into_items() {
 
 bool CpuJob::scan(int threads) {
   stepped_ = false;
-  step_layouts_.clear();
-  step_tables_.clear();
+  if (!step_tables_.empty()) {
+    step_layouts_.clear();
+    step_tables_.clear();
+  }
   if (!roster_.scan(threads, nullptr, nullptr)) return false;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     Row& row = rows_[i];
@@ -149,8 +151,7 @@ void CpuJob::make_cohorts() {
 void CpuJob::join_cohort(std::size_t i) {
   Row& row = rows_[i];
   const Kernel& kernel = *row.kernel;
-  const Entry& entry = roster_.entry(i);
-  CohortKey key{entry.group, entry.new_state, {}, {}};
+  CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i), {}, {}};
   for (int k = 0; k < kernel.n_scalars; ++k) key.before[k] = counters_[i].of[k].read();
   const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
   for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
@@ -161,7 +162,7 @@ void CpuJob::join_cohort(std::size_t i) {
       return;
     }
   }
-  const Group& group = roster_.group(static_cast<std::size_t>(entry.group));
+  const Group& group = roster_.group(roster_.group_of(i));
   Cohort cohort = group.common;
   std::copy(std::begin(key.before), std::end(key.before), key.after);
   if (kernel.n_scalars) key.after[0] += 1;  // `step` comes first
@@ -210,7 +211,6 @@ void CpuJob::advance_counters() {
 
 void CpuJob::release() {
   roster_.release();
-  for (Row& row : rows_) row.active = false;
 }
 
 }  // namespace fusedopt::host

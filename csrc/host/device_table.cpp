@@ -72,7 +72,7 @@ bool DeviceTable::write(const py::handle& words) const {
   for (std::size_t i = 0; i < roster_.size(); ++i) {
     const Entry& entry = roster_.entry(i);
     const auto address = reinterpret_cast<std::int64_t>(roster_.gradient_address(i));
-    put(roster_.has_gradient(i) ? (entry.numel ? address : 2) + entry.new_state : 0);
+    put(roster_.has_gradient(i) ? (entry.numel ? address : 2) + roster_.has_new_state(i) : 0);
   }
   for (std::size_t g = 0; g < roster_.groups(); ++g) {
     const Group& group = roster_.group(g);

@@ -54,12 +54,14 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
       state_items_.emplace_back();
       like_.emplace_back();
       has_members_[g] = has_members_[g] || contains(members, i);
-      entries_.push_back(contains(members, i) ? entry_of(g, groups_[g].param(k), contains(new_state, i)) : Entry{});
+      entries_.push_back(contains(members, i) ? entry_of(g, groups_[g].param(k)) : Entry{});
+      const Entry& entry = entries_.back();
+      briefs_.push_back({entry.param.tensor, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member,
+                         entry.is_steppable, entry.param.is_complex, contains(new_state, i)});
     }
   }
   may_share_work_ = storages_are_disjoint();
   gradients_.resize(entries_.size());
-  handles_.resize(entries_.size());
   addresses_.resize(entries_.size());
   strides_.resize(entries_.size());
 }
@@ -92,11 +94,10 @@ bool Roster::storages_are_disjoint() {
                             [](const Storage& a, const Storage& b) { return b.begin < a.end; }) == storages_.end();
 }
 
-Entry Roster::entry_of(std::size_t group, PyObject* param, bool new_state) {
+Entry Roster::entry_of(std::size_t group, PyObject* param) {
   Entry entry;
   entry.is_member = true;
   entry.group = static_cast<std::int32_t>(group);
-  entry.new_state = new_state;
   const std::size_t first = expectations_.size();
   if (!expect(param, &entry.param)) throw std::runtime_error("a parameter has no memory that an engine can read");
   const Expectation is = expectations_[first];
@@ -196,9 +197,9 @@ bool Roster::read_all(int threads, SourceOf source_of, const void* context) {
   if (!tensors_are_unchanged(threads)) return false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     if (!gradients_[i]) continue;
-    if (!entries_[i].is_steppable) return false;
+    if (!briefs_[i].is_steppable) return false;
     if (!addresses_[i] && !find_address(i)) return false;
-    if (!is_aligned(addresses_[i], entries_[i].gradient_dtype)) return false;
+    if (!is_aligned(addresses_[i], briefs_[i].gradient_dtype)) return false;
   }
   return true;
 }
@@ -211,21 +212,21 @@ bool Roster::read_groups(SourceOf source_of, const void* context) {
 }
 
 bool Roster::fetch_gradients() {
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    if (i + kAhead < entries_.size()) __builtin_prefetch(entries_[i + kAhead].param.tensor);
-    const Entry& entry = entries_[i];
-    if (!entry.is_member) continue;
-    PyObject* gradient = torch.grad(entry.param.tensor);
+  for (std::size_t i = 0; i < briefs_.size(); ++i) {
+    if (i + kAhead < briefs_.size()) __builtin_prefetch(briefs_[i + kAhead].param);
+    const Brief& brief = briefs_[i];
+    if (!brief.is_member) continue;
+    PyObject* gradient = torch.grad(brief.param);
     if (!gradient) return false;
-    if (gradient == Py_None) {
-      Py_DECREF(gradient);
+    const bool readable = torch.is_tensor(gradient) && torch.has_no_dispatch(gradient);
+    if (readable) gradient = torch.resolved(gradient, brief.is_complex);
+    if (readable && gradient) {
+      gradients_[i] = Torch::handle(gradient);
       continue;
     }
-    gradients_[i] = gradient;
-    if (!torch.is_tensor(gradient) || !torch.has_no_dispatch(gradient)) return false;
-    gradients_[i] = torch.resolved(gradient, entry.param.is_complex);
-    if (!gradients_[i]) return false;
-    handles_[i] = Torch::handle(gradients_[i]);
+    const bool is_none = gradient == Py_None;
+    Py_XDECREF(gradient);
+    if (!is_none) return false;
   }
   return true;
 }
@@ -265,7 +266,7 @@ bool Roster::items_are_unchanged(std::size_t i) const {
 bool Roster::tensors_are_unchanged(int threads) {
   if (const Abi* const abi = torch.abi()) {
     const Inspection all{*abi,          expectations_.data(), static_cast<std::int64_t>(expectations_.size()),
-                         like_.data(),  handles_.data(),      addresses_.data(),
+                         like_.data(),  gradients_.data(),    addresses_.data(),
                          static_cast<std::int64_t>(entries_.size()), dims_.data()};
     return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads);
   }
@@ -280,27 +281,30 @@ bool Roster::tensors_are_unchanged(int threads) {
 bool Roster::find_address(std::size_t i) {
   const GradientExpectation& like = like_[i];
   Geometry g;
-  if (!torch.read(gradients_[i], Access::kRead, &g) || g.conjugated || g.negated) return false;
+  if (!torch.read(Torch::object(gradients_[i]), Access::kRead, &g) || g.conjugated || g.negated) return false;
   const std::int64_t* const shape = dims_.data() + like.shape;
   if (g.dtype != like.dtype || g.device_type != like.device_type || g.device_index != like.device_index ||
       g.ndim != like.ndim || !std::equal(shape, shape + g.ndim, g.shape) || !g.has_memory(like.item_size)) {
     return false;
   }
   addresses_[i] = g.address;
-  if (!std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides)) strides_[i] = g.strides;
+  if (!std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides)) {
+    strides_[i] = g.strides;
+    has_other_strides_ = true;
+  }
   return true;
 }
 
 void Roster::release() {
   for (std::size_t i = 0; i < gradients_.size(); ++i) {
     if (i + kAhead < gradients_.size()) __builtin_prefetch(gradients_[i + kAhead]);
-    handles_[i] = nullptr;
+    const Abi::Handle gradient = gradients_[i];
     addresses_[i] = nullptr;
-    strides_[i] = nullptr;
-    PyObject* const gradient = gradients_[i];
     gradients_[i] = nullptr;  // first: letting go may run Python
-    Py_XDECREF(gradient);
+    if (gradient) Py_DECREF(Torch::object(gradient));
   }
+  if (has_other_strides_) std::fill(strides_.begin(), strides_.end(), nullptr);
+  has_other_strides_ = false;
 }
 
 py::list Roster::facts() const {
@@ -320,7 +324,7 @@ py::list Roster::facts() const {
     if (!gradients_[i]) continue;
     const GradientExpectation& like = like_[i];
     const std::int64_t* const planned = dims_.data() + like.strides;
-    add(gradients_[i], addresses_[i], like.dtype, like.ndim, dims_.data() + like.shape,
+    add(Torch::object(gradients_[i]), addresses_[i], like.dtype, like.ndim, dims_.data() + like.shape,
         strides_[i] ? strides_[i] : planned, -1);
   }
   return out;
@@ -333,7 +337,9 @@ int Roster::traverse(visitproc visit, void* arg) const {
     if (const int stop = group.traverse(visit, arg)) return stop;
   }
   for (const py::object& object : held_) Py_VISIT(object.ptr());
-  for (PyObject* gradient : gradients_) Py_VISIT(gradient);
+  for (const Abi::Handle gradient : gradients_) {
+    if (gradient) Py_VISIT(Torch::object(gradient));
+  }
   return 0;
 }
 

@@ -29,7 +29,6 @@ struct Member {
 // A parameter of the groups, with its states. One that another engine steps is only a place in the order.
 struct Entry {
   bool is_member = false;
-  bool new_state = false;     // its states were made for the step to come
   bool is_steppable = false;  // has all that its kernel needs, with memory, on one device
   std::int32_t group = 0;
   std::int32_t ndim = 0;
@@ -70,14 +69,16 @@ class Roster {
   const void* gradient_address(std::size_t i) const { return addresses_[i]; }
   const std::int64_t* gradient_strides(std::size_t i) const { return strides_[i]; }
 
-  void set_stepped(std::size_t i) { entries_[i].new_state = false; }
+  std::size_t group_of(std::size_t i) const { return static_cast<std::size_t>(briefs_[i].group); }
+  bool has_new_state(std::size_t i) const { return briefs_[i].new_state; }
+  void set_stepped(std::size_t i) { briefs_[i].new_state = false; }
 
   // (tensor, address, dtype, shape, strides, device type, device index, storage bytes) of all that a scan vouched for.
   py::list facts() const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
-  Entry entry_of(std::size_t group, PyObject* param, bool new_state);
+  Entry entry_of(std::size_t group, PyObject* param);
   void add_states(Entry& entry, std::size_t i);
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
   bool expect(PyObject* tensor, Member* out);
@@ -117,12 +118,21 @@ class Roster {
   bool may_share_work_ = true;  // among threads: no two of its tensors have one storage
   Geometry device_;
 
-  // Of each entry, in the step that was scanned.
+  // What a scan reads of each entry, close together.
+  struct Brief {
+    PyObject* param;
+    std::int32_t group;
+    DType gradient_dtype;
+    bool is_member, is_steppable, is_complex, new_state;
+  };
+  std::vector<Brief> briefs_;
   std::vector<GradientExpectation> like_;
-  std::vector<PyObject*> gradients_;  // owned
-  std::vector<Abi::Handle> handles_;
+
+  // Of each entry, in the step that was scanned.
+  std::vector<Abi::Handle> gradients_;  // of gradients that are owned; null without one
   std::vector<const void*> addresses_;
   std::vector<const std::int64_t*> strides_;  // null: as planned
+  bool has_other_strides_ = false;
 };
 
 }  // namespace fusedopt::host

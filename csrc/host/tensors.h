@@ -53,6 +53,9 @@ class Torch {
   int item_size(std::int32_t dtype) const;
 
   static Abi::Handle handle(PyObject* tensor) { return reinterpret_cast<char*>(tensor) + sizeof(PyObject); }
+  static PyObject* object(Abi::Handle tensor) {
+    return reinterpret_cast<PyObject*>(static_cast<char*>(tensor) - sizeof(PyObject));
+  }
 
  private:
   struct Type {
