@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 
@@ -12,7 +13,10 @@ import pytest  # noqa: E402
 
 from fusedopt import engines  # noqa: E402
 
-if INTERPRETED and shutil.which("g++"):
+# Names of the engines to test, with spaces between; all where it is not set.
+CHOSEN = os.environ.get("FUSEDOPT_TEST_ENGINES", " ".join(engines.ENGINES)).split()
+
+if INTERPRETED and "cuda" in CHOSEN and shutil.which("g++"):
     import cuda_on_threads
 
     extension = cuda_on_threads.build()
@@ -20,7 +24,9 @@ if INTERPRETED and shutil.which("g++"):
 
 # Where the tests' tensors are the engine must be too: theirs are on the CPU, a GPU's tests in test_gpu.py.
 AVAILABLE = [
-    name for name, engine in engines.ENGINES.items() if engine.available() is None and engine.home().type == "cpu"
+    name
+    for name, engine in engines.ENGINES.items()
+    if name in CHOSEN and engine.available() is None and engine.home().type == "cpu"
 ]
 collect_ignore = ["test_gpu.py"] if INTERPRETED else []
 if "triton" in AVAILABLE:
@@ -37,6 +43,22 @@ def engine(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # what workers inherit, whose OpenMP is not loaded yet
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin keep other processes from the cores
+
+
+def pytest_collection_finish():
+    """What is there for the whole run need not be searched again by every collection of garbage."""
+    torch.optim.SGD([torch.ones(1)])  # the first one imports half of what torch has
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or Triton's bindings call it a leak when Python ends
 
 
 def pytest_report_header():
