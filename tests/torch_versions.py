@@ -42,8 +42,9 @@ PAGE = """# Versions of torch
 {table}
 {failures}"""
 WHAT = """One wheel, built without CUDA beside the torch of `constraints.txt`, in an environment for each version:
-{tests} from outside the checkout, Triton's kernels interpreted, and
-`fusedopt verify` on the engines that need no GPU. The seconds are those of the tests and of `verify`."""
+{tests} from outside the checkout,
+with Triton's kernels interpreted, and `fusedopt verify` on the engines that need no GPU. The seconds are those of the
+tests and of `verify`."""
 
 
 def surroundings(**more):
@@ -103,7 +104,7 @@ def examine(python, folder):
         raise RuntimeError(f"pytest ended with status {ended.returncode}")
     suite = ElementTree.parse(folder / "tests.xml").getroot().find("testsuite")
     failures = [
-        f"{case.get('classname')}::{case.get('name')}: {mark.get('message', '').splitlines()[0]}"
+        f"{case.get('classname')}::{case.get('name')}: {(mark.get('message') or '?').splitlines()[0]}"
         for case in suite.iter("testcase")
         for mark in (*case.findall("failure"), *case.findall("error"))
     ]
