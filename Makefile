@@ -5,13 +5,23 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize fuzz bench lint check gpu clean
+.PHONY: demo test sanitize fuzz torch-versions nightly bench lint check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
 
+# WORKERS: how many processes take the tests; 0 for none but pytest's own.
+WORKERS ?= auto
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+
+# One wheel beside several versions of torch, which are downloaded: make torch-versions ARGS='--keep folder'
+torch-versions: $(VENV)/.installed
+	$(BIN)/python tests/torch_versions.py $(ARGS)
+
+# What takes too long for every change. With -k the rest is done where something fails: make -k nightly MINUTES=60
+nightly: WORKERS = 4
+nightly: sanitize fuzz torch-versions test
 
 # The host and the CPU engine under AddressSanitizer and UBSan.
 sanitize: TESTS ?= $(patsubst %,tests/test_%.py,host moved layouts step errors)

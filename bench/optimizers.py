@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -22,7 +22,7 @@ class Case:
     name: str
     optimizer: str
     lr: float
-    options: dict[str, Any]
+    options: dict[str, Any] = field(hash=False)
     warmup: int = 2
     weight_decay: float = 0.01
 

@@ -63,6 +63,14 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def scan(plans: list[Any]) -> bool:
+    """Whether all plans are as they were planned; they hold the step's gradients then."""
+    for plan in plans:
+        if not plan.scan():
+            return False
+    return True
+
+
 def launch(
     plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, wait: bool
 ) -> tuple[float | Tensor, bool]:
@@ -75,7 +83,7 @@ def launch(
         return 0.0, False
     if len(plans) == 1:
         with _AS_THEY_ARE if plans[0].indivisible else held_back():
-            outcomes = [plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)]
+            _, norm, skipped = plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)
     else:  # the norm spans plans: measure on all before updating any
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
         totals = [None if squares is None else _sum(squares, plan) for plan in plans]
@@ -84,7 +92,7 @@ def launch(
                 plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
                 for plan, total in zip(plans, totals, strict=True)
             ]
-    _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
+        _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
     if isinstance(skipped, Tensor):
         skipped = wait and bool(skipped)
     return norm, skipped

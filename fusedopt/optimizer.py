@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, launch, threads_that_exist
+from fusedopt.launch import Scaling, launch, scan, threads_that_exist
 from fusedopt.rule import Rule
 from fusedopt.state import Counters, adopt_state, initial_state, unfit
 
@@ -154,7 +154,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step(self, scaling: Scaling) -> None:
         plans, new_state = self._plans or [], NewState()
         try:
-            is_valid = self._plans is not None and all(plan.scan() for plan in plans)
+            is_valid = self._plans is not None and scan(plans)
             if not is_valid:
                 self._refuse_capture()
             if not (is_valid and self._asynchronous):  # else the devices look at it
@@ -232,7 +232,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         keys = sorted(which, key=lambda key: key[0])
         plans = [engines.plan(key[1], self, which[key], [i for i in new if i in set(which[key])]) for key in keys]
         with _released_on_failure(plans):
-            if not all(plan.scan() for plan in plans):
+            if not scan(plans):
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
         self._plans = plans
         self._asynchronous = all(plan.asynchronous for plan in plans)

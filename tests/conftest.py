@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 
@@ -42,6 +43,22 @@ def engine(request):
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+def pytest_configure(config):
+    if getattr(config.option, "numprocesses", None):  # what workers inherit, whose OpenMP is not loaded yet
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin keep other processes from the cores
+
+
+def pytest_collection_finish():
+    """What is there for the whole run need not be searched again by every collection of garbage."""
+    torch.optim.SGD([torch.ones(1)])  # the first one imports half of what torch has
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or Triton's bindings call it a leak when Python ends
 
 
 def pytest_report_header():

@@ -25,7 +25,8 @@ ENGINE = "eager" if cpu.available() else "cpu"
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Flushing takes longest where tensors are this small."""
+    """Flushing and drawing values take longest where tensors are this small."""
+    monkeypatch.setattr(workload, "POOL", 2**12 + 1)
     monkeypatch.setattr(timing, "FLUSHED", {"cpu": 2**12, "cuda": 2**12})
     monkeypatch.setattr(measure, "FLUSHED", timing.FLUSHED)
     monkeypatch.setattr(arena, "MOST_TIMES", 1)

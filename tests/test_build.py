@@ -10,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 
+pytestmark = pytest.mark.xdist_group("build")  # each of them may write the stub
+
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),

@@ -10,6 +10,7 @@ from helpers import assert_same, fill_gradients, params, snapshot
 
 import fusedopt
 from fusedopt import host
+from fusedopt.bench import memory
 from fusedopt.engines import cpu
 from fusedopt.verification import gate
 
@@ -163,12 +164,9 @@ def test_plan_is_kept_when_gradients_are_new():
         assert optimizer._plans is plans
 
 
-def memory_gib():
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-
-
+@pytest.mark.xdist_group("memory")
 def test_more_than_two_to_the_31_elements():
-    if memory_gib() < 8:
+    if (memory.room(torch.device("cpu")) or 0) < 8 * 2**30:
         pytest.skip("needs 8 GiB of memory")
     n = 2**31 + 12_345
     p = torch.nn.Parameter(torch.ones(n, dtype=torch.bfloat16))

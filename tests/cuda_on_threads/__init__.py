@@ -1,6 +1,7 @@
 """Builds the CUDA engine's own sources for host threads: the headers here stand in for CUDA's."""
 
 import ctypes
+import fcntl
 import sys
 import sysconfig
 from importlib.util import module_from_spec, spec_from_file_location
@@ -35,7 +36,10 @@ def build():
     objects += [ninja.compile(CSRC / "cuda" / f"{name}.cpp", f"{name}_", flags) for name in ("launch", "module")]
     target = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     ninja.link(objects, target)
-    ninja.run()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # workers of one test run, or two test runs, ask for it at once
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        ninja.run()
     spec = spec_from_file_location(NAME, target)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
