@@ -1,4 +1,4 @@
-"""The CPU engine's host side: levels, anatomy, sizes, many tensors and groups."""
+"""The CPU engine's host side: levels, how tensors are read, sizes, many tensors and groups."""
 
 import os
 import subprocess
@@ -55,17 +55,15 @@ def test_extensions_link_no_torch():
         assert ("libgomp" in needed) == (not path.name.startswith("_cuda"))
 
 
-def test_anatomy_is_known_for_this_torch():
-    extension = host.load()
-    assert extension.learn_anatomy(host._specimens())
+def test_tensors_are_read_through_the_abi():
+    assert host.reading_path() == "torch's C ABI"
 
 
 @pytest.fixture
-def without_anatomy():
-    extension = host.load()
-    assert not extension.learn_anatomy([])
+def without_abi():
+    host.load().forget_abi()
     yield
-    assert extension.learn_anatomy(host._specimens())
+    assert host.bind_abi(host.load())
 
 
 def busy_run():
@@ -87,33 +85,70 @@ def busy_run():
     return snapshot(optimizer)
 
 
-def test_results_do_not_hang_on_the_anatomy(without_anatomy):
-    slow = busy_run()
-    extension = host.load()
-    assert extension.learn_anatomy(host._specimens())
-    assert_same(busy_run(), slow)
-    extension.learn_anatomy([])
+def test_results_do_not_hang_on_the_reading_path(without_abi):
+    through_dlpack = busy_run()
+    assert host.bind_abi(host.load())
+    assert_same(busy_run(), through_dlpack)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda facts: facts[:2] + (facts[2] + 8,) + facts[3:],
-        lambda facts: facts[:1] + (facts[1], facts[2], facts[3] + 4) + facts[4:],
-        lambda facts: facts[:4] + (facts[4] + 1,) + facts[5:],
-        lambda facts: facts[:5] + (facts[5] ^ 1,) + facts[6:],
-        lambda facts: facts[:7] + ([s + 1 for s in facts[7]],) + facts[8:],
-    ],
-    ids=["storage", "data", "offset", "keys", "shape"],
-)
-def test_anatomy_that_does_not_fit_is_not_used(change):
+def test_dlpack_says_what_the_abi_says(without_abi):
+    tensors = [t for t in host._probes() if not (t.is_conj() or t.is_neg())]
+    dlpack = [host.load().geometry(t) for t in tensors]
+    assert host.bind_abi(host.load())
+    for t, told in zip(tensors, dlpack, strict=True):
+        other = host.load().geometry(t)
+        assert (told[0], *told[2:4], *told[6:]) == (other[0], *other[2:4], *other[6:])  # but for dtypes' and devices' numbers
+
+
+@pytest.mark.parametrize("fact", range(10))
+def test_abi_that_says_otherwise_is_not_used(monkeypatch, fact):
+    told = host._facts
+
+    def other(t, numbers):
+        facts = list(told(t, numbers))
+        facts[fact] = [*facts[fact], 1] if isinstance(facts[fact], list) else facts[fact] + 1
+        return tuple(facts)
+
     extension = host.load()
-    facts = host._specimens()
-    facts[-1] = change(facts[-1])
     try:
-        assert not extension.learn_anatomy(facts)
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "_facts", other)
+            assert not host.bind_abi(extension)
+        assert extension.geometry(torch.ones(3))[2] == [3]  # through DLPack
     finally:
-        assert extension.learn_anatomy(host._specimens())
+        assert host.bind_abi(extension)
+
+
+class Elsewhere(torch.Tensor):
+    _cdata = 12345
+
+
+def test_handles_that_are_elsewhere_are_not_followed(monkeypatch):
+    extension = host.load()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(host, "_probes", lambda: [torch.ones(3), torch.ones(3).as_subclass(Elsewhere)])
+            assert not host.bind_abi(extension)
+    finally:
+        assert host.bind_abi(extension)
+
+
+class Tables:
+    """What a scan says of a tensor, but for one fact."""
+
+    def __init__(self, t, wrong):
+        address, dtype, shape, strides, _, _, nbytes, *_ = host.load().geometry(t)
+        facts = [t, address, dtype, shape, strides, nbytes]
+        if wrong:
+            facts[wrong] = [7] if isinstance(facts[wrong], list) else facts[wrong] + 2
+        self.facts = lambda: [tuple(facts)]
+
+
+def test_checked_scan_sees_a_wrong_answer():
+    host.check_scan(Tables(torch.ones(3), 0))
+    for wrong in range(1, 6):
+        with pytest.raises(AssertionError):
+            host.check_scan(Tables(torch.ones(3), wrong))
 
 
 def test_20000_tiny_tensors():

@@ -21,17 +21,24 @@ from helpers import assert_same, close, fewer, fill_gradients, pair, params, sam
 from torch.testing._internal.two_tensor import TwoTensor
 
 import fusedopt
+from fusedopt import host
 
 FAST = [name for name in AVAILABLE if name != "eager"]
 
 
-@pytest.fixture(params=[*AVAILABLE, *(f"{name}, scan in Python" for name in FAST if name != "cpu")])
+@pytest.fixture(
+    params=[*AVAILABLE, *(f"{name}, {'DLPack' if name == 'cpu' else 'scan in Python'}" for name in FAST)]
+)
 def engine(request, monkeypatch):
-    """Every engine, and those whose scan may be in Python with it as well."""
-    name, _, scan = request.param.partition(", ")
-    if scan:
+    """Every engine, and each of them with another way to read tensors."""
+    name, _, reading = request.param.partition(", ")
+    if reading == "DLPack":
+        host.load().forget_abi()
+    elif reading:
         monkeypatch.setenv("FUSEDOPT_HOST", "python")
-    return name
+    yield name
+    if reading == "DLPack":
+        assert host.bind_abi(host.load())
 
 
 def stepped(engine, shapes=((5,), (4, 3), (6,)), steps=2, name="AdamW", **options):
@@ -108,9 +115,8 @@ def test_gradient_that_is_a_subclass(kind):
 
 
 @pytest.mark.parametrize("kind", [zeros, two])
+@pytest.mark.parametrize("engine", FAST, indirect=True)
 def test_gradient_that_an_engine_cannot_read(engine, kind):
-    if engine == "eager":
-        pytest.skip("it can")
     ours, a, _, _ = stepped(engine)
     before = snapshot(a)
     ours[1].grad = kind(ours[1].grad)
@@ -437,10 +443,8 @@ def test_first_use_under_a_mode(mode):
     assert (run.returncode, run.stdout.strip()) == (0, "torch's C ABI"), run.stderr
 
 
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
 def test_failure_at_first_use_is_not_remembered(monkeypatch):
-    if "cpu" not in AVAILABLE:
-        pytest.skip("the CPU engine is not built")
-    from fusedopt import host
     from fusedopt.engines import cpu
 
     monkeypatch.setattr(host, "_path", None)
@@ -565,12 +569,12 @@ def interrupted_steps(optimizer, seconds):
         signal.signal(signal.SIGALRM, old)
 
 
+# Not Triton's interpreter, whose steps take too long to be interrupted often; its plans are those of the cuda engine.
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
-@pytest.mark.parametrize("mixed", [False, True])
-def test_a_step_and_its_counters_are_one(engine, name, mixed):
+@pytest.mark.parametrize("engine", [*(name for name in AVAILABLE if name != "triton"), "auto"], indirect=True)
+def test_a_step_and_its_counters_are_one(engine, name):
     """Whenever a signal arrives, all parameters have been through the same number of whole steps."""
-    if engine == "triton":
-        pytest.skip("each step takes a second in the interpreter, and the code is that of the cuda engine")
+    mixed = engine == "auto"  # with an optimizer that two engines step
 
     def make(engine):
         torch.manual_seed(5)
@@ -580,10 +584,7 @@ def test_a_step_and_its_counters_are_one(engine, name, mixed):
         if mixed:
             ps[2].requires_grad_(False)
         fill_gradients(ps)
-        return ps, getattr(fusedopt, name)(groups, lr=1e-3, engine="auto" if mixed else engine, **options)
-
-    if mixed and engine != "cpu":
-        pytest.skip("the engines that share a step are chosen by themselves")
+        return ps, getattr(fusedopt, name)(groups, lr=1e-3, engine=engine, **options)
 
     ps, optimizer = make(engine)
     reference, twin = make(engine)

@@ -1,5 +1,7 @@
 #include "host/roster.h"
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <stdexcept>
 
