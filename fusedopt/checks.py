@@ -25,7 +25,7 @@ LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
 class Label:
-    """How messages call a parameter: its place, its name if it has one, its shape and dtype. Made up when it is said."""
+    """How messages call a parameter: its place, its name if it has one, its shape and dtype."""
 
     __slots__ = ("_group", "_group_index", "_index", "_tensor")
 
@@ -77,7 +77,9 @@ def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = F
     if not low <= result <= high:
         raise ValueError(f"{hyper.label}{where} is {result!r}; it must lie in {hyper.domain}")
     if result > LARGEST_FLOAT and is_narrow(group):
-        raise ValueError(f"{hyper.label}{where} is {result!r}, more than parameters that are not float64 can be stepped with")
+        raise ValueError(
+            f"{hyper.label}{where} is {result!r}, more than parameters that are not float64 can be stepped with"
+        )
 
 
 def is_narrow(group: Group) -> bool:

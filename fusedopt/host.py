@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks
+from fusedopt import checks, memory
 from fusedopt.rule import LR, WEIGHT_DECAY, Rule
 from fusedopt.scan import Scan
 
@@ -129,7 +129,7 @@ def _bind(host: Any) -> str:
             "parameter_type": torch.nn.Parameter,
             "exchange_api": capsule,
             "grad": torch._C.TensorBase.grad,
-            "dispatch": Tensor.__torch_dispatch__,
+            "dispatch": memory.NO_DISPATCH,
             "number": lambda value: checks.number(value, "", ""),
         }
     )
@@ -163,9 +163,9 @@ def _probes() -> list[Tensor]:
     """Tensors of distinctive geometry and every dtype, lazily conjugated and negated ones among them."""
     tensors: list[Tensor] = []
     for i, dtype in enumerate(dtype for dtype in _DTYPES if dtype != torch.complex32):  # torch warns of that one
-        memory = torch.zeros(20_000, dtype=dtype, device="cpu")
-        tensors.append(memory.as_strided((2, 3, 5), (307, 67, 11), 37 + i))
-        tensors.append(torch.nn.Parameter(memory.as_strided((7, 2), (131, 17), 53)))
+        flat = torch.zeros(20_000, dtype=dtype, device="cpu")
+        tensors.append(flat.as_strided((2, 3, 5), (307, 67, 11), 37 + i))
+        tensors.append(torch.nn.Parameter(flat.as_strided((7, 2), (131, 17), 53)))
     tensors.append(torch.zeros(9_000, device="cpu").as_strided((3, 2, 2, 5, 1, 2), (211, 101, 29, 3, 1, 7), 71))
     z = torch.zeros(7, 3, dtype=torch.complex64, device="cpu")
     return [*tensors, z.mH, z.conj().imag, z.mH.imag, torch.zeros((), device="cpu"), torch.zeros(0, 4, device="cpu")]

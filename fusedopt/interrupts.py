@@ -19,7 +19,7 @@ SIGNALS = tuple(
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold signals back until the block is over, then do what their handlers do. Handlers run in the main thread only."""
+    """Hold signals back until the block is over, then do what their handlers do, which run in the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedTensorMixin
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn.parameter import is_lazy
 
-_NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
+# What a class has for __torch_dispatch__ if operations on it are torch's own.
+NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 # How hard to think about whether interleaved tensors share an element; beyond it they are taken to.
 _MOST_WORK = 10_000
 
 
 def has_own_operations(t: Tensor) -> bool:
     """Whether it is a subclass with operations of its own, so that its memory need not hold what it is."""
-    return getattr(type(t), "__torch_dispatch__", None) is not _NO_DISPATCH
+    return getattr(type(t), "__torch_dispatch__", None) is not NO_DISPATCH
 
 
 def unreadable(t: Tensor, *, lazily: bool = False) -> str | None:
@@ -26,7 +28,7 @@ def unreadable(t: Tensor, *, lazily: bool = False) -> str | None:
         t: The tensor.
         lazily: Whether it may be lazily conjugated or negated.
     """
-    if isinstance(t, UninitializedTensorMixin):
+    if is_lazy(t):
         return "it is not initialized yet"
     if has_own_operations(t):
         return f"{type(t).__name__} is a tensor subclass with operations of its own"
@@ -34,9 +36,9 @@ def unreadable(t: Tensor, *, lazily: bool = False) -> str | None:
         return f"its layout is {t.layout}"
     if t.is_nested:
         return "it is a nested tensor"
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):
+    if is_functorch_wrapped_tensor(t):
         return "it is inside of a transformation of torch.func"
-    if torch._is_zerotensor(t):
+    if t._is_zerotensor():
         return "it is a tensor of zeros without memory"
     if not lazily and (t.is_conj() or t.is_neg()):
         return f"it is lazily {'conjugated' if t.is_conj() else 'negated'}"
@@ -57,11 +59,11 @@ def shortage(t: Tensor) -> str | None:
 
     Tensors whose memory is not read by its address have none to miss.
     """
-    if isinstance(t, UninitializedTensorMixin) or t.device.type == "meta" or has_own_operations(t):
+    if is_lazy(t) or t.device.type == "meta" or has_own_operations(t):
         return None
     if t.layout != torch.strided or t.is_nested:
         return None
-    if torch._C._functorch.is_functorch_wrapped_tensor(t) or torch._is_zerotensor(t) or not t.numel():
+    if is_functorch_wrapped_tensor(t) or t._is_zerotensor() or not t.numel():
         return None
     needed, has = (t.storage_offset() + reach(t)) * t.element_size(), t.untyped_storage().nbytes()
     if has >= needed and t.data_ptr():
@@ -149,6 +151,7 @@ def _share(a: Tensor, b: Tensor) -> bool:
     if a.device != b.device:
         return False
     try:
-        return np.shares_memory(np.asarray(_Array(a)), np.asarray(_Array(b)), max_work=_MOST_WORK)
+        a_memory, b_memory = np.asarray(_Array(a)), np.asarray(_Array(b))
+        return np.shares_memory(a_memory, b_memory, max_work=_MOST_WORK)  # pyright: ignore[reportArgumentType]
     except np.exceptions.TooHardError:
         return True

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any, ClassVar
 
@@ -65,8 +64,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
     that going backward through a graph from before the step is not reported as an error.
 
-    Two threads may step one optimizer: one step waits for the other. In a child that was forked, as DataLoader's workers
-    are, a step runs on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
+    Two threads may step one optimizer: one step waits for the other. In a child that was forked, as DataLoader's
+    workers are, a step runs on one thread. A step that a signal handler interrupts has happened as a whole, or not at
+    all.
 
     Parameters that share memory, and one that is given twice (torch warns of it), are stepped one after the other in
     their order, as torch does it.
@@ -165,7 +165,12 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not is_valid:
                 for plan in plans:
                     plan.finish()
+                plans = []
                 plans = self._plan(new_state)
+                if not scan(plans):
+                    raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
+                self._plans = plans
+                self._asynchronous = all(plan.asynchronous for plan in plans)
             max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
             measures = self.max_grad_norm is not None or self.skip_nonfinite
             if measures and self._shard is not None:
@@ -219,7 +224,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _plan(self, new_state: NewState) -> list[Any]:
         """Check everything, make the states that are missing, and enter them in ``new_state``.
 
-        Returns plans that are scanned, in the order in which they are to be run.
+        Returns plans, in the order in which they are to be run.
         """
         self._plans = None
         assigned = self._assign()
@@ -230,13 +235,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for i, (name, p, _) in enumerate(assigned):
             which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
         keys = sorted(which, key=lambda key: key[0])
-        plans = [engines.plan(key[1], self, which[key], [i for i in new if i in set(which[key])]) for key in keys]
-        with _released_on_failure(plans):
-            if not scan(plans):
-                raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
-        self._plans = plans
-        self._asynchronous = all(plan.asynchronous for plan in plans)
-        return plans
+        return [engines.plan(key[1], self, which[key], [i for i in new if i in set(which[key])]) for key in keys]
 
     def _assign(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Which engine steps each parameter, and its group; raises for whatever none of them may step."""
@@ -393,14 +392,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         own = {name: self.__dict__[name] for name in _OWN}
         norm = None if self._norm is None else float(self._norm)
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}
-
-
-@contextmanager
-def _released_on_failure(plans: list[Any]) -> Iterator[None]:
-    """Plans let go of what they hold if the block fails."""
-    try:
-        yield
-    except BaseException:
-        for plan in plans:
-            plan.finish()
-        raise

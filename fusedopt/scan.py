@@ -18,7 +18,7 @@ class Scan:
     Args:
         param_groups: The optimizer's.
         specs: For each group its (states, scalars, hyper) names, (key, index, count, low, high) of lr, weight decay and
-            the rule's hyperparameters, (key, truth) of its switches, and whether decay is decoupled, or which flag says.
+            the rule's hyperparameters, (key, truth) of its switches, and whether decay is decoupled, or the flag's key.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
         new_state: Those whose states are new.

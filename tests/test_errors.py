@@ -78,7 +78,7 @@ def test_adabound_needs_a_base():
 
 def test_duplicate_parameter():
     (p,) = params((3, 2))
-    with pytest.warns(UserWarning, match="duplicate"):  # torch's; what becomes of it: test_hostile.py
+    with pytest.warns(UserWarning, match="duplicate"):  # torch's; what becomes of it: test_shared_memory.py
         fusedopt.AdamW([p, p])
     with pytest.raises(ValueError, match="group 1 is also parameter 0 of group 0"):
         fusedopt.AdamW([{"params": [p]}, {"params": [p]}])

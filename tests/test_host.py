@@ -97,7 +97,11 @@ def test_dlpack_says_what_the_abi_says(without_abi):
     assert host.bind_abi(host.load())
     for t, told in zip(tensors, dlpack, strict=True):
         other = host.load().geometry(t)
-        assert (told[0], *told[2:4], *told[6:]) == (other[0], *other[2:4], *other[6:])  # but for dtypes' and devices' numbers
+        assert (told[0], *told[2:4], *told[6:]) == (
+            other[0],
+            *other[2:4],
+            *other[6:],
+        )  # but for dtypes' and devices' numbers
 
 
 @pytest.mark.parametrize("fact", range(10))

@@ -55,7 +55,7 @@ struct Row {
   const Layouts* layouts;  // null when every operand is dense
   std::int32_t cohort;
   DType dtype[kMaxOperands];
-  bool active;  // has a gradient in this step
+  bool active;    // has a gradient in this step
   bool in_place;  // every operand is dense and of the compute type: no staging
 };
 

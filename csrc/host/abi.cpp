@@ -127,7 +127,8 @@ bool inspect(const Inspection& all, int threads) {
     const auto handle_at = [&](std::int64_t i) { return all.tensors[i].tensor; };
     for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
       prefetch(handle_at, i, n);
-      if (!is_unchanged(all.abi, all.tensors[i], all.dims, threads == 1)) return unchanged.store(false, std::memory_order_relaxed);
+      if (!is_unchanged(all.abi, all.tensors[i], all.dims, threads == 1))
+        return unchanged.store(false, std::memory_order_relaxed);
     }
   };
   const auto gradient_block = [&](std::int64_t b) {

@@ -11,7 +11,7 @@ namespace {
 constexpr std::int64_t kLargestTile = 262144;  // 1 MiB of fp32 per stream: 5% faster than 256 KiB on fast memory
 constexpr std::int64_t kSmallestTile = 4096;
 constexpr std::int64_t kTilesWanted = 256;
-constexpr std::size_t kAhead = 16;  // counters to prefetch ahead
+constexpr std::size_t kAhead = 16;             // counters to prefetch ahead
 constexpr std::int64_t kWorthThreads = 32768;  // elements below which a second thread costs more than it brings
 // A float counter stops at 2^24; the job is then made anew with a double one.
 constexpr double kLastFloatStep = 16777216;
@@ -209,8 +209,6 @@ void CpuJob::advance_counters() {
   }
 }
 
-void CpuJob::release() {
-  roster_.release();
-}
+void CpuJob::release() { roster_.release(); }
 
 }  // namespace fusedopt::host

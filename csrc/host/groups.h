@@ -55,14 +55,15 @@ class Group {
   int traverse(visitproc visit, void* arg) const;
 
   // What `read` found.
-  Cohort common = {};                    // without coefficients
-  double values[2 + kMaxHyper] = {};     // lr, weight_decay, then the kernel's
+  Cohort common = {};                 // without coefficients
+  double values[2 + kMaxHyper] = {};  // lr, weight_decay, then the kernel's
   std::int64_t sources[2 + kMaxHyper] = {};
   bool is_decoupled = false;
   std::size_t n_values() const { return hyper_.size(); }
 
  private:
-  bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value, std::int64_t* source) const;
+  bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,
+                  std::int64_t* source) const;
 
   py::object group_;
   std::vector<py::object> params_;  // kept alive, so that an address means the same object

@@ -83,9 +83,9 @@ PYBIND11_MODULE(_host, m) {
         return torch.bind_abi(addresses, numbers, probes);
       },
       py::arg("addresses"), py::arg("numbers"), py::arg("probes"),
-      "Read tensors through torch's C ABI from now on. False, and DLPack stays, if handles are not where they should be.");
-  m.def(
-      "forget_abi", [] { torch.forget_abi(); }, "Read tensors through DLPack from now on.");
+      "Read tensors through torch's C ABI from now on. False, and DLPack stays, if handles are not where they should "
+      "be.");
+  m.def("forget_abi", [] { torch.forget_abi(); }, "Read tensors through DLPack from now on.");
   m.def("geometry", &geometry, py::arg("tensor"), "What is read of a tensor; None if it cannot be read.");
   m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
         "A kernel for tables whose rows a device steps and counts.");

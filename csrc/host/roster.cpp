@@ -74,7 +74,11 @@ bool Roster::expect(PyObject* tensor, Member* out) {
   if (!torch.read(tensor, Access::kWrite, &now) || now.conjugated || now.negated) return false;
   const std::optional<DType> dtype = torch.element_type(now.dtype);
   if (!dtype) return false;
-  *out = {tensor, now.address, *dtype, torch.is_complex(now.dtype), now.has_memory(torch.item_size(now.dtype)),
+  *out = {tensor,
+          now.address,
+          *dtype,
+          torch.is_complex(now.dtype),
+          now.has_memory(torch.item_size(now.dtype)),
           static_cast<std::uint32_t>(dims_.size())};
   dims_.insert(dims_.end(), now.shape, now.shape + now.ndim);
   dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
@@ -116,17 +120,18 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
   const auto is_here = [&](const Expectation& e) {
     return e.device_type == is.device_type && e.device_index == is.device_index;
   };
-  entry.is_steppable = is_whole(entry.param) && is_aligned(entry.param.address, entry.param.dtype) &&
-                       std::all_of(entry.states, entry.states + kernel.n_states, is_whole) &&
-                       std::all_of(entry.scalars, entry.scalars + kernel.n_scalars, is_whole) &&
-                       std::all_of(expectations_.begin() + static_cast<std::ptrdiff_t>(first), expectations_.end(), is_here);
+  entry.is_steppable =
+      is_whole(entry.param) && is_aligned(entry.param.address, entry.param.dtype) &&
+      std::all_of(entry.states, entry.states + kernel.n_states, is_whole) &&
+      std::all_of(entry.scalars, entry.scalars + kernel.n_scalars, is_whole) &&
+      std::all_of(expectations_.begin() + static_cast<std::ptrdiff_t>(first), expectations_.end(), is_here);
   return entry;
 }
 
 GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) {
   const auto ndim = static_cast<std::uint32_t>(param.ndim);
-  GradientExpectation like{nullptr, 0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type,
-                           param.device_index, param.ndim, 0};
+  GradientExpectation like{
+      nullptr, 0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index, param.ndim, 0};
   PyObject* given = torch.grad(entry.param.tensor);
   if (given && given != Py_None) given = torch.resolved(given, entry.param.is_complex);
   const auto gradient = py::reinterpret_steal<py::object>(given);
@@ -267,14 +272,20 @@ bool Roster::items_are_unchanged(std::size_t i) const {
 
 bool Roster::tensors_are_unchanged(int threads) {
   if (const Abi* const abi = torch.abi()) {
-    const Inspection all{*abi,          expectations_.data(), static_cast<std::int64_t>(expectations_.size()),
-                         like_.data(),  gradients_.data(),    addresses_.data(),
-                         static_cast<std::int64_t>(entries_.size()), dims_.data()};
+    const Inspection all{*abi,
+                         expectations_.data(),
+                         static_cast<std::int64_t>(expectations_.size()),
+                         like_.data(),
+                         gradients_.data(),
+                         addresses_.data(),
+                         static_cast<std::int64_t>(entries_.size()),
+                         dims_.data()};
     return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads);
   }
   for (std::size_t k = 0; k < expectations_.size(); ++k) {
     Geometry now;
-    if (!torch.read(expected_[k], Access::kWrite, &now) || !is_expected(now, expectations_[k], dims_.data())) return false;
+    if (!torch.read(expected_[k], Access::kWrite, &now) || !is_expected(now, expectations_[k], dims_.data()))
+      return false;
   }
   return true;
 }

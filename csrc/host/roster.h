@@ -96,7 +96,7 @@ class Roster {
     PyObject *key, *value;
   };
   struct StateItems {
-    PyObject* mapping = nullptr;      // null: no state
+    PyObject* mapping = nullptr;         // null: no state
     std::uint32_t first = 0, count = 0;  // in items_
   };
 

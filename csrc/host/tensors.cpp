@@ -56,7 +56,8 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   forget_abi();
   for (const py::handle probe : probes) {
     const auto impl = probe.attr("_cdata").cast<std::uintptr_t>();
-    const bool has_room = Py_TYPE(probe.ptr())->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(impl));
+    const bool has_room =
+        Py_TYPE(probe.ptr())->tp_basicsize >= static_cast<Py_ssize_t>(sizeof(PyObject) + sizeof(impl));
     if (!has_room || *static_cast<const std::uintptr_t*>(handle(probe.ptr())) != impl) return false;
   }
   Abi abi;
@@ -75,9 +76,7 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   look_up(addresses, "is_neg", &abi.is_neg);
   abi.strided = numbers["strided"].cast<std::int32_t>();
   abi.cpu = numbers["cpu"].cast<std::int32_t>();
-  const auto enter = [&](const char* name, Type type) {
-    types_[numbers[name].cast<std::size_t>() % kNumbers] = type;
-  };
+  const auto enter = [&](const char* name, Type type) { types_[numbers[name].cast<std::size_t>() % kNumbers] = type; };
   enter("float32", {DType::f32, false});
   enter("float64", {DType::f64, false});
   enter("bfloat16", {DType::bf16, false});

@@ -1,4 +1,5 @@
-// Reads torch's Python tensors, without linking torch: through its C ABI, or where that is not to be had through DLPack.
+// Reads torch's Python tensors, without linking torch: through its C ABI, or where that is not to be had through
+// DLPack.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -19,8 +20,8 @@ namespace py = pybind11;
 // What is bound once, when the extension is first used.
 class Torch {
  public:
-  // Names of `names`: tensor_type, parameter_type, grad (the descriptor), dispatch (what a class without dispatch of its
-  // own has for __torch_dispatch__), exchange_api (a capsule), number (float of a hyperparameter, or an exception).
+  // Names of `names`: tensor_type, parameter_type, grad (the descriptor), dispatch (what a class without dispatch of
+  // its own has for __torch_dispatch__), exchange_api (a capsule), number (float of a hyperparameter, or an exception).
   void bind(const py::dict& names);
   // Addresses of the functions of the ABI and of `is_conj` and `is_neg`, and its numbers for dtypes and layouts.
   // Returns whether the handles in `probes` are where they are expected; nothing is called before that is known.

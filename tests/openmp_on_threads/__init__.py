@@ -1,4 +1,7 @@
-"""Builds the teams of threads for ThreadSanitizer, the CPU engine's and the scan's: OpenMP runs on threads that it understands, which libgomp's are not."""
+"""Builds the CPU engine's and the scan's teams for ThreadSanitizer.
+
+OpenMP runs on threads that it understands, which libgomp's are not.
+"""
 
 import os
 import platform

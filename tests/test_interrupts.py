@@ -1,0 +1,271 @@
+"""What may come in between: modes of torch's, other threads, code of the user's own, signals, a fork."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+
+import hostile
+import numpy as np
+import pytest
+import torch
+from conftest import AVAILABLE
+from helpers import assert_same, fewer, fill_gradients, params, snapshot
+from hostile import assert_equal, stepped
+
+import fusedopt
+from fusedopt import host
+
+engine = hostile.engine
+
+FIRST_USE = {
+    "fake tensors": "from torch._subclasses import FakeTensorMode\nwith FakeTensorMode():\n    use()",
+    "vmap": "torch.vmap(lambda x: (use(), x)[1])(torch.ones(3))",
+    "default device": "torch.set_default_device('meta')\nuse()\ntorch.set_default_device('cpu')",
+    "inference": "with torch.inference_mode():\n    use()",
+}
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
+@pytest.mark.parametrize("mode", FIRST_USE)
+def test_first_use_under_a_mode(mode):
+    program = (
+        "import torch, fusedopt\nfrom fusedopt.engines import cpu\nfrom fusedopt import host\n"
+        "def use():\n    assert cpu.available() is None, cpu.available()\n"
+        f"{FIRST_USE[mode]}\n"
+        "p = torch.nn.Parameter(torch.ones(3))\np.grad = torch.ones(3)\n"
+        "fusedopt.AdamW([p], engine='cpu').step()\n"
+        "print(host.reading_path())"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (run.returncode, run.stdout.strip()) == (0, "torch's C ABI"), run.stderr
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
+def test_failure_at_first_use_is_not_remembered(monkeypatch):
+    from fusedopt.engines import cpu
+
+    monkeypatch.setattr(host, "_path", None)
+    cpu.load.cache_clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(host, "_bind", lambda extension: 1 / 0)
+        assert "division" in (cpu.available() or "")
+    assert cpu.available() is None
+
+
+def test_gradient_that_runs_python(engine):
+    """A TorchFunctionMode sees Tensor.grad; what it does there happens before anything is trusted."""
+    count = fewer(engine, 600)
+    ours, a, theirs, b = stepped(engine, [(3,)] * count)
+    victim, done = ours[count // 2], []
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if not done and args and args[0] is victim and getattr(func, "__self__", None) is torch.Tensor.grad:
+                done.append(func)
+                state = a.state[victim]
+                state["step"] = state["step"].clone()
+                state["exp_avg"].data = state["exp_avg"].data.clone()
+            return func(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        with Mode():
+            a.step()
+        b.step()
+        assert_equal(ours, a, theirs, b)
+        assert done
+        done.clear()
+
+
+def test_threads_take_turns(engine):
+    count = 5
+    ours, a, theirs, b = stepped(engine, [(2000,)] * 3)
+    threads = [threading.Thread(target=lambda: [a.step() for _ in range(count)]) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    for _ in range(3 * count):
+        b.step()
+    assert_equal(ours, a, theirs, b)
+
+
+class Meddler(float):
+    """A number that does something when it is read."""
+
+    def __new__(cls, value, deed):
+        self = super().__new__(cls, value)
+        self.deed = deed
+        return self
+
+    def __float__(self):
+        self.deed()
+        return float.__add__(self, 0.0)
+
+
+def test_step_inside_of_a_step_is_refused(engine):
+    ours, a, _, _ = stepped(engine)
+    before = snapshot(a)
+    a.param_groups[0]["lr"] = Meddler(0.1, a.step)
+    with pytest.raises(RuntimeError, match="inside of the same optimizer's step"):
+        a.step()
+    assert_same(snapshot(a), before)
+
+
+def test_lr_that_changes_the_groups(engine):
+    ours, a, _, _ = stepped(engine)
+    extra = params((3,), (2,))
+
+    def meddle():
+        fill_gradients(extra)
+        a.param_groups[0]["params"] = [*ours, *extra]
+        a.param_groups.append(dict(a.param_groups[0], params=[], lr=0.5))
+
+    def forget():
+        del a.param_groups[1:]
+        a.param_groups[0]["params"] = []
+
+    for deed in (meddle, forget):
+        a.param_groups[0]["lr"] = Meddler(0.1, deed)
+        for _ in range(2):
+            with contextlib.suppress(RuntimeError):  # that things change while it plans
+                a.step()
+        a.param_groups[0].update(lr=0.1, params=ours)
+        del a.param_groups[1:]
+        fill_gradients(ours)
+        a.step()
+
+
+def interrupted_steps(optimizer, seconds):
+    """Twenty steps at a time until time is up, with a signal now and then; yields whether it came."""
+    armed = False
+
+    def interrupt(*_):
+        if armed:
+            raise KeyboardInterrupt
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    rng = np.random.default_rng(0)
+    end = time.monotonic() + seconds
+    try:
+        while time.monotonic() < end:
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(2e-5, 2e-3)))
+                for _ in range(20):
+                    optimizer.step()
+                armed = False
+                yield False
+            except KeyboardInterrupt:
+                armed = False
+                yield True
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+# Not Triton's interpreter, whose steps take too long to be interrupted often; its plans are those of the cuda engine.
+@pytest.mark.parametrize("name", ["AdamW", "SGD"])
+@pytest.mark.parametrize("engine", [*(name for name in AVAILABLE if name != "triton"), "auto"], indirect=True)
+def test_a_step_and_its_counters_are_one(engine, name):
+    """Whenever a signal arrives, all parameters have been through the same number of whole steps."""
+    mixed = engine == "auto"  # with an optimizer that two engines step
+
+    def make(engine):
+        torch.manual_seed(5)
+        ps = params((300,), (40, 5), (7,))
+        options = {"momentum": 0.9, "dampening": 0.5} if name == "SGD" else {}
+        groups = [{"params": ps[:2]}, {"params": ps[2:], "differentiable": mixed}]
+        if mixed:
+            ps[2].requires_grad_(False)
+        fill_gradients(ps)
+        return ps, getattr(fusedopt, name)(groups, lr=1e-3, engine=engine, **options)
+
+    ps, optimizer = make(engine)
+    reference, twin = make(engine)
+    for each in (optimizer, twin):  # modules that the first step imports don't like to be interrupted
+        each.step()
+    interruptions = taken = 0
+    for interrupted in interrupted_steps(optimizer, 1.5):
+        interruptions += interrupted
+        for _ in range(21):  # it took no more
+            if all(torch.equal(p, q) for p, q in zip(ps, reference, strict=True)):
+                break
+            twin.step()
+            taken += 1
+        assert_same(snapshot(optimizer), snapshot(twin))
+        torch.set_grad_enabled(True)  # torch's own guard may have been interrupted while it put it back
+    assert interruptions > 5 and taken > 5
+
+
+def test_interrupted_first_step_leaves_no_states(engine):
+    ps = params((5,), (4,))
+    fill_gradients(ps)
+    optimizer = fusedopt.SGD(ps, lr=0.1, momentum=0.9, dampening=0.5, engine=engine)
+
+    class Boom(float):
+        def __float__(self):
+            raise KeyboardInterrupt
+
+    optimizer.param_groups[0]["lr"] = Boom(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert not any(optimizer.state.values())
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    for p in ps:
+        assert torch.equal(optimizer.state[p]["momentum_buffer"], p.grad)
+
+
+FORKED = """
+import os, sys, torch, fusedopt
+torch.set_num_threads(2)
+ps = [torch.nn.Parameter(torch.ones(n)) for n in (300_000, 300_000, *[3] * 600)]
+for p in ps:
+    p.grad = torch.ones_like(p)
+optimizer = fusedopt.AdamW(ps, engine="cpu", max_grad_norm=1.0)
+optimizer.step()
+p = torch.nn.Parameter(torch.ones(300_000))
+p.grad = torch.ones(300_000)
+other = fusedopt.AdamW([p], engine=sys.argv[1])
+child = os.fork()
+if not child:
+    optimizer.step()
+    other.step()
+    assert torch.get_num_threads() == 2
+    os._exit(0 if optimizer.state[ps[0]]["step"] == 2 and other.state[p]["step"] == 1 else 3)
+status = os.waitpid(child, 0)[1]
+optimizer.step()
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE or not hasattr(os, "fork"), reason="no CPU engine, or no fork")
+@pytest.mark.parametrize("other", ["cpu", "eager"])
+def test_step_in_a_forked_child(other):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORKED, other], check=True, timeout=60)
+
+
+class Steps(torch.utils.data.Dataset):
+    """Items that are what a step does to a parameter."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        p = torch.nn.Parameter(torch.zeros(100_000))
+        p.grad = torch.ones(100_000)
+        fusedopt.SGD([p], lr=float(i)).step()
+        return p.detach()[:3]
+
+
+def test_step_in_a_data_loaders_worker():
+    Steps()[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        loader = torch.utils.data.DataLoader(Steps(), num_workers=1, timeout=60)
+        assert [float(item[0, 0]) for item in loader] == [0.0, -1.0, -2.0, -3.0]

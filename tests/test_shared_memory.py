@@ -1,0 +1,137 @@
+"""Parameters that share memory with one another, or with other ranks."""
+
+import subprocess
+import sys
+import warnings
+
+import hostile
+import pytest
+import torch
+from helpers import close, fill_gradients, params, same_gradients
+from hostile import assert_equal, stepped
+
+import fusedopt
+
+engine = hostile.engine
+
+
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "RAdam"])
+def test_parameter_given_twice(engine, name):
+    options = {"momentum": 0.9, "dampening": 0.3} if name == "SGD" else {}
+    value = torch.randn(70)
+    p, q = torch.nn.Parameter(value.clone()), torch.nn.Parameter(value.clone())
+    other, another = params((5,)), params((5,))
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        a = getattr(fusedopt, name)([p, *other, p], engine=engine, **options)
+    assert any("duplicate" in str(w.message) for w in seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        b = getattr(torch.optim, name)([q, *another, q], foreach=False, **options)
+    for _ in range(4):
+        same_gradients([p, *other], [q, *another])
+        a.step(), b.step()
+        close(p.detach(), q.detach(), 1e-5)
+        close(a.state[p].get("step", torch.zeros(())), b.state[q].get("step", torch.zeros(())))
+
+
+def test_parameter_given_twice_while_training(engine):
+    ours, a, theirs, b = stepped(engine, [(5,), (6,)])
+    a.param_groups[0]["params"].append(ours[0])
+    b.param_groups[0]["params"].append(theirs[0])
+    for _ in range(3):
+        a.step(), b.step()
+        assert_equal(ours, a, theirs, b)
+        same_gradients(ours, theirs)
+    assert a.state[ours[0]]["step"] == 8 and a.state[ours[1]]["step"] == 5
+
+
+@pytest.mark.parametrize("size", [8, 80_000])
+def test_parameters_over_the_same_memory(engine, size):
+    def build():
+        torch.manual_seed(3)
+        flat = torch.randn(size)
+        parts = [flat, flat[: size // 2], flat[size // 4 :], flat[::2], flat.view(2, -1)[:, 1]]
+        return flat, [torch.nn.Parameter(part) for part in parts] + params((5,))
+
+    (flat, ours), (reference, theirs) = build(), build()
+    a, b = fusedopt.AdamW(ours, lr=0.1, engine=engine), torch.optim.AdamW(theirs, lr=0.1, foreach=False)
+    for _ in range(3):
+        same_gradients(ours, theirs)
+        a.step(), b.step()
+        close(flat, reference, 1e-5)
+    close(ours[-1], theirs[-1], 1e-5)
+
+
+def test_interleaved_parameters_share_a_step(engine):
+    """Memory that lies between another's elements is not shared: one plan does."""
+    flat = torch.randn(40)
+    ps = [torch.nn.Parameter(flat[i::4]) for i in range(4)]
+    optimizer = fusedopt.AdamW(ps, engine=engine)
+    fill_gradients(ps)
+    optimizer.step()
+    assert len(optimizer._plans) == 1
+
+
+def test_states_over_the_same_memory(engine):
+    ours, a, theirs, b = stepped(engine, [(6,), (6,)])
+    a.state[ours[1]]["exp_avg"] = a.state[ours[0]]["exp_avg"]
+    b.state[theirs[1]]["exp_avg"] = b.state[theirs[0]]["exp_avg"]
+    for _ in range(2):
+        a.step(), b.step()
+        assert_equal(ours, a, theirs, b)
+        same_gradients(ours, theirs)
+
+
+SHARDED = """
+import os, sys, torch, torch.distributed as dist, fusedopt
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+kind = sys.argv[2]
+if kind == "fsdp1":
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    import warnings
+    warnings.simplefilter("ignore")
+    on_cpu = {"device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(torch.nn.Linear(4, 4), use_orig_params=len(sys.argv) > 3, **on_cpu)
+else:
+    from torch.distributed.tensor import DTensor, init_device_mesh, distribute_tensor, Shard
+    mesh = init_device_mesh("cpu", (1,))
+    model = torch.nn.Linear(4, 4)
+    for name, p in list(model.named_parameters()):
+        setattr(model, name, torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+ps = list(model.parameters())
+def gradients():
+    for p in ps:
+        p.grad = torch.ones_like(p)
+for options in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
+    optimizer = fusedopt.AdamW(ps, **options)
+    gradients()
+    before = [p.detach().clone() for p in ps]
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        assert "sharded among ranks" in str(error) and "parameter 0 of group 0" in str(error), error
+    else:
+        raise SystemExit("no error")
+    assert not optimizer.state, optimizer.state
+optimizer = fusedopt.AdamW(ps)
+gradients()
+optimizer.step()
+optimizer.max_grad_norm = 1.0
+try:
+    optimizer.step()
+except RuntimeError as error:
+    assert "sharded among ranks" in str(error), error
+else:
+    raise SystemExit("no error when clipping is switched on")
+optimizer.max_grad_norm = None
+optimizer.step()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", [("fsdp1",), ("fsdp1", "orig"), ("dtensor",)], ids="-".join)
+def test_norm_of_shards_is_refused(kind, tmp_path):
+    command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path / "store"), *kind]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
