@@ -7,24 +7,16 @@ namespace fusedopt::host {
 namespace {
 
 // Tensors of many small parameters do not fit in cache; their misses overlap when each stage works some tensors ahead
-// of the next. The stages are tensor object, then what it points to.
-constexpr std::int64_t kObjectAhead = 16;
-constexpr std::int64_t kImplAhead = 8;
-constexpr std::int64_t kImplLines = 3;
+// of the next.
+constexpr std::int64_t kObjectAhead = 24, kImplAhead = 16, kStorageAhead = 8;
 constexpr std::int64_t kBlock = 128;  // tensors that a thread takes at a time
 
-// Where an at::Tensor points: only to prefetch.
-void prefetch_impl(Abi::Handle tensor) {
-  const char* impl = *static_cast<const char* const*>(tensor);
-  for (std::int64_t line = 0; line < kImplLines; ++line) __builtin_prefetch(impl + 64 * line);
-}
-
 template <class HandleAt>
-void prefetch(HandleAt handle_at, std::int64_t i, std::int64_t n) {
-  if (i + kObjectAhead < n) {
-    if (Abi::Handle far = handle_at(i + kObjectAhead)) __builtin_prefetch(far);
-    if (Abi::Handle near = handle_at(i + kImplAhead)) prefetch_impl(near);
-  }
+void prefetch(const Abi& abi, HandleAt handle_at, std::int64_t i, std::int64_t n) {
+  if (i + kObjectAhead >= n) return;
+  if (Abi::Handle far = handle_at(i + kObjectAhead)) Abi::prefetch_object(far);
+  if (Abi::Handle near = handle_at(i + kImplAhead)) Abi::prefetch_impl(near);
+  if (Abi::Handle next = handle_at(i + kStorageAhead)) abi.prefetch_storage(next);
 }
 
 bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
@@ -126,7 +118,7 @@ bool inspect(const Inspection& all, int threads) {
   const auto tensor_block = [&](std::int64_t b) {
     const auto handle_at = [&](std::int64_t i) { return all.tensors[i].tensor; };
     for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
-      prefetch(handle_at, i, n);
+      prefetch(all.abi, handle_at, i, n);
       if (!is_unchanged(all.abi, all.tensors[i], all.dims, threads == 1))
         return unchanged.store(false, std::memory_order_relaxed);
     }
@@ -134,7 +126,7 @@ bool inspect(const Inspection& all, int threads) {
   const auto gradient_block = [&](std::int64_t b) {
     const auto handle_at = [&](std::int64_t i) { return all.gradients[i]; };
     for (std::int64_t i = b * kBlock; i < std::min(all.n_gradients, (b + 1) * kBlock); ++i) {
-      prefetch(handle_at, i, all.n_gradients);
+      prefetch(all.abi, handle_at, i, all.n_gradients);
       const Abi::Handle gradient = all.gradients[i];
       all.addresses[i] = gradient ? fitting_address(all.abi, gradient, all.like[i], all.dims) : nullptr;
     }

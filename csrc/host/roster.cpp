@@ -64,6 +64,7 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
   }
   may_share_work_ = storages_are_disjoint();
   gradients_.resize(entries_.size());
+  hints_.resize(entries_.size());
   addresses_.resize(entries_.size());
   strides_.resize(entries_.size());
 }
@@ -220,7 +221,7 @@ bool Roster::read_groups(SourceOf source_of, const void* context) {
 
 bool Roster::fetch_gradients() {
   for (std::size_t i = 0; i < briefs_.size(); ++i) {
-    if (i + kAhead < briefs_.size()) __builtin_prefetch(briefs_[i + kAhead].param);
+    prefetch_gradient(i);
     const Brief& brief = briefs_[i];
     if (!brief.is_member) continue;
     PyObject* gradient = torch.grad(brief.param);
@@ -229,6 +230,7 @@ bool Roster::fetch_gradients() {
     if (readable) gradient = torch.resolved(gradient, brief.is_complex);
     if (readable && gradient) {
       gradients_[i] = Torch::handle(gradient);
+      hints_[i] = {gradient, *static_cast<const void* const*>(gradients_[i])};
       continue;
     }
     const bool is_none = gradient == Py_None;
@@ -236,6 +238,18 @@ bool Roster::fetch_gradients() {
     if (!is_none) return false;
   }
   return true;
+}
+
+// The misses of many parameters overlap when each stage works some parameters ahead of the next.
+void Roster::prefetch_gradient(std::size_t i) const {
+  constexpr std::size_t object = 24, impl = 16, autograd = 8;
+  const Abi* const abi = torch.abi();
+  if (!abi || i + object >= briefs_.size()) return;
+  if (PyObject* far = briefs_[i + object].param) __builtin_prefetch(far);
+  __builtin_prefetch(hints_[i + object].object);
+  __builtin_prefetch(hints_[i + object].impl);
+  if (PyObject* near = briefs_[i + impl].param) Abi::prefetch_impl(Torch::handle(near));
+  if (PyObject* next = briefs_[i + autograd].param) abi->prefetch_autograd(Torch::handle(next));
 }
 
 bool Roster::containers_are_unchanged() const {
@@ -251,7 +265,14 @@ bool Roster::containers_are_unchanged() const {
   });
   if (!same || at != all_states_.size()) return false;
   for (std::size_t i = 0; i < state_items_.size(); ++i) {
-    if (i + kAhead < state_items_.size()) __builtin_prefetch(state_items_[i + kAhead].mapping);
+    if (i + 2 * kAhead < state_items_.size()) {
+      __builtin_prefetch(state_items_[i + 2 * kAhead].mapping);
+      PyObject* const mapping = state_items_[i + kAhead].mapping;
+      if (mapping && PyDict_CheckExact(mapping)) {
+        const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(mapping)->ma_keys);
+        for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
+      }
+    }
     if (state_items_[i].mapping && !items_are_unchanged(i)) return false;
   }
   return true;

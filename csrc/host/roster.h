@@ -87,6 +87,7 @@ class Roster {
   bool read_all(int threads, SourceOf source_of, const void* context);
   bool read_groups(SourceOf source_of, const void* context);
   bool fetch_gradients();
+  void prefetch_gradient(std::size_t i) const;
   bool containers_are_unchanged() const;
   bool items_are_unchanged(std::size_t i) const;
   bool tensors_are_unchanged(int threads);
@@ -127,6 +128,10 @@ class Roster {
   };
   std::vector<Brief> briefs_;
   std::vector<GradientExpectation> like_;
+  struct Hint {
+    const void *object, *impl;  // where the last gradient was: torch's allocator likes to reuse places
+  };
+  std::vector<Hint> hints_;
 
   // Of each entry, in the step that was scanned.
   std::vector<Abi::Handle> gradients_;  // of gradients that are owned; null without one

@@ -31,6 +31,20 @@ void look_up(const py::dict& addresses, const char* name, Function* out) {
   *out = reinterpret_cast<Function>(addresses[name].cast<std::uintptr_t>());
 }
 
+// Where all probes have their storages' addresses; -1 if that is not in one place of the first words.
+std::int32_t storage_hint(const py::list& probes) {
+  for (std::int32_t at = 8; at < 64; at += 8) {
+    bool fits = true;
+    for (const py::handle probe : probes) {
+      const char* const impl = *static_cast<const char* const*>(Torch::handle(probe.ptr()));
+      const auto storage = probe.attr("untyped_storage")().attr("_cdata").cast<std::uintptr_t>();
+      fits &= *reinterpret_cast<const std::uintptr_t*>(impl + at) == storage;
+    }
+    if (fits) return at;
+  }
+  return -1;
+}
+
 constexpr int kDlpackDtype = 1 << 16;  // these numbers are DLPack's code and bits
 
 }  // namespace
@@ -84,6 +98,7 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   enter("complex64", {DType::f32, true});
   enter("complex128", {DType::f64, true});
   enter("complex32", {DType::f16, true});
+  abi.storage_hint = storage_hint(probes);
   abi_ = abi;
   return true;
 }
