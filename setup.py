@@ -1,7 +1,7 @@
 """Builds the extensions with ninja; whatever cannot be built is left out, and the reason is kept.
 
-Extensions link neither torch nor each other: `_host` reads tensors through DLPack's C interface, each CPU engine
-build is one ISA level of the same sources, and `_cuda` holds code for several GPUs. `fusedopt info` shows the reasons.
+Extensions link neither torch nor each other: `_host` looks torch's C ABI up at run time, each CPU engine build is one
+ISA level of the same sources, and `_cuda` holds code for several GPUs. `fusedopt info` shows the reasons.
 """
 
 from __future__ import annotations

@@ -34,6 +34,7 @@ def test_info_tells_engines_and_optimizers(tmp_path, capsys):
     assert set(content) == {"versions", "machine", "engines", "optimizers"}
     assert content["versions"].keys() >= VERSIONS
     assert content["machine"].keys() == {"platform", "cpu", "isa", "threads", "gpus"}
+    assert content["reading"] in ("torch's C ABI", "DLPack", "Python")
     assert content["engines"].keys() >= {"cpu", "eager", "triton", "cuda"}
     for entry in content["engines"].values():
         assert entry["available"] == (entry["reason"] is None)

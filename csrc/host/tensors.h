@@ -1,5 +1,4 @@
-// Reads torch's Python tensors, without linking torch: through its C ABI, or where that is not to be had through
-// DLPack.
+// Reads torch's Python tensors without linking torch: through its C ABI, or where that cannot be had through DLPack.
 #pragma once
 
 #include <pybind11/pybind11.h>

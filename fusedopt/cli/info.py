@@ -4,6 +4,7 @@ JSON::
 
     {"versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed},
      "machine": {"platform", "cpu", "isa", "threads", "gpus"},
+     "reading": how tensors are read before a step: "torch's C ABI", "DLPack" or "Python",
      "engines": {name: {"available": bool, "reason": str or null}},
      "optimizers": {name: [names of the engines that step it in every storage]}}
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from fusedopt import host
 from fusedopt.cli import machine, report
 from fusedopt.engines import ENGINES
 from fusedopt.optimizers import OPTIMIZERS
@@ -35,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     content = {
         "versions": machine.versions(),
         "machine": machine.machine(),
+        "reading": host.reading_path(),
         "engines": engines,
         "optimizers": {
             name: [engine for engine, storages in row.items() if len(storages) == len(STORAGE)]
@@ -76,6 +79,7 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
     about.show_header = False
     for package, version in content["versions"].items():
         about.add_row(package, version)
+    about.add_row("reads tensors", "in Python" if content["reading"] == "Python" else f"through {content['reading']}")
     about.add_row("platform", here["platform"])
     about.add_row("CPU", f"{here['cpu']}, {here['threads']} threads, ISA level {here['isa'] or 'unknown'}")
     for gpu in here["gpus"] or ["none that torch sees"]:
