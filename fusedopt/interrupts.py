@@ -36,7 +36,25 @@ def held_back() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
-        for number, handler in reversed(handlers.items()):
+        _restore(handlers)
+        _run(handlers, arrived)
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    """Put all handlers back, whatever one that is back already raises meanwhile."""
+    for number, handler in handlers.items():
+        try:
             signal.signal(number, handler)
-        for number, frame in arrived:
+        except BaseException:
+            _restore(handlers)
+            raise
+
+
+def _run(handlers: dict[int, Any], arrived: list[tuple[int, FrameType | None]]) -> None:
+    """Do what the handlers of signals that arrived do: of all, whatever the first ones raise."""
+    if arrived:
+        (number, frame), *rest = arrived
+        try:
             handlers[number](number, frame)
+        finally:
+            _run(handlers, rest)

@@ -153,5 +153,5 @@ def _share(a: Tensor, b: Tensor) -> bool:
     try:
         a_memory, b_memory = np.asarray(_Array(a)), np.asarray(_Array(b))
         return np.shares_memory(a_memory, b_memory, max_work=_MOST_WORK)  # pyright: ignore[reportArgumentType]
-    except np.exceptions.TooHardError:
+    except (np.exceptions.TooHardError, ValueError):  # or more dimensions than numpy has
         return True

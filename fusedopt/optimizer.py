@@ -182,8 +182,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._forget(new_state)
         except BaseException:
             with held_back():
-                stepped = {i for plan in plans if plan.stepped for i in plan.members}
-                self._forget([made for made in new_state if made[0] not in stepped])
+                stepped = {id(p) for plan in plans for p, _ in self.members(plan.stepped_members)}
+                self._forget([made for made in new_state if id(made[1]) not in stepped])
             raise
         finally:
             for plan in plans:
@@ -229,13 +229,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = None
         assigned = self._assign()
         self._create_states(assigned, new_state)
-        new = [i for i, _, _ in new_state]
+        new = {i for i, _, _ in new_state}
         waves = memory.waves([self._written(engine, p) for engine, p, _ in assigned])
         which: dict[Any, list[int]] = {}
         for i, (name, p, _) in enumerate(assigned):
             which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
         keys = sorted(which, key=lambda key: key[0])
-        return [engines.plan(key[1], self, which[key], [i for i in new if i in set(which[key])]) for key in keys]
+        return [engines.plan(key[1], self, which[key], sorted(new & set(which[key]))) for key in keys]
 
     def _assign(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
         """Which engine steps each parameter, and its group; raises for whatever none of them may step."""

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace fusedopt::host {
 
@@ -86,7 +87,7 @@ struct Expectation {
   std::uint32_t dims;  // where its shape and strides stand
   std::int32_t dtype;
   std::int16_t device_type, device_index;
-  std::int8_t ndim;
+  std::int32_t ndim;
   bool is_complex;
 };
 
@@ -98,7 +99,8 @@ struct GradientExpectation {
   std::uint32_t shape, strides;
   std::int32_t dtype;
   std::int16_t device_type, device_index;
-  std::int8_t ndim, item_size;
+  std::int32_t ndim;
+  std::int8_t item_size;
 };
 
 // All tensors and gradients of a plan.

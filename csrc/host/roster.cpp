@@ -30,14 +30,13 @@ bool is_expected(const Geometry& now, const Expectation& was, const std::int64_t
 Roster::Roster(py::object param_groups, const py::list& groups, py::object state,
                const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
     : param_groups_(std::move(param_groups)), state_(std::move(state)) {
-  const py::object sequence = as_sequence(param_groups_.ptr());
+  const auto sequence = py::reinterpret_steal<py::tuple>(PySequence_Tuple(param_groups_.ptr()));
   if (!sequence) throw py::error_already_set();
-  if (PySequence_Fast_GET_SIZE(sequence.ptr()) != static_cast<Py_ssize_t>(groups.size())) {
+  if (sequence.size() != groups.size()) {
     throw std::runtime_error("the param groups changed while the step was being planned");
   }
   for (std::size_t g = 0; g < groups.size(); ++g) {
-    PyObject* const group = PySequence_Fast_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(g));
-    groups_.emplace_back(py::reinterpret_borrow<py::object>(group), py::reinterpret_borrow<py::tuple>(groups[g]));
+    groups_.emplace_back(sequence[g], py::reinterpret_borrow<py::tuple>(groups[g]));
   }
   each_item(state_.ptr(), [&](PyObject* key, PyObject* value) {
     all_states_.push_back({key, value});
@@ -85,7 +84,7 @@ bool Roster::expect(PyObject* tensor, Member* out) {
   dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
   expectations_.push_back({Torch::handle(tensor), now.address, now.storage_bytes, out->dims, now.dtype,
                            static_cast<std::int16_t>(now.device_type), static_cast<std::int16_t>(now.device_index),
-                           static_cast<std::int8_t>(now.ndim), out->is_complex});
+                           now.ndim, out->is_complex});
   expected_.push_back(tensor);
   if (now.address && now.storage_bytes) {
     const auto begin = reinterpret_cast<std::uintptr_t>(now.address) -
@@ -106,7 +105,8 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
   entry.is_member = true;
   entry.group = static_cast<std::int32_t>(group);
   const std::size_t first = expectations_.size();
-  if (!expect(param, &entry.param)) throw std::runtime_error("a parameter has no memory that an engine can read");
+  if (!torch.is_readable(param) || !expect(param, &entry.param))
+    throw std::runtime_error("a parameter has no memory that an engine can read");
   const Expectation is = expectations_[first];
   device_.device_type = is.device_type;
   device_.device_index = is.device_index;
@@ -134,12 +134,13 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
   GradientExpectation like{
       nullptr, 0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index, param.ndim, 0};
   PyObject* given = torch.grad(entry.param.tensor);
-  if (given && given != Py_None) given = torch.resolved(given, entry.param.is_complex);
+  if (given && torch.is_readable(given)) given = torch.resolved(given, entry.param.is_complex);
   const auto gradient = py::reinterpret_steal<py::object>(given);
   if (!gradient) throw py::error_already_set();
   Geometry g;
   entry.gradient_dtype = entry.param.dtype;
-  if (!gradient.is_none() && torch.read(gradient.ptr(), Access::kRead, &g) && torch.element_type(g.dtype)) {
+  if (torch.is_readable(gradient.ptr()) && torch.read(gradient.ptr(), Access::kRead, &g) &&
+      torch.element_type(g.dtype)) {
     entry.gradient_dtype = *torch.element_type(g.dtype);
     like.dtype = g.dtype;
     if (g.ndim == param.ndim) {
@@ -226,9 +227,8 @@ bool Roster::fetch_gradients() {
     if (!brief.is_member) continue;
     PyObject* gradient = torch.grad(brief.param);
     if (!gradient) return false;
-    const bool readable = torch.is_tensor(gradient) && torch.has_no_dispatch(gradient);
-    if (readable) gradient = torch.resolved(gradient, brief.is_complex);
-    if (readable && gradient) {
+    if (torch.is_readable(gradient)) gradient = torch.resolved(gradient, brief.is_complex);
+    if (gradient && torch.is_readable(gradient)) {  // again: a subclass may resolve to anything
       gradients_[i] = Torch::handle(gradient);
       hints_[i] = {gradient, *static_cast<const void* const*>(gradients_[i])};
       continue;
@@ -253,11 +253,11 @@ void Roster::prefetch_gradient(std::size_t i) const {
 }
 
 bool Roster::containers_are_unchanged() const {
-  const py::object sequence = as_sequence(param_groups_.ptr());
-  if (!sequence || PySequence_Fast_GET_SIZE(sequence.ptr()) != static_cast<Py_ssize_t>(groups_.size())) return false;
+  // A copy of its own: containers of other kinds than torch's run Python when they are looked at.
+  const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(param_groups_.ptr()));
+  if (!sequence || PyTuple_GET_SIZE(sequence.ptr()) != static_cast<Py_ssize_t>(groups_.size())) return false;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
-    const auto at = static_cast<Py_ssize_t>(g);
-    if (!groups_[g].is_unchanged(PySequence_Fast_GET_ITEM(sequence.ptr(), at))) return false;
+    if (!groups_[g].is_unchanged(PyTuple_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(g)))) return false;
   }
   std::size_t at = 0;
   const bool same = each_item(state_.ptr(), [&](PyObject* key, PyObject* value) {

@@ -43,6 +43,7 @@ class Torch {
   bool is_plain(PyObject* tensor) const {
     return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
   }
+  bool is_readable(PyObject* object) const { return is_tensor(object) && has_no_dispatch(object); }
   // Operations on it are torch's own: it has memory, and what its memory holds is what it is.
   bool has_no_dispatch(PyObject* tensor) const;
 

@@ -4,7 +4,7 @@
 ``accepts(p, group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device``
 where it keeps the parameter's step. ``Plan(optimizer, members, new_state)`` is what one step runs on; both are lists of
 parameters, counted through all groups. ``scan()`` reads what the step needs and holds the gradients until ``finish()``,
-``run()`` measures, updates, or both, and ``stepped`` says that the parameters were updated since the scan. A plan that
+``run()`` measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that
 is ``asynchronous`` belongs to one device, and tells its verdicts in tensors there; others know them when ``run``
 returns. One that is ``indivisible`` updates parameters and counters in one call that no signal handler interrupts.
 """

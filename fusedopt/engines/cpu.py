@@ -87,16 +87,16 @@ class Plan:
         extension, engine, _ = load()
         rule = optimizer.rule
         specs = [_group_spec(rule, group) for group in optimizer.param_groups]
-        self.members = members
+        self._members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state)
         self._engine = engine.run
 
     @property
-    def stepped(self) -> bool:
-        """Whether the parameters were updated since the last scan."""
-        return self._job.stepped
+    def stepped_members(self) -> list[int]:
+        """Those that were updated since the last scan: all or none."""
+        return self._members if self._job.stepped else []
 
     @property
     def cohorts(self) -> int:

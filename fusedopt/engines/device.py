@@ -49,7 +49,7 @@ class DevicePlan:
         self.members = members
         self._params = [p for p, _ in optimizer.members(members)]
         self.device = self._params[0].device
-        self.stepped = False
+        self.stepped_members: list[int] = []
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
@@ -65,7 +65,7 @@ class DevicePlan:
 
     def scan(self) -> bool:
         """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""
-        self.stepped = False
+        self.stepped_members = []
         replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
         if replaced or not self._scan.scan(torch.get_num_threads()):
             return False
@@ -111,8 +111,9 @@ class DevicePlan:
             self.launch(measure, update, scale, found_inf)
             if update:
                 self._scan.commit()
-                self.stepped = True
-        return verdict.squared, verdict.norm, verdict.skipped
+                self.stepped_members = self.members
+        # The next plan on the device measures into the same memory.
+        return verdict.squared if update else verdict.squared.clone(), verdict.norm, verdict.skipped
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Launch what writes the sum of the gradients' squares to ``verdict.squared``, or the step, or both.

@@ -47,7 +47,7 @@ class Plan:
         self.optimizer = optimizer
         self.members = members
         self.new_state = set(new_state)
-        self.stepped = False
+        self.stepped_members: list[int] = []
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
 
     def _with_gradients(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
@@ -58,7 +58,7 @@ class Plan:
     def scan(self) -> bool:
         """Whether all is as it was planned; if not, planning anew says what is wrong."""
         optimizer = self.optimizer
-        self.stepped = False
+        self.stepped_members = []
         try:
             for g, group in enumerate(optimizer.param_groups):
                 checks.group(optimizer.rule, group, g, stepping=True)
@@ -88,15 +88,14 @@ class Plan:
             clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
             factor = scaling.inverse * (1.0 if clip > 1 else clip)
             for i, p, group in self._with_gradients():
+                self.stepped_members.append(i)
                 with torch.set_grad_enabled(bool(group["differentiable"])):
                     self._update(p, group, factor, i in self.new_state)
-            self.stepped = True
         return squared, norm, skipped
 
     def finish(self) -> None:
         """The step is over."""
-        if self.stepped:
-            self.new_state.clear()
+        self.new_state -= set(self.stepped_members)
 
     @torch.no_grad()
     def _squared_norm(self) -> Tensor | float:
