@@ -22,10 +22,19 @@ class Scaling:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    _inverse: float | None = None
+
     @property
     def inverse(self) -> float:
-        """What unscales gradients. Waits for the device."""
-        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        """What unscales gradients. Waits for the device, once."""
+        if self._inverse is None:
+            self._inverse = 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+        return self._inverse
+
+    def read(self) -> None:
+        """Ask now for what unscales; whether it refuses was asked."""
+        self.found_inf = None
+        _ = self.inverse
 
     @property
     def refuses(self) -> bool:
@@ -33,12 +42,12 @@ class Scaling:
         return self.found_inf is not None and float(self.found_inf) != 0
 
 
-_forked = False
+_forks = 0
 
 
 def _note_fork() -> None:
-    global _forked
-    _forked = True
+    global _forks
+    _forks += 1
 
 
 if hasattr(os, "register_at_fork"):
@@ -48,9 +57,14 @@ if hasattr(os, "register_at_fork"):
 _AS_THEY_ARE = nullcontext()
 
 
+def forks() -> int:
+    """How many forks lie between this process and the one that imported this."""
+    return _forks
+
+
 def threads_that_exist() -> AbstractContextManager[None]:
     """One thread in a forked child, torch's included: the pool of its parent's is not there to be waited for."""
-    return _one_thread() if _forked else _AS_THEY_ARE
+    return _one_thread() if _forks else _AS_THEY_ARE
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, launch, scan, threads_that_exist
+from fusedopt.launch import Scaling, forks, launch, scan, threads_that_exist
 from fusedopt.rule import Rule
 from fusedopt.state import Counters, adopt_state, initial_state, unfit
 
@@ -64,7 +64,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
     that going backward through a graph from before the step is not reported as an error.
 
-    Two threads may step one optimizer: one step waits for the other. In a child that was forked, as DataLoader's
+    Threads that step one optimizer wait for one another. In a child that was forked, as DataLoader's
     workers are, a step runs on one thread. A step that a signal handler interrupts has happened as a whole, or not at
     all.
 
@@ -99,7 +99,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._verdicts: dict[torch.device, Any] = {}
         self._captured: list[Any] = []
         self._shard: tuple[Tensor, object] | None = None
-        self._lock = threading.RLock()
+        self._lock, self._forks = threading.RLock(), forks()
         super().__init__(params, defaults)  # type: ignore[arg-type]
 
     # ---------------------------------------------------------------- groups
@@ -145,6 +145,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         checks.options(self.max_grad_norm, self.skip_nonfinite)
+        if self._forks != forks():  # the thread that had the lock may not be here
+            self._lock, self._forks = threading.RLock(), forks()
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError("step() was called inside of the same optimizer's step()")
         with self._lock, threads_that_exist():
@@ -152,27 +154,27 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, scaling: Scaling) -> None:
+        # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
+        max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
+        measures = self.max_grad_norm is not None or self.skip_nonfinite
         plans, new_state = self._plans or [], NewState()
+        if self._plans is None:
+            self._refuse_capture()
+        if not (self._plans is not None and self._asynchronous) and self._refuses(scaling):
+            return
         try:
-            is_valid = self._plans is not None and scan(plans)
-            if not is_valid:
+            if not (self._plans is not None and scan(plans)):
                 self._refuse_capture()
-            if not (is_valid and self._asynchronous):  # else the devices look at it
-                if scaling.refuses:
-                    self._skipped += 1
-                    return
-                scaling.found_inf = None
-            if not is_valid:
                 for plan in plans:
                     plan.finish()
                 plans = []
+                if self._refuses(scaling):
+                    return
                 plans = self._plan(new_state)
                 if not scan(plans):
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
                 self._plans = plans
                 self._asynchronous = all(plan.asynchronous for plan in plans)
-            max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-            measures = self.max_grad_norm is not None or self.skip_nonfinite
             if measures and self._shard is not None:
                 checks.whole_norm(*self._shard)
             norm, skipped = launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(new_state))
@@ -188,6 +190,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             for plan in plans:
                 plan.finish()
+
+    def _refuses(self, scaling: Scaling) -> bool:
+        """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
+        if scaling.refuses:
+            self._skipped += 1
+            return True
+        scaling.read()
+        return False
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -385,6 +395,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._plans = None
         self.__dict__.setdefault("_shard", None)
         self.__dict__.setdefault("_lock", threading.RLock())
+        self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_verdicts", {})
         self.__dict__.setdefault("_captured", [])
 

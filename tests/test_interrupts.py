@@ -18,7 +18,7 @@ from helpers import assert_same, fewer, fill_gradients, params, snapshot
 from hostile import assert_equal, stepped
 
 import fusedopt
-from fusedopt import host
+from fusedopt import host, interrupts
 
 engine = hostile.engine
 
@@ -269,3 +269,70 @@ def test_step_in_a_data_loaders_worker():
         warnings.simplefilter("ignore")
         loader = torch.utils.data.DataLoader(Steps(), num_workers=1, timeout=60)
         assert [float(item[0, 0]) for item in loader] == [0.0, -1.0, -2.0, -3.0]
+
+
+def test_all_handlers_are_put_back_and_run():
+    """Also when the first of them raises, and when one that is back already does so meanwhile."""
+    ran = []
+
+    def first(number, frame):
+        ran.append(number)
+        raise KeyboardInterrupt
+
+    def second(number, frame):
+        ran.append(number)
+
+    old = {s: signal.signal(s, h) for s, h in ((signal.SIGINT, first), (signal.SIGUSR1, second))}
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with interrupts.held_back():
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGUSR1)
+                time.sleep(0.01)
+                assert not ran
+        assert set(ran) == {signal.SIGINT, signal.SIGUSR1}
+        assert signal.getsignal(signal.SIGINT) is first and signal.getsignal(signal.SIGUSR1) is second
+    finally:
+        for s, h in old.items():
+            signal.signal(s, h)
+
+
+class Iterable:
+    def __init__(self, items, deed):
+        self.items, self.deed = items, deed
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        return self.items[i]
+
+    def __iter__(self):
+        self.deed()
+        return iter(self.items)
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_groups_that_shrink_while_they_are_looked_at(engine, steps):
+    ours = params((3,), (4,))
+    a = fusedopt.AdamW([{"params": ours[:1]}, {"params": ours[1:]}], engine=engine)
+    for _ in range(steps):
+        fill_gradients(ours)
+        a.step()
+    groups = list(a.param_groups)
+    fill_gradients(ours)
+    for after in range(6):  # the n-th look is the one
+        looks = []
+
+        def deed(after=after, looks=looks):
+            looks.append(0)
+            if len(looks) > after:
+                del a.param_groups[:]
+
+        groups[0]["params"] = Iterable(ours[:1], deed)
+        a.param_groups[:] = groups
+        with contextlib.suppress(RuntimeError, IndexError):
+            a.step()
+    groups[0]["params"] = ours[:1]
+    a.param_groups[:] = groups
+    a.step()

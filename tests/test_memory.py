@@ -307,3 +307,24 @@ def test_tensor_swapped_with_one_without_strides(engine, convert, part):
         with pytest.raises((RuntimeError, ValueError), match="parameter 0 of group 0"):
             a.step()
         assert torch.equal(ours[1], before)
+
+
+class Odd(torch.Tensor):
+    """A subclass without operations of its own, but for one that answers with anything."""
+
+    answer = 5
+
+    def resolve_neg(self):
+        return self.answer
+
+
+@pytest.mark.parametrize("answer", [5, None])
+@pytest.mark.parametrize("steps", [0, 2])
+def test_gradient_that_resolves_to_no_tensor(engine, steps, answer):
+    ours, a, _, _ = stepped(engine, steps=steps)
+    ours[1].grad = ours[1].grad.as_subclass(Odd)
+    Odd.answer = answer
+    with contextlib.suppress(RuntimeError, TypeError, AttributeError):
+        a.step()
+    fill_gradients(ours)
+    a.step()

@@ -135,3 +135,20 @@ def test_norm_of_shards_is_refused(kind, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path / "store"), *kind]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_norm_and_skip_of_parameters_over_the_same_memory(engine):
+    flat = torch.zeros(6)
+    ps = [torch.nn.Parameter(flat[:4]), torch.nn.Parameter(flat[2:])]
+    a = fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, skip_nonfinite=True, engine=engine)
+    for value in (3.0, 1.0):
+        ps[0].grad, ps[1].grad = torch.full((4,), value), torch.full((4,), 1.0)
+        before = flat.clone()
+        a.step()
+        close(a.grad_norm, torch.tensor((4 * value**2 + 4) ** 0.5))
+        close((before - flat).norm(), torch.tensor([value, value, value + 1, value + 1, 1, 1]).norm() / a.grad_norm)
+    before = flat.clone()
+    for bad in (0, 1):
+        ps[bad].grad = torch.full((4,), float("nan"))
+        a.step()
+        assert torch.equal(flat, before) and not a.grad_norm.isfinite()
