@@ -31,7 +31,7 @@ def written(path):
 def test_info_tells_engines_and_optimizers(tmp_path, capsys):
     assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
     content = written(tmp_path / "info.json")
-    assert set(content) == {"versions", "machine", "engines", "optimizers"}
+    assert set(content) == {"versions", "machine", "reading", "engines", "optimizers"}
     assert content["versions"].keys() >= VERSIONS
     assert content["machine"].keys() == {"platform", "cpu", "isa", "threads", "gpus"}
     assert content["reading"] in ("torch's C ABI", "DLPack", "Python")
