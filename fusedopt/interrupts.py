@@ -36,8 +36,10 @@ def held_back() -> Iterator[None]:
                 signal.signal(number, note)
         yield
     finally:
-        _restore(handlers)
-        _run(handlers, arrived)
+        try:
+            _restore(handlers)
+        finally:
+            _run(handlers, arrived)
 
 
 def _restore(handlers: dict[int, Any]) -> None:

@@ -64,9 +64,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
     that going backward through a graph from before the step is not reported as an error.
 
-    Threads that step one optimizer wait for one another. In a child that was forked, as DataLoader's
-    workers are, a step runs on one thread. A step that a signal handler interrupts has happened as a whole, or not at
-    all.
+    Threads that step one optimizer wait for one another. In a forked child, as DataLoader's workers are, a step runs
+    on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
 
     Parameters that share memory, and one that is given twice (torch warns of it), are stepped one after the other in
     their order, as torch does it.
@@ -240,7 +239,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         assigned = self._assign()
         self._create_states(assigned, new_state)
         new = {i for i, _, _ in new_state}
-        waves = memory.waves([self._written(engine, p) for engine, p, _ in assigned])
+        waves = memory.waves([self._written(p) for _, p, _ in assigned])
         which: dict[Any, list[int]] = {}
         for i, (name, p, _) in enumerate(assigned):
             which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
@@ -267,7 +266,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 assigned.append((engine, p, group))
         return assigned
 
-    def _written(self, engine: str, p: Tensor) -> list[Tensor]:
+    def _written(self, p: Tensor) -> list[Tensor]:
         """The tensors that a parameter's step writes, as far as their addresses can be compared."""
         values = [p, *(value for value in self.state.get(p, {}).values() if isinstance(value, Tensor))]
         return [t for t in values if t.device.type != "meta" and not memory.unreadable(t, lazily=True)]

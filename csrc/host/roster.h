@@ -73,7 +73,7 @@ class Roster {
   bool has_new_state(std::size_t i) const { return briefs_[i].new_state; }
   void set_stepped(std::size_t i) { briefs_[i].new_state = false; }
 
-  // (tensor, address, dtype, shape, strides, device type, device index, storage bytes) of all that a scan vouched for.
+  // (tensor, address, dtype, shape, strides, storage bytes) of all that a scan vouched for; -1 bytes for gradients.
   py::list facts() const;
   int traverse(visitproc visit, void* arg) const;
 
