@@ -20,6 +20,7 @@ SCHEDULE_ROUNDING = 1e-9
 FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 WIDE = (torch.float64, torch.complex128)  # stepped in double precision, others in float32
+MOST_DIMS = 64  # that engines walk; a complex number is one of two parts. As many as torch has
 PAIR = 2  # numbers in a hyperparameter such as betas
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -148,6 +149,19 @@ def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
 
 
+def parameter(
+    rule: type[Rule], p: Tensor, group: Group, state: Mapping[str, Any], name: object, optimizer: str
+) -> None:
+    """A parameter's gradient and state, as far as it has them, can be stepped with."""
+    if p.grad is not None:
+        gradient(p, p.grad, name, optimizer)
+        if group["differentiable"]:
+            differentiable(p, name)
+    if state:
+        state_tensors(rule, p, state, name)
+        state_devices(rule, p, state, name)
+
+
 def differentiable(p: Tensor, name: object) -> None:
     """Autograd can follow an in-place step of the parameter."""
     if p.is_leaf and p.requires_grad:
@@ -162,6 +176,8 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
         return reason
     if p.dtype not in FLOATING + COMPLEX:
         return f"its dtype is {p.dtype}"
+    if p.dim() + p.is_complex() > MOST_DIMS:
+        return f"it has {p.dim()} dimensions"
     if memory.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
     if memory.misaligned(p):

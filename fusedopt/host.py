@@ -25,7 +25,7 @@ CHECKED = os.environ.get("FUSEDOPT_CHECK_SCAN", "0") not in ("", "0")
 
 T = TypeVar("T")
 
-# Symbols of libtorch. The last two are at::native's: the C ABI does not tell of lazy bits.
+# Symbols of libtorch and libc10. What the C ABI does not tell comes from at::native, c10 and at::impl.
 _FUNCTIONS = {
     **{
         f"{prefix}_{name}": f"{prefix}_{name}"
@@ -34,11 +34,14 @@ _FUNCTIONS = {
                 "layout dim sizes strides dtype device_type device_index storage_size storage_offset data_ptr"
             ),
             "torch_get": "const_data_ptr",
+            "aoti_torch": "is_defined",
         }.items()
         for name in names.split()
     },
     "is_conj": "_ZN2at6native7is_conjERKNS_6TensorE",
     "is_neg": "_ZN2at6native6is_negERKNS_6TensorE",
+    "gradient": "_ZNK3c1010TensorImpl4gradEv",
+    "has_function_mode": "_ZN2at4impl27torch_function_mode_enabledEv",
 }
 _DTYPES = {
     dtype: str(dtype).removeprefix("torch.")
@@ -48,6 +51,8 @@ _DTYPES = {
 _DLPACK = 1 << 16  # dtypes from here on are DLPack's own numbers
 
 _lock = threading.Lock()
+if hasattr(os, "register_at_fork"):  # another thread may have had it
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 _path: str | None = None  # how tensors are read, once that was found out
 _numbers: dict[str, int] = {}  # of the C ABI: dtypes and layouts
 
@@ -152,7 +157,9 @@ def bind_abi(host: Any) -> bool:
     probes = _probes()
     if not host.bind_abi(addresses, numbers, probes):
         return False
-    if all(host.geometry(t) == _facts(t, numbers) for t in probes):
+    with torch.overrides.BaseTorchFunctionMode():
+        sees_mode = host.has_function_mode()
+    if sees_mode and not host.has_function_mode() and all(host.geometry(t) == _facts(t, numbers) for t in probes):
         _numbers.update(numbers)
         return True
     host.forget_abi()
@@ -167,6 +174,7 @@ def _probes() -> list[Tensor]:
         tensors.append(flat.as_strided((2, 3, 5), (307, 67, 11), 37 + i))
         tensors.append(torch.nn.Parameter(flat.as_strided((7, 2), (131, 17), 53)))
     tensors.append(torch.zeros(9_000, device="cpu").as_strided((3, 2, 2, 5, 1, 2), (211, 101, 29, 3, 1, 7), 71))
+    tensors[-1].grad, tensors[1].grad = torch.zeros_like(tensors[-1]), torch.ones_like(tensors[1])
     z = torch.zeros(7, 3, dtype=torch.complex64, device="cpu")
     return [*tensors, z.mH, z.conj().imag, z.mH.imag, torch.zeros((), device="cpu"), torch.zeros(0, 4, device="cpu")]
 
@@ -176,7 +184,8 @@ def _facts(t: Tensor, numbers: dict[str, int]) -> tuple[Any, ...]:
     dtype = numbers[_DTYPES[t.dtype]]
     places = (numbers["cpu"], -1 if t.device.index is None else t.device.index)
     storage = (t.untyped_storage().nbytes(), t.storage_offset())
-    return (t.data_ptr(), dtype, list(t.shape), list(t.stride()), *places, *storage, t.is_conj(), t.is_neg())
+    gradient = 0 if t.grad is None else t.grad._cdata
+    return (t.data_ptr(), dtype, list(t.shape), list(t.stride()), *places, *storage, t.is_conj(), t.is_neg(), gradient)
 
 
 def check_scan(tables: Any) -> None:

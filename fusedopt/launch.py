@@ -77,31 +77,34 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def scan(plans: list[Any]) -> bool:
-    """Whether all plans are as they were planned; they hold the step's gradients then."""
-    for plan in plans:
-        if not plan.scan():
-            return False
-    return True
-
-
 def launch(
-    plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, wait: bool
-) -> tuple[float | Tensor, bool]:
-    """Run a step on all plans. Returns the gradients' norm, and whether the step was skipped, if that is known.
+    plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, *, wait: bool
+) -> tuple[float | Tensor, bool] | None:
+    """Run a step on all plans, which hold the step's gradients from then on.
 
-    It is known without asking where a plan is not asynchronous; and with ``wait``. Plans are updated in their order.
-    No signal handler runs between the update of a parameter and that of its counters, or of another parameter.
+    Plans are updated in their order. No signal handler runs between the update of a parameter and that of its counters,
+    or of another parameter.
+
+    Returns:
+        The gradients' norm, and whether the step was skipped, if that is known: without asking where a plan is not
+        asynchronous; and with ``wait``. None if a plan is not what it was, and nothing was done.
     """
     if not plans:
         return 0.0, False
+    if len(plans) == 1 and plans[0].indivisible:
+        outcome = plans[0].step(scaling, max_norm, measure, skip_nonfinite)
+        return outcome and outcome[1:]
+    if not all(plan.scan() for plan in plans):
+        return None
     if len(plans) == 1:
-        with _AS_THEY_ARE if plans[0].indivisible else held_back():
+        with held_back():
             _, norm, skipped = plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)
     else:  # the norm spans plans: measure on all before updating any
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
         totals = [None if squares is None else _sum(squares, plan) for plan in plans]
         with held_back():
+            for plan in plans:  # much may have run since it was scanned
+                plan.check()
             outcomes = [
                 plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
                 for plan, total in zip(plans, totals, strict=True)

@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, memory
+from fusedopt import checks, engines, planner
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, forks, launch, scan, threads_that_exist
+from fusedopt.launch import Scaling, forks, launch, threads_that_exist
+from fusedopt.planner import NewState
 from fusedopt.rule import Rule
-from fusedopt.state import Counters, adopt_state, initial_state, unfit
+from fusedopt.state import adopt_state
 
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
 
 _OWN = ("max_grad_norm", "skip_nonfinite", "engine")
 
@@ -95,7 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._skipped = 0
         self._norm: float | Tensor | None = None
         self._plans: list[Any] | None = None
-        self._verdicts: dict[torch.device, Any] = {}
+        self._verdicts: dict[tuple[torch.device, int], Any] = {}
         self._captured: list[Any] = []
         self._shard: tuple[Tensor, object] | None = None
         self._lock, self._forks = threading.RLock(), forks()
@@ -156,27 +155,31 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        plans, new_state = self._plans or [], NewState()
-        if self._plans is None:
+        request = scaling, max_norm, measures, self.skip_nonfinite
+        is_planned, plans = self._plans is not None, self._plans or []
+        new_state, outcome = NewState(), None
+        if not is_planned:
             self._refuse_capture()
-        if not (self._plans is not None and self._asynchronous) and self._refuses(scaling):
+        if not (is_planned and self._asynchronous) and self._refuses(scaling):
             return
         try:
-            if not (self._plans is not None and scan(plans)):
+            if is_planned:
+                self._check_shard(measures)
+                outcome = launch(plans, *request, wait=False)
+            if outcome is None:
                 self._refuse_capture()
-                for plan in plans:
-                    plan.finish()
-                plans = []
+                self._finish(plans)
+                plans, self._plans = [], None
                 if self._refuses(scaling):
                     return
-                plans = self._plan(new_state)
-                if not scan(plans):
+                plans, self._shard = planner.plan(self, new_state)
+                self._check_shard(measures)
+                outcome = launch(plans, *request, wait=bool(new_state))
+                if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
                 self._plans = plans
                 self._asynchronous = all(plan.asynchronous for plan in plans)
-            if measures and self._shard is not None:
-                checks.whole_norm(*self._shard)
-            norm, skipped = launch(plans, scaling, max_norm, measures, self.skip_nonfinite, bool(new_state))
+            norm, skipped = outcome
             self._norm = norm if measures else None
             if skipped:
                 self._skipped += not any(plan.asynchronous for plan in plans)
@@ -187,8 +190,17 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._forget([made for made in new_state if id(made[1]) not in stepped])
             raise
         finally:
-            for plan in plans:
-                plan.finish()
+            self._finish(plans)
+
+    def _finish(self, plans: list[Any]) -> None:
+        """A step on plans is over."""
+        for plan in plans:
+            plan.finish()
+
+    def _check_shard(self, measures: bool) -> None:
+        """The norm is not asked of a part of the gradients."""
+        if measures and self._shard is not None:
+            checks.whole_norm(*self._shard)
 
     def _refuses(self, scaling: Scaling) -> bool:
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
@@ -197,6 +209,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             return True
         scaling.read()
         return False
+
+    def _refuse_capture(self) -> None:
+        """A step that must plan cannot be captured: it makes states and tables, and waits for devices."""
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            engines.refuse_capture(device)
+
+    def _forget(self, new_state: NewState) -> None:
+        """Take back states that were made for a step that did not happen."""
+        if new_state:
+            self._plans = None
+        for _, p, names in new_state:
+            state = self.state.get(p, {})
+            for name in names:
+                state.pop(name, None)
+            if not state:
+                self.state.pop(p, None)
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -219,115 +247,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         everyone = [(p, group) for group in self.param_groups for p in group["params"]]
         return [everyone[i] for i in which]
 
-    def verdict(self, device: torch.device) -> Any:
-        """Where the steps of a device tell whether they were skipped, and the norm."""
-        if device not in self._verdicts:
-            self._verdicts[device] = engines.Verdict(device)
-        return self._verdicts[device]
+    def verdict(self, device: torch.device, nth: int) -> Any:
+        """Where the nth plan on a device tells whether its steps were skipped, and the norm."""
+        if (device, nth) not in self._verdicts:
+            self._verdicts[device, nth] = engines.Verdict(device)
+        return self._verdicts[device, nth]
 
     def keep(self, plan: Any) -> None:
         """Hold a plan for as long as the optimizer lives: a graph may launch on its tables."""
         if not any(plan is kept for kept in self._captured):
             self._captured.append(plan)
-
-    def _plan(self, new_state: NewState) -> list[Any]:
-        """Check everything, make the states that are missing, and enter them in ``new_state``.
-
-        Returns plans, in the order in which they are to be run.
-        """
-        self._plans = None
-        assigned = self._assign()
-        self._create_states(assigned, new_state)
-        new = {i for i, _, _ in new_state}
-        waves = memory.waves([self._written(p) for _, p, _ in assigned])
-        which: dict[Any, list[int]] = {}
-        for i, (name, p, _) in enumerate(assigned):
-            which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
-        keys = sorted(which, key=lambda key: key[0])
-        return [engines.plan(key[1], self, which[key], sorted(new & set(which[key]))) for key in keys]
-
-    def _assign(self) -> list[tuple[str, Tensor, dict[str, Any]]]:
-        """Which engine steps each parameter, and its group; raises for whatever none of them may step."""
-        assigned = []
-        self._shard = None
-        for g, group in enumerate(self.param_groups):
-            checks.group(self.rule, group, g, stepping=True)
-            for i, p in enumerate(group["params"]):
-                label = checks.Label(group, g, i, p)
-                if self._shard is None and (checks.is_shard(p) or checks.is_shard(p.grad)):
-                    self._shard = (p, label)
-                self.check_parameter(p, group, label)
-                try:
-                    engine = engines.choose(self.engine, p, group, self.rule, self.state.get(p, {}), label)
-                except (RuntimeError, TypeError, ValueError):
-                    if p.grad is not None:
-                        raise
-                    engine = "eager"  # which looks again when there is a gradient
-                assigned.append((engine, p, group))
-        return assigned
-
-    def _written(self, p: Tensor) -> list[Tensor]:
-        """The tensors that a parameter's step writes, as far as their addresses can be compared."""
-        values = [p, *(value for value in self.state.get(p, {}).values() if isinstance(value, Tensor))]
-        return [t for t in values if t.device.type != "meta" and not memory.unreadable(t, lazily=True)]
-
-    def _refuse_capture(self) -> None:
-        """A step that must plan cannot be captured: it makes states and tables, and waits for devices."""
-        for device in {p.device for group in self.param_groups for p in group["params"]}:
-            engines.refuse_capture(device)
-
-    def check_parameter(self, p: Tensor, group: dict[str, Any], name: object) -> None:
-        """A parameter's gradient and state, as far as it has them, can be stepped with; raises otherwise."""
-        if p.grad is not None:
-            checks.gradient(p, p.grad, name, type(self).__name__)
-            if group["differentiable"]:
-                checks.differentiable(p, name)
-        if state := self.state.get(p, {}):
-            checks.state_tensors(self.rule, p, state, name)
-            checks.state_devices(self.rule, p, state, name)
-
-    def _create_states(self, assigned: list[tuple[str, Tensor, dict[str, Any]]], new_state: NewState) -> None:
-        """Make the states that parameters with gradients lack, and enter them in ``new_state``; mend all counters."""
-        counters = Counters((self.state.get(p, {}) for _, p, _ in assigned), self.rule.scalars)
-        made: dict[int, tuple[str, ...]] = {}
-        for i, (engine, p, group) in enumerate(assigned):
-            if id(p) in made:  # given twice: a first step both times, as torch's is
-                new_state.append((i, p, made[id(p)]))
-                continue
-            place, has = engines.counters(engine, p), self.state.get(p, {})
-            names = [spec.name for spec in self.rule.active_states(group)]
-            new: dict[str, Any] = {}
-            if p.grad is not None and any(has.get(name) is None for name in (*names, *self.rule.scalars)):
-                initial = initial_state(self.rule, p, group)
-                new = {name: value for name, value in initial.items() if has.get(name) is None}
-            scalars = {name: new.get(name, has.get(name)) for name in self.rule.scalars}
-            unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, place)}
-            if new:
-                made[id(p)] = tuple(new)
-                new_state.append((i, p, made[id(p)]))  # before they are there: whatever comes, they are taken back
-            if new or unfit:
-                self.state.setdefault(p, {}).update(new)
-            for name, value in unfit.items():
-                counters.want(self.state[p], name, value, place)
-        counters.make()
-
-    def needs_state(self, p: Tensor, group: dict[str, Any], place: torch.device) -> bool:
-        """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
-        state = self.state.get(p, {})
-        tensors = (spec.name for spec in self.rule.active_states(group))
-        scalars = [state.get(name) for name in self.rule.scalars]
-        return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, place) for s in scalars)
-
-    def _forget(self, new_state: NewState) -> None:
-        """Take back states that were made for a step that did not happen."""
-        if new_state:
-            self._plans = None
-        for _, p, names in new_state:
-            state = self.state.get(p, {})
-            for name in names:
-                state.pop(name, None)
-            if not state:
-                self.state.pop(p, None)
 
     # ----------------------------------------------------------------- state
 

@@ -48,6 +48,7 @@ class Scan:
             self._has_members.append(any(self._rows[first:]))
         self._new_state = set(new_state)
         self._gradients: list[Tensor | None] = []
+        self._at: list[tuple[Any, ...] | None] = []  # where they were
         self._records: list[list[int]] = []
 
     def scan(self, threads: int) -> bool:
@@ -60,6 +61,12 @@ class Scan:
         if not valid:
             self.release()
         return valid
+
+    def check(self, threads: int) -> None:
+        """Raise if any tensor or gradient is not what it was in the last scan."""
+        rows = zip(self._rows, self._gradients, self._at, strict=True)
+        if any(row and (row.where() != row.at or (g is not None and where(g) != at)) for row, g, at in rows):
+            raise RuntimeError("a parameter, gradient or state was changed while a step was under way")
 
     def write(self, words: Tensor) -> bool:
         """Put gradients' addresses and hyperparameters there, see triton_kernels/walk.py; whether anything changed."""
@@ -76,7 +83,7 @@ class Scan:
 
     def release(self) -> None:
         """Let go of this step's gradients."""
-        self._gradients = []
+        self._gradients, self._at = [], []
 
     def _groups_are_unchanged(self) -> bool:
         """Reads the hyperparameters first: a number of the user's own may change the groups."""
@@ -133,6 +140,7 @@ class Scan:
                 return False
             g = memory.resolved(g)
         self._gradients.append(g)
+        self._at.append(None if g is None else where(g))
         return row is None or row.is_unchanged(self._state.get(row.p), g)
 
 
@@ -146,13 +154,13 @@ class _Row:
         tensors = [None if state is None else state.get(name) for name in (*states, *scalars)]
         self.tensors = [p, *(t for t in tensors if isinstance(t, Tensor))]
         self.is_whole = len(self.tensors) == 1 + len(tensors)
-        self.at = self._where()
+        self.at = self.where()
         g = p if p.grad is None or memory.unreadable(p.grad, lazily=True) else memory.resolved(p.grad)
         self.gradient_dtype, self.gradient_stride = g.dtype, memory.significant(g)
 
     def is_unchanged(self, state: Any, g: Tensor | None) -> bool:
         """Whether everything is as it was, and a gradient, if there is one, is of the planned kind."""
-        if state is not self.state or self._where() != self.at:
+        if state is not self.state or self.where() != self.at:
             return False
         items = list(state.items()) if state is not None else []
         if len(items) != len(self.items):
@@ -166,12 +174,15 @@ class _Row:
             return False
         return not memory.misaligned(g) and memory.significant(g) == self.gradient_stride
 
-    def _where(self) -> list[tuple[Any, ...]]:
+    def where(self) -> list[tuple[Any, ...]]:
         """The geometry of all tensors; asking for the address makes a lazy clone a copy of its own."""
-        return [
-            (t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, t.untyped_storage().nbytes(), memory.unreadable(t))
-            for t in self.tensors
-        ]
+        return [where(t) for t in self.tensors]
+
+
+def where(t: Tensor) -> tuple[Any, ...]:
+    """A tensor's geometry."""
+    nbytes = t.untyped_storage().nbytes()
+    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, nbytes, memory.unreadable(t)
 
 
 def _bits(number: float) -> int:

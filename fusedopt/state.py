@@ -59,6 +59,13 @@ def unfit(counter: Any, place: torch.device, value: float | None = None) -> bool
     return (float(counter) if value is None else value) >= LAST_FLOAT_STEP
 
 
+def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], place: torch.device) -> bool:
+    """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
+    tensors = (spec.name for spec in rule.active_states(group))
+    scalars = [state.get(name) for name in rule.scalars]
+    return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, place) for s in scalars)
+
+
 def is_far(t: Any) -> bool:
     """Whether reading a tensor's value means waiting for a device."""
     return isinstance(t, Tensor) and t.device.type != "cpu"

@@ -1,6 +1,7 @@
 """What may come in between: modes of torch's, other threads, code of the user's own, signals, a fork."""
 
 import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -200,6 +201,73 @@ def test_a_step_and_its_counters_are_one(engine, name):
         assert_same(snapshot(optimizer), snapshot(twin))
         torch.set_grad_enabled(True)  # torch's own guard may have been interrupted while it put it back
     assert interruptions > 5 and taken > 5
+
+
+def at_event(number, deed):
+    """A profiler that does something after so many calls and returns of Python; and a list that tells if it did."""
+    seen, done = [], []
+
+    def look(frame, event, argument):
+        seen.append(event)
+        if len(seen) == number:
+            sys.setprofile(None)
+            done.append(True)
+            deed()
+
+    return look, done
+
+
+DEEDS = {
+    "a state's memory is given back": lambda a, p: a.state[p]["exp_avg"].untyped_storage().resize_(0),
+    "a parameter is elsewhere": lambda a, p: setattr(p, "data", p.detach().clone()),
+    "a parameter is another type": lambda a, p: setattr(p, "data", p.detach().double()),
+    "a gradient is gone": lambda a, p: setattr(p, "grad", None),
+    "a gradient's memory is given back": lambda a, p: p.grad.untyped_storage().resize_(0),
+    "a counter's memory is given back": lambda a, p: a.state[p]["step"].untyped_storage().resize_(0),
+}
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
+@pytest.mark.parametrize("mixed", [False, True], ids=["one engine", "two engines"])
+@pytest.mark.parametrize("deed", DEEDS)
+def test_what_happens_between_any_two_calls(deed, mixed):
+    """The step is done, or an error says that it cannot be; what was not touched is stepped whole or not at all."""
+    for number in range(1, 10_000):
+        ps = params((300,), (40, 5), (7,))
+        groups = [{"params": ps[:2]}, {"params": ps[2:], "differentiable": mixed}]
+        ps[2].requires_grad_(not mixed)
+        optimizer = fusedopt.AdamW(groups, max_grad_norm=1.0)
+        fill_gradients(ps)
+        optimizer.step()
+        before = [p.detach().clone() for p in ps]
+        look, done = at_event(number, lambda optimizer=optimizer, p=ps[0]: DEEDS[deed](optimizer, p))
+        sys.setprofile(look)
+        try:
+            optimizer.step()
+        except (RuntimeError, TypeError, ValueError) as error:
+            assert done, error
+        finally:
+            sys.setprofile(None)
+        for p, old in zip(ps[1:], before[1:], strict=True):
+            assert torch.equal(p, old) == (optimizer.state[p]["step"] == 1)
+        if not done:
+            break
+    assert number > 20
+
+
+def test_collection_is_left_as_it_was():
+    ps = params((3,), (4,))
+    fill_gradients(ps)
+    optimizer = fusedopt.AdamW(ps)
+    for _ in range(2):
+        optimizer.step()
+        assert gc.isenabled()
+    gc.disable()
+    try:
+        optimizer.step()
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_interrupted_first_step_leaves_no_states(engine):

@@ -152,3 +152,29 @@ def test_norm_and_skip_of_parameters_over_the_same_memory(engine):
         ps[bad].grad = torch.full((4,), float("nan"))
         a.step()
         assert torch.equal(flat, before) and not a.grad_norm.isfinite()
+
+
+def test_one_skipped_step_of_several_waves_counts_once(engine):
+    p = torch.nn.Parameter(torch.ones(4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a parameter given twice
+        optimizer = fusedopt.AdamW([p, p], engine=engine, skip_nonfinite=True)
+    for value, skipped in ((1.0, 0), (float("inf"), 1), (1.0, 1), (float("nan"), 2)):
+        p.grad = torch.full((4,), value)
+        optimizer.step()
+        assert optimizer.skipped_steps == skipped
+    assert optimizer.state[p]["step"] == 4
+
+
+def test_as_many_dimensions_as_torch_has(engine):
+    shape = (2, *[1] * 61, 2, 3)
+    ours, a, theirs, b = stepped(engine, [shape])
+    a.step(), b.step()
+    assert_equal(ours, a, theirs, b)
+    p = torch.nn.Parameter(torch.randn(shape, dtype=torch.complex64).mT.contiguous().mT)
+    q = torch.nn.Parameter(p.detach().clone())
+    one, other = fusedopt.AdamW([p]), torch.optim.AdamW([q])
+    for each, optimizer in ((p, one), (q, other)):
+        each.grad = torch.ones_like(each)
+        optimizer.step()
+    torch.testing.assert_close(p, q)

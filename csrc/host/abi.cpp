@@ -1,23 +1,15 @@
 #include "host/abi.h"
 
+#include <omp.h>
+
 #include <algorithm>
 #include <atomic>
 
 namespace fusedopt::host {
 namespace {
 
-// Tensors of many small parameters do not fit in cache; their misses overlap when each stage works some tensors ahead
-// of the next.
-constexpr std::int64_t kObjectAhead = 24, kImplAhead = 16, kStorageAhead = 8;
+constexpr std::int64_t kAhead = 8;    // tensors to prefetch ahead: 4 to 32 are as good
 constexpr std::int64_t kBlock = 128;  // tensors that a thread takes at a time
-
-template <class HandleAt>
-void prefetch(const Abi& abi, HandleAt handle_at, std::int64_t i, std::int64_t n) {
-  if (i + kObjectAhead >= n) return;
-  if (Abi::Handle far = handle_at(i + kObjectAhead)) Abi::prefetch_object(far);
-  if (Abi::Handle near = handle_at(i + kImplAhead)) Abi::prefetch_impl(near);
-  if (Abi::Handle next = handle_at(i + kStorageAhead)) abi.prefetch_storage(next);
-}
 
 bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
   std::int64_t now;
@@ -88,6 +80,13 @@ bool Geometry::has_memory(int item_size) const {
   return !needed || (address && storage_offset * item_size + needed <= storage_bytes);
 }
 
+Parts Abi::parts(Handle tensor) const {
+  const char* const impl = *static_cast<const char* const*>(tensor);
+  if (storage_hint < 0) return {impl, nullptr, nullptr};
+  const auto* const words = reinterpret_cast<const char* const*>(impl + storage_hint);
+  return {impl, words[0], words[1]};
+}
+
 bool Abi::read(Handle tensor, Access access, Geometry* out) const {
   std::int32_t layout;
   std::int64_t ndim;
@@ -111,33 +110,48 @@ bool Abi::read(Handle tensor, Access access, Geometry* out) const {
   return true;
 }
 
-bool inspect(const Inspection& all, int threads) {
-  const std::int64_t n = all.n_tensors, blocks = (n + kBlock - 1) / kBlock;
-  const std::int64_t gradient_blocks = (all.n_gradients + kBlock - 1) / kBlock;
-  std::atomic<bool> unchanged{true};
+bool inspect(const Inspection& all, int threads, const std::function<bool()>& meanwhile) {
+  const Abi& abi = all.abi;
+  std::atomic<bool> valid{true};
   const auto tensor_block = [&](std::int64_t b) {
-    const auto handle_at = [&](std::int64_t i) { return all.tensors[i].tensor; };
-    for (std::int64_t i = b * kBlock; i < std::min(n, (b + 1) * kBlock); ++i) {
-      prefetch(all.abi, handle_at, i, n);
-      if (!is_unchanged(all.abi, all.tensors[i], all.dims, threads == 1))
-        return unchanged.store(false, std::memory_order_relaxed);
+    const std::int64_t end = std::min(all.n_tensors, (b + 1) * kBlock);
+    for (std::int64_t i = b * kBlock; i < end && valid.load(std::memory_order_relaxed); ++i) {
+      if (i + kAhead < all.n_tensors) {
+        const Expectation& later = all.tensors[i + kAhead];
+        __builtin_prefetch(later.tensor);
+        later.parts.prefetch_impl();
+        later.parts.prefetch_storage();
+      }
+      if (!is_unchanged(abi, all.tensors[i], all.dims, threads == 1)) valid.store(false, std::memory_order_relaxed);
     }
   };
   const auto gradient_block = [&](std::int64_t b) {
-    const auto handle_at = [&](std::int64_t i) { return all.gradients[i]; };
-    for (std::int64_t i = b * kBlock; i < std::min(all.n_gradients, (b + 1) * kBlock); ++i) {
-      prefetch(all.abi, handle_at, i, all.n_gradients);
+    const std::int64_t end = std::min(all.n_gradients, (b + 1) * kBlock);
+    for (std::int64_t i = b * kBlock; i < end; ++i) {
+      if (i + 2 * kAhead < all.n_gradients) {
+        __builtin_prefetch(all.gradients[i + 2 * kAhead]);
+        all.like[i + 2 * kAhead].parts.prefetch_impl();
+      }
+      if (i + kAhead < all.n_gradients && all.gradients[i + kAhead]) {
+        abi.parts(all.gradients[i + kAhead]).prefetch_storage();
+      }
       const Abi::Handle gradient = all.gradients[i];
-      all.addresses[i] = gradient ? fitting_address(all.abi, gradient, all.like[i], all.dims) : nullptr;
+      all.addresses[i] = gradient ? fitting_address(abi, gradient, all.like[i], all.dims) : nullptr;
     }
   };
-  const auto block = [&](std::int64_t b) {
-    if (b < gradient_blocks) return gradient_block(b);
-    if (unchanged.load(std::memory_order_relaxed)) tensor_block(b - gradient_blocks);
-  };
-#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, 1)
-  for (std::int64_t b = 0; b < gradient_blocks + blocks; ++b) block(b);
-  return unchanged;
+  const std::int64_t tensor_blocks = (all.n_tensors + kBlock - 1) / kBlock;
+  const std::int64_t gradient_blocks = (all.n_gradients + kBlock - 1) / kBlock;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    if (!omp_get_thread_num() && !meanwhile()) valid.store(false, std::memory_order_relaxed);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t b = 0; b < tensor_blocks; ++b) tensor_block(b);
+#pragma omp for schedule(dynamic, 1)
+    for (std::int64_t b = 0; b < gradient_blocks; ++b) {
+      if (valid.load(std::memory_order_relaxed)) gradient_block(b);
+    }
+  }
+  return valid;
 }
 
 }  // namespace fusedopt::host

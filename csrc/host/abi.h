@@ -6,7 +6,7 @@
 #pragma once
 
 #include <cstdint>
-#include <initializer_list>
+#include <functional>
 
 namespace fusedopt::host {
 
@@ -32,6 +32,33 @@ struct Geometry {
 // What is asked of a tensor's address. Asking for a writable one makes a lazy clone a copy of its own.
 enum class Access { kRead, kWrite };
 
+// Where torch keeps the parts of a tensor. Only ever used to prefetch them, so it need not be true: the misses of many
+// small tensors overlap when each is brought into cache some tensors ahead, and none of them waits for another.
+// Inlined by force: gcc takes a function that does nothing but prefetch for one without effect, and drops its calls.
+struct Parts {
+  const char* impl = nullptr;
+  const char* storage = nullptr;
+  const char* autograd = nullptr;
+
+  [[gnu::always_inline]] void prefetch_impl() const {  // what the getters read ends 175 bytes from where it begins
+    __builtin_prefetch(impl);
+    __builtin_prefetch(impl + 64);
+    __builtin_prefetch(impl + 128);
+    __builtin_prefetch(impl + 175);
+  }
+  [[gnu::always_inline]] void prefetch_storage() const {
+    __builtin_prefetch(storage + 16);
+    __builtin_prefetch(storage + 60);
+  }
+  // What is read to find a tensor's gradient; of the gradient itself, only what tells its Python object.
+  [[gnu::always_inline]] void prefetch_to_gradient() const {
+    __builtin_prefetch(impl);
+    __builtin_prefetch(impl + 64);
+    __builtin_prefetch(autograd);
+    __builtin_prefetch(autograd + 64);
+  }
+};
+
 struct Abi {
   using Handle = void*;
   using Status = std::int32_t;
@@ -47,33 +74,24 @@ struct Abi {
   Status (*get_storage_offset)(Handle, std::int64_t*);
   Status (*get_const_data_ptr)(Handle, const void**);
   Status (*get_data_ptr)(Handle, void**);
-  // The C ABI does not tell these; they are at::native's own, which take a reference to the same at::Tensor.
+  Status (*get_is_defined)(Handle, bool*);
+  // The C ABI does not tell these. The first two are at::native's, which take a reference to the same at::Tensor; then
+  // c10's, which takes and returns what a handle points to and a handle; and whether torch is told to run Python when
+  // a tensor's gradient is asked for in Python.
   bool (*is_conj)(Handle);
   bool (*is_neg)(Handle);
+  Handle (*get_gradient)(const void* impl);
+  bool (*has_function_mode)();
   std::int32_t strided, cpu;  // its numbers for a layout and a device, of which there is one
 
   // Where the address of its storage stands in what a handle points to, in bytes, if that was found; what follows it
-  // has the gradient. Only ever used to prefetch.
+  // has the gradient.
   std::int32_t storage_hint = -1;
 
-  // Brings a live tensor into cache, in three stages some tensors apart: each needs the one before.
-  static void prefetch_object(Handle tensor) { __builtin_prefetch(tensor); }
-  static void prefetch_impl(Handle tensor) {
-    const char* impl = *static_cast<const char* const*>(tensor);
-    for (const int at : {0, 64, 128, 175}) __builtin_prefetch(impl + at);  // what the getters read ends there
-  }
-  void prefetch_storage(Handle tensor) const {
-    const auto* words = *static_cast<const char* const* const*>(tensor);
-    if (storage_hint < 0) return;
-    __builtin_prefetch(words[storage_hint / 8]);
-    __builtin_prefetch(words[storage_hint / 8] + 64);
-  }
-  void prefetch_autograd(Handle tensor) const {
-    const auto* words = *static_cast<const char* const* const*>(tensor);
-    if (storage_hint < 0) return;
-    __builtin_prefetch(words[storage_hint / 8 + 1]);
-    __builtin_prefetch(words[storage_hint / 8 + 1] + 64);
-  }
+  // Where the parts of a live tensor are now.
+  Parts parts(Handle tensor) const;
+  // Its gradient, which lives as long as the tensor has it; not defined where there is none.
+  Handle gradient(Handle tensor) const { return get_gradient(*static_cast<const void* const*>(tensor)); }
 
   // False for what has no strided memory: sparse tensors, wrappers.
   bool read(Handle tensor, Access access, Geometry* out) const;
@@ -89,6 +107,7 @@ struct Expectation {
   std::int16_t device_type, device_index;
   std::int32_t ndim;
   bool is_complex;
+  Parts parts = {};
 };
 
 // A gradient and what it must be like to be read where it is; its address is another one in each step.
@@ -101,6 +120,7 @@ struct GradientExpectation {
   std::int16_t device_type, device_index;
   std::int32_t ndim;
   std::int8_t item_size;
+  Parts parts = {};  // of the last one
 };
 
 // All tensors and gradients of a plan.
@@ -115,9 +135,11 @@ struct Inspection {
   const std::int64_t* dims;
 };
 
-// Whether all tensors are what they were; fills in the gradients' addresses. Several threads may only share the work if
-// no two of the planned storages overlap: torch is asked for a writable address, which is not safe for two threads in
-// one storage, after all else was found equal.
-bool inspect(const Inspection& inspection, int threads);
+// Whether all tensors are what they were, and `meanwhile` returned true; fills in the gradients' addresses. The calling
+// thread first does `meanwhile`, which may fill in the gradients, while others look at the tensors.
+//
+// Several threads may only share the work if no two of the planned storages overlap: torch is asked for a writable
+// address, which is not safe for two threads in one storage, after all else was found equal.
+bool inspect(const Inspection& inspection, int threads, const std::function<bool()>& meanwhile);
 
 }  // namespace fusedopt::host

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <stdexcept>
 
 #include "host/walk_order.h"
 
@@ -65,10 +66,11 @@ void CpuJob::add_row(const Entry& entry) {
       counters.of[k] = {entry.scalars[k].address, entry.scalars[k].dtype == DType::f64};
     }
   }
+  if (!is_dense) row.layouts = &tables_.emplace_back(layouts);
   numel_ += row.numel;
   rows_.push_back(row);
   counters_.push_back(counters);
-  planned_layouts_.push_back(is_dense ? nullptr : &tables_.emplace_back(layouts));
+  planned_layouts_.push_back(row.layouts);
   planned_in_place_.push_back(row.in_place);
 }
 
@@ -94,22 +96,35 @@ void CpuJob::split_into_items() {
 
 bool CpuJob::scan(int threads) {
   stepped_ = false;
+  if (!roster_.scan(threads, nullptr, nullptr)) return false;
+  if (make_cohorts()) return true;
+  release();
+  return false;
+}
+
+// Brings this step's gradients into the rows, and rows that advance together under the same hyperparameters into
+// cohorts, which share what their kernel prepares. False if a counter is at the end of its range.
+bool CpuJob::make_cohorts() {
+  cohorts_.clear();
+  cohort_keys_.clear();
   if (!step_tables_.empty()) {
     step_layouts_.clear();
     step_tables_.clear();
+    for (std::size_t i = 0; i < rows_.size(); ++i) {
+      rows_[i].layouts = planned_layouts_[i];
+      rows_[i].in_place = planned_in_place_[i];
+    }
   }
-  if (!roster_.scan(threads, nullptr, nullptr)) return false;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
+    if (i + kAhead < rows_.size()) __builtin_prefetch(counters_[i + kAhead].of[0].address, 1);
     Row& row = rows_[i];
     row.active = roster_.has_gradient(i);
     row.data[kGrad] = const_cast<void*>(roster_.gradient_address(i));
-    row.layouts = planned_layouts_[i];
-    row.in_place = planned_in_place_[i];
+    if (!row.active) continue;
     if (roster_.gradient_strides(i)) lay_out(i);
+    if (!join_cohort(i)) return false;
   }
-  if (counters_have_room()) return true;
-  release();
-  return false;
+  return true;
 }
 
 // A gradient that is laid out otherwise than planned has a layout for this step.
@@ -127,39 +142,22 @@ void CpuJob::lay_out(std::size_t i) {
   row.in_place = false;
 }
 
-bool CpuJob::counters_have_room() const {
-  for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kAhead < rows_.size()) __builtin_prefetch(counters_[i + kAhead].of[0].address, 1);
-    if (!rows_[i].active) continue;
-    for (int k = 0; k < rows_[i].kernel->n_scalars; ++k) {
-      const Counter& counter = counters_[i].of[k];
-      if (!counter.wide && counter.read() >= kLastFloatStep) return false;
-    }
-  }
-  return true;
-}
-
-// Rows that advance together under the same hyperparameters share what their kernel prepares.
-void CpuJob::make_cohorts() {
-  cohorts_.clear();
-  cohort_keys_.clear();
-  for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (rows_[i].active) join_cohort(i);
-  }
-}
-
-void CpuJob::join_cohort(std::size_t i) {
+bool CpuJob::join_cohort(std::size_t i) {
   Row& row = rows_[i];
   const Kernel& kernel = *row.kernel;
   CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i), {}, {}};
-  for (int k = 0; k < kernel.n_scalars; ++k) key.before[k] = counters_[i].of[k].read();
+  for (int k = 0; k < kernel.n_scalars; ++k) {
+    const Counter& counter = counters_[i].of[k];
+    key.before[k] = counter.read();
+    if (!counter.wide && key.before[k] >= kLastFloatStep) return false;
+  }
   const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
   for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
     const CohortKey& other = cohort_keys_[c];
     if (other.group == key.group && other.new_state == key.new_state &&
         std::equal(key.before, std::end(key.before), other.before)) {
       row.cohort = static_cast<std::int32_t>(c);
-      return;
+      return true;
     }
   }
   const Group& group = roster_.group(roster_.group_of(i));
@@ -170,31 +168,52 @@ void CpuJob::join_cohort(std::size_t i) {
   cohorts_.push_back(cohort);
   cohort_keys_.push_back(key);
   row.cohort = static_cast<std::int32_t>(cohorts_.size()) - 1;
+  return true;
+}
+
+py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                        bool skip_nonfinite) {
+  if (!scan(threads)) return py::none();
+  Job job{};
+  job.threads = threads;
+  job.inverse_scale = inverse_scale;
+  job.max_norm = max_norm;
+  job.measure = measure;
+  job.update = true;
+  job.skip_nonfinite = skip_nonfinite;
+  return launch(engine, job);
 }
 
 py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                       bool update, bool skip_nonfinite, double squared_norm) {
-  auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
-  if (update) make_cohorts();
+  roster_.check(threads);
+  // Again, for another part of the step may have advanced the same counters.
+  if (update && !make_cohorts()) throw std::runtime_error("a step counter was changed while a step was under way");
   Job job{};
+  job.threads = threads;
+  job.inverse_scale = inverse_scale;
+  job.max_norm = max_norm;
+  job.measure = measure;
+  job.update = update;
+  job.skip_nonfinite = skip_nonfinite;
+  job.squared_norm = squared_norm;
+  return launch(engine, job);
+}
+
+py::tuple CpuJob::launch(const py::capsule& engine, Job& job) {
+  auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
   job.rows = rows_.data();
   job.items = items_.data();
   job.bundles = bundles_.data();
   job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
   job.cohorts = cohorts_.data();
   job.partials = partials_.data();
-  job.threads = numel_ < kWorthThreads ? 1 : threads;
-  job.measure = measure;
-  job.update = update;
-  job.skip_nonfinite = skip_nonfinite;
-  job.inverse_scale = inverse_scale;
-  job.max_norm = max_norm;
-  job.squared_norm = squared_norm;
+  if (numel_ < kWorthThreads) job.threads = 1;
   {
     py::gil_scoped_release release;
     entry(job);
   }
-  if (update && !job.skipped) advance_counters();
+  if (job.update && !job.skipped) advance_counters();
   return py::make_tuple(job.squared_norm, job.skipped);
 }
 

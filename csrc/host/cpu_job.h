@@ -18,9 +18,14 @@ class CpuJob {
 
   // True when all is as it was planned and a step can run; false when a job must be made anew.
   bool scan(int threads);
+  // See Roster.
+  void check(int threads) { roster_.check(threads); }
 
-  // Runs an engine without the GIL, and advances the counters of what it stepped: one call, so that nothing comes
-  // between a step and its counters. Returns (squared norm, skipped).
+  // A scan, then the measuring and stepping that was asked for, and the counters of what was stepped: nothing of Python
+  // runs in between. Returns (squared norm, skipped); None when a job must be made anew.
+  py::object step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                  bool skip_nonfinite);
+  // The same after a scan, in one or more parts. Raises if any tensor is not what it was in the scan.
   py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                 bool update, bool skip_nonfinite, double squared_norm);
 
@@ -52,9 +57,9 @@ class CpuJob {
   void add_row(const Entry& entry);
   void split_into_items();
   void lay_out(std::size_t i);
-  bool counters_have_room() const;
-  void make_cohorts();
-  void join_cohort(std::size_t i);
+  bool make_cohorts();
+  bool join_cohort(std::size_t i);
+  py::tuple launch(const py::capsule& engine, Job& job);
   void advance_counters();
 
   Roster roster_;

@@ -60,6 +60,7 @@ bool DeviceTable::write(const py::handle& words) const {
                     table.ndim == 1 && table.shape[0] == static_cast<std::int64_t>(wanted) && table.strides[0] == 1 &&
                     table.has_memory(sizeof(std::int64_t)) && words.attr("is_cpu").cast<bool>() &&
                     words.attr("itemsize").cast<std::size_t>() == sizeof(std::int64_t);
+  if (PyErr_Occurred()) throw py::error_already_set();
   if (!fits) {
     throw std::invalid_argument("the table must be a CPU int64 tensor of " + std::to_string(wanted) + " elements");
   }

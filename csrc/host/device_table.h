@@ -15,6 +15,8 @@ class DeviceTable {
 
   // True when all is as it was planned and a step can run; false when the tables must be made anew.
   bool scan(int threads);
+  // See Roster.
+  void check(int threads) { roster_.check(threads); }
 
   // Writes for every row the gradient's address, plus one if its states are new (0: no gradient, 2: one without
   // elements), then for every group the pairs of a value and a source of its hyperparameters, whether decay is

@@ -95,6 +95,7 @@ bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* contex
   *value = 0;
   *source = source_of ? source_of(found.ptr(), context) : 0;
   if (*source) return true;
+  if (PyErr_Occurred()) return false;
   return torch.number(found.ptr(), value) && *value >= h.low && *value <= h.high;
 }
 

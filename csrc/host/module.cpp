@@ -12,14 +12,18 @@ using fusedopt::host::torch;
 namespace {
 
 // (address, dtype, shape, strides, device type, device index, storage bytes, storage offset, conjugated, negated) of a
-// tensor; None where it cannot be read. dtype and device type are numbers of the reading path.
+// tensor, and what its gradient's handle points to, 0 without one; None where it cannot be read. dtype and device type
+// are numbers of the reading path, and DLPack tells no gradient.
 py::object geometry(const py::object& tensor) {
   fusedopt::host::Geometry g;
-  if (!torch.read(tensor.ptr(), fusedopt::host::Access::kRead, &g)) return py::none();
+  if (!torch.read(tensor.ptr(), fusedopt::host::Access::kRead, &g)) {
+    if (PyErr_Occurred()) throw py::error_already_set();
+    return py::none();
+  }
   return py::make_tuple(reinterpret_cast<std::uintptr_t>(g.address), g.dtype,
                         std::vector<std::int64_t>(g.shape, g.shape + g.ndim),
                         std::vector<std::int64_t>(g.strides, g.strides + g.ndim), g.device_type, g.device_index,
-                        g.storage_bytes, g.storage_offset, g.conjugated, g.negated);
+                        g.storage_bytes, g.storage_offset, g.conjugated, g.negated, torch.gradient_of(tensor.ptr()));
 }
 
 // A capsule of a kernel of which only the names matter.
@@ -67,6 +71,7 @@ py::class_<T> add_class(py::module_& m, const char* name) {
         py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"));
   c.def("scan", &T::scan, py::arg("threads"));
   c.def("release", &T::release);
+  c.def("check", &T::check, py::arg("threads"));
   c.def("facts", [](const T& self) { return self.roster().facts(); });
   return c;
 }
@@ -87,12 +92,17 @@ PYBIND11_MODULE(_host, m) {
       "be.");
   m.def("forget_abi", [] { torch.forget_abi(); }, "Read tensors through DLPack from now on.");
   m.def("geometry", &geometry, py::arg("tensor"), "What is read of a tensor; None if it cannot be read.");
+  m.def(
+      "has_function_mode", [] { return torch.abi() && torch.abi()->has_function_mode(); },
+      "Whether the ABI says that asking a tensor for its gradient runs Python.");
   m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
         "A kernel for tables whose rows a device steps and counts.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 
   using fusedopt::host::CpuJob;
   add_class<CpuJob>(m, "CpuJob")
+      .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
+           py::arg("measure"), py::arg("skip_nonfinite"))
       .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
            py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
       .def_property_readonly("stepped", &CpuJob::stepped)

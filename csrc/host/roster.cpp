@@ -12,6 +12,20 @@ namespace {
 constexpr std::size_t kWorthTeam = 512;
 constexpr std::size_t kAhead = 16;  // parameters to prefetch ahead: by now the step has driven them out of cache
 
+// No garbage is collected in its lifetime, so that no finalizer runs.
+class NoCollection {
+ public:
+  NoCollection() : was_on_(PyGC_Disable()) {}
+  ~NoCollection() {
+    if (was_on_) PyGC_Enable();
+  }
+  NoCollection(const NoCollection&) = delete;
+  NoCollection& operator=(const NoCollection&) = delete;
+
+ private:
+  int was_on_;
+};
+
 bool is_aligned(const void* address, DType dtype) {
   constexpr std::uintptr_t sizes[] = {4, 8, 2, 2};  // in the order of DType
   return reinterpret_cast<std::uintptr_t>(address) % sizes[static_cast<int>(dtype)] == 0;
@@ -57,15 +71,21 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
       has_members_[g] = has_members_[g] || contains(members, i);
       entries_.push_back(contains(members, i) ? entry_of(g, groups_[g].param(k)) : Entry{});
       const Entry& entry = entries_.back();
-      briefs_.push_back({entry.param.tensor, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member,
-                         entry.is_steppable, entry.param.is_complex, contains(new_state, i)});
+      briefs_.push_back(
+          {entry.param.tensor, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member, entry.is_steppable,
+           entry.param.is_complex, contains(new_state, i), nullptr,
+           torch.abi() && entry.is_member ? torch.abi()->parts(Torch::handle(entry.param.tensor)) : Parts{}});
     }
   }
   may_share_work_ = storages_are_disjoint();
+  silent_ = std::all_of(briefs_.begin(), briefs_.end(),
+                        [](const Brief& b) { return !b.is_member || torch.is_plain(b.param); }) &&
+            PyDict_Check(state_.ptr()) &&
+            std::all_of(state_items_.begin(), state_items_.end(),
+                        [](const StateItems& items) { return !items.mapping || PyDict_Check(items.mapping); });
   gradients_.resize(entries_.size());
-  hints_.resize(entries_.size());
   addresses_.resize(entries_.size());
-  strides_.resize(entries_.size());
+  step_strides_.resize(entries_.size());
 }
 
 // Takes up what a tensor is now, which it must be in every scan from now on. False if that cannot be read.
@@ -84,7 +104,8 @@ bool Roster::expect(PyObject* tensor, Member* out) {
   dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
   expectations_.push_back({Torch::handle(tensor), now.address, now.storage_bytes, out->dims, now.dtype,
                            static_cast<std::int16_t>(now.device_type), static_cast<std::int16_t>(now.device_index),
-                           now.ndim, out->is_complex});
+                           now.ndim, out->is_complex,
+                           torch.abi() ? torch.abi()->parts(Torch::handle(tensor)) : Parts{}});
   expected_.push_back(tensor);
   if (now.address && now.storage_bytes) {
     const auto begin = reinterpret_cast<std::uintptr_t>(now.address) -
@@ -105,8 +126,10 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
   entry.is_member = true;
   entry.group = static_cast<std::int32_t>(group);
   const std::size_t first = expectations_.size();
-  if (!torch.is_readable(param) || !expect(param, &entry.param))
+  if (!torch.is_readable(param) || !expect(param, &entry.param)) {
+    if (PyErr_Occurred()) throw py::error_already_set();
     throw std::runtime_error("a parameter has no memory that an engine can read");
+  }
   const Expectation is = expectations_[first];
   device_.device_type = is.device_type;
   device_.device_index = is.device_index;
@@ -132,7 +155,8 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
 GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) {
   const auto ndim = static_cast<std::uint32_t>(param.ndim);
   GradientExpectation like{
-      nullptr, 0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index, param.ndim, 0};
+      nullptr,    0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index,
+      param.ndim, 0, {}};
   PyObject* given = torch.grad(entry.param.tensor);
   if (given && torch.is_readable(given)) given = torch.resolved(given, entry.param.is_complex);
   const auto gradient = py::reinterpret_steal<py::object>(given);
@@ -148,6 +172,7 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
       dims_.insert(dims_.end(), g.strides, g.strides + g.ndim);
     }
   }
+  if (PyErr_Occurred()) throw py::error_already_set();
   Geometry planned;
   planned.ndim = param.ndim;
   planned.shape = dims_.data() + like.shape;
@@ -191,7 +216,12 @@ void Roster::add_states(Entry& entry, std::size_t i) {
 
 bool Roster::scan(int threads, SourceOf source_of, const void* context) {
   release();
-  const bool valid = read_all(threads, source_of, context);
+  const bool was_silent = silent_;
+  bool valid = read_all(threads, source_of, context);
+  if (!valid && was_silent && !silent_) {
+    release();
+    valid = read_all(threads, source_of, context);
+  }
   if (!valid) release();
   if (PyErr_Occurred()) {
     if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // Ctrl-C
@@ -202,8 +232,13 @@ bool Roster::scan(int threads, SourceOf source_of, const void* context) {
 }
 
 bool Roster::read_all(int threads, SourceOf source_of, const void* context) {
-  if (!read_groups(source_of, context) || !fetch_gradients() || !containers_are_unchanged()) return false;
-  if (!tensors_are_unchanged(threads)) return false;
+  if (!read_groups(source_of, context)) return false;
+  const bool silent = can_be_silent();
+  if (!silent && !fetch_gradients()) return false;
+  if (!groups_are_unchanged()) return false;
+  if (!silent && !states_are_unchanged()) return false;
+  const auto meanwhile = [&] { return !silent || (fetch_gradients_silently() && states_are_unchanged()); };
+  if (!tensors_are_unchanged(threads, meanwhile)) return false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     if (!gradients_[i]) continue;
     if (!briefs_[i].is_steppable) return false;
@@ -220,9 +255,10 @@ bool Roster::read_groups(SourceOf source_of, const void* context) {
   return true;
 }
 
+bool Roster::can_be_silent() const { return silent_ && torch.abi() && !torch.abi()->has_function_mode(); }
+
 bool Roster::fetch_gradients() {
   for (std::size_t i = 0; i < briefs_.size(); ++i) {
-    prefetch_gradient(i);
     const Brief& brief = briefs_[i];
     if (!brief.is_member) continue;
     PyObject* gradient = torch.grad(brief.param);
@@ -230,7 +266,6 @@ bool Roster::fetch_gradients() {
     if (torch.is_readable(gradient)) gradient = torch.resolved(gradient, brief.is_complex);
     if (gradient && torch.is_readable(gradient)) {  // again: a subclass may resolve to anything
       gradients_[i] = Torch::handle(gradient);
-      hints_[i] = {gradient, *static_cast<const void* const*>(gradients_[i])};
       continue;
     }
     const bool is_none = gradient == Py_None;
@@ -240,25 +275,56 @@ bool Roster::fetch_gradients() {
   return true;
 }
 
-// The misses of many parameters overlap when each stage works some parameters ahead of the next.
-void Roster::prefetch_gradient(std::size_t i) const {
-  constexpr std::size_t object = 24, impl = 16, autograd = 8;
-  const Abi* const abi = torch.abi();
-  if (!abi || i + object >= briefs_.size()) return;
-  if (PyObject* far = briefs_[i + object].param) __builtin_prefetch(far);
-  __builtin_prefetch(hints_[i + object].object);
-  __builtin_prefetch(hints_[i + object].impl);
-  if (PyObject* near = briefs_[i + impl].param) Abi::prefetch_impl(Torch::handle(near));
-  if (PyObject* next = briefs_[i + autograd].param) abi->prefetch_autograd(Torch::handle(next));
+// As the above, but no Python runs: none of the user's, no finalizer, no warning. Where that cannot be, false, and not
+// silent any more.
+bool Roster::fetch_gradients_silently() {
+  const Abi& abi = *torch.abi();
+  const NoCollection none;
+  for (std::size_t i = 0; i < briefs_.size(); ++i) {
+    prefetch_gradient(i);
+    Brief& brief = briefs_[i];
+    if (!brief.is_member) continue;
+    bool is_defined;
+    if (abi.get_is_defined(abi.gradient(Torch::handle(brief.param)), &is_defined)) return silent_ = false;
+    if (!is_defined) continue;
+    PyObject* const gradient = torch.grad(brief.param);
+    if (!gradient) PyErr_Clear();  // it comes again
+    if (!gradient || !torch.is_plain(gradient) || torch.is_lazy(gradient, brief.is_complex)) {
+      Py_XDECREF(gradient);
+      return silent_ = false;
+    }
+    gradients_[i] = Torch::handle(gradient);
+    brief.gradient = gradient;
+    like_[i].parts.impl = *static_cast<const char* const*>(gradients_[i]);
+  }
+  return true;
 }
 
-bool Roster::containers_are_unchanged() const {
+void Roster::prefetch_gradient(std::size_t i) const {
+  const Abi& abi = *torch.abi();
+  if (i + 2 * kAhead < briefs_.size()) {
+    const Brief& far = briefs_[i + 2 * kAhead];
+    __builtin_prefetch(far.param);
+    far.parts.prefetch_to_gradient();
+    __builtin_prefetch(far.gradient);
+  }
+  if (i + kAhead < briefs_.size() && briefs_[i + kAhead].is_member) {
+    const Abi::Handle gradient = abi.gradient(Torch::handle(briefs_[i + kAhead].param));
+    __builtin_prefetch(*static_cast<const void* const*>(gradient));
+  }
+}
+
+bool Roster::groups_are_unchanged() const {
   // A copy of its own: containers of other kinds than torch's run Python when they are looked at.
   const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(param_groups_.ptr()));
   if (!sequence || PyTuple_GET_SIZE(sequence.ptr()) != static_cast<Py_ssize_t>(groups_.size())) return false;
   for (std::size_t g = 0; g < groups_.size(); ++g) {
     if (!groups_[g].is_unchanged(PyTuple_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(g)))) return false;
   }
+  return true;
+}
+
+bool Roster::states_are_unchanged() const {
   std::size_t at = 0;
   const bool same = each_item(state_.ptr(), [&](PyObject* key, PyObject* value) {
     return at < all_states_.size() && key == all_states_[at].key && value == all_states_[at++].value;
@@ -291,7 +357,7 @@ bool Roster::items_are_unchanged(std::size_t i) const {
   return same && item == end;
 }
 
-bool Roster::tensors_are_unchanged(int threads) {
+bool Roster::tensors_are_unchanged(int threads, const std::function<bool()>& meanwhile) {
   if (const Abi* const abi = torch.abi()) {
     const Inspection all{*abi,
                          expectations_.data(),
@@ -301,14 +367,32 @@ bool Roster::tensors_are_unchanged(int threads) {
                          addresses_.data(),
                          static_cast<std::int64_t>(entries_.size()),
                          dims_.data()};
-    return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads);
+    return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads, meanwhile);
   }
   for (std::size_t k = 0; k < expectations_.size(); ++k) {
     Geometry now;
     if (!torch.read(expected_[k], Access::kWrite, &now) || !is_expected(now, expectations_[k], dims_.data()))
       return false;
   }
-  return true;
+  return meanwhile();
+}
+
+void Roster::check(int threads) {
+  if (is_still_valid(threads)) return;
+  if (PyErr_Occurred()) throw py::error_already_set();
+  throw std::runtime_error("a parameter, gradient or state was changed while a step was under way");
+}
+
+bool Roster::is_still_valid(int threads) {
+  const std::vector<const void*> addresses = addresses_;
+  const std::vector<std::size_t> strides = step_strides_;
+  const std::vector<std::int64_t> dims = step_dims_;
+  forget_addresses();
+  if (!tensors_are_unchanged(threads, [] { return true; })) return false;
+  for (std::size_t i = 0; i < entries_.size(); ++i) {
+    if (gradients_[i] && !addresses_[i] && !find_address(i)) return false;
+  }
+  return addresses == addresses_ && strides == step_strides_ && dims == step_dims_;
 }
 
 // Of a gradient that is not laid out as planned, or has no elements, or that the ABI was not asked of.
@@ -323,8 +407,8 @@ bool Roster::find_address(std::size_t i) {
   }
   addresses_[i] = g.address;
   if (!std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides)) {
-    strides_[i] = g.strides;
-    has_other_strides_ = true;
+    step_strides_[i] = step_dims_.size() + 1;
+    step_dims_.insert(step_dims_.end(), g.strides, g.strides + g.ndim);
   }
   return true;
 }
@@ -333,12 +417,17 @@ void Roster::release() {
   for (std::size_t i = 0; i < gradients_.size(); ++i) {
     if (i + kAhead < gradients_.size()) __builtin_prefetch(gradients_[i + kAhead]);
     const Abi::Handle gradient = gradients_[i];
-    addresses_[i] = nullptr;
     gradients_[i] = nullptr;  // first: letting go may run Python
     if (gradient) Py_DECREF(Torch::object(gradient));
   }
-  if (has_other_strides_) std::fill(strides_.begin(), strides_.end(), nullptr);
-  has_other_strides_ = false;
+  forget_addresses();
+}
+
+void Roster::forget_addresses() {
+  std::fill(addresses_.begin(), addresses_.end(), nullptr);
+  if (step_dims_.empty()) return;
+  std::fill(step_strides_.begin(), step_strides_.end(), 0);
+  step_dims_.clear();
 }
 
 py::list Roster::facts() const {
@@ -359,7 +448,7 @@ py::list Roster::facts() const {
     const GradientExpectation& like = like_[i];
     const std::int64_t* const planned = dims_.data() + like.strides;
     add(Torch::object(gradients_[i]), addresses_[i], like.dtype, like.ndim, dims_.data() + like.shape,
-        strides_[i] ? strides_[i] : planned, -1);
+        gradient_strides(i) ? gradient_strides(i) : planned, -1);
   }
   return out;
 }

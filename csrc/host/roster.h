@@ -1,13 +1,15 @@
 // The roster: every tensor that one engine steps, in the order of the param groups, and what is known of each.
 //
 // `scan` finds out before every step whether all of it is still so. It reads in this order, so that nothing is touched
-// that was not found valid: what may run Python (numbers, gradients), then who is in the groups and states, then every
-// tensor's geometry, which runs no Python and may be shared among threads. It writes nothing.
+// that was not found valid: what may run Python, then what cannot. The first is numbers and groups, and gradients and
+// states where they are not torch's and Python's own; the second is the others, and every tensor's geometry, of which
+// the first needs the GIL and the last may be shared among threads meanwhile. It writes nothing.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "host/abi.h"
@@ -54,6 +56,8 @@ class Roster {
 
   // True when all is as it was planned and a step can run; false when a plan must be made anew, which then says why.
   bool scan(int threads, SourceOf source_of, const void* context);
+  // Raises if any tensor or gradient is not as the last scan found it.
+  void check(int threads);
   // Lets go of the step's gradients.
   void release();
 
@@ -67,7 +71,9 @@ class Roster {
   // Of the step that was scanned. A gradient that is not laid out as planned tells its strides.
   bool has_gradient(std::size_t i) const { return gradients_[i] != nullptr; }
   const void* gradient_address(std::size_t i) const { return addresses_[i]; }
-  const std::int64_t* gradient_strides(std::size_t i) const { return strides_[i]; }
+  const std::int64_t* gradient_strides(std::size_t i) const {
+    return step_strides_[i] ? step_dims_.data() + (step_strides_[i] - 1) : nullptr;
+  }
 
   std::size_t group_of(std::size_t i) const { return static_cast<std::size_t>(briefs_[i].group); }
   bool has_new_state(std::size_t i) const { return briefs_[i].new_state; }
@@ -84,14 +90,19 @@ class Roster {
   bool expect(PyObject* tensor, Member* out);
   bool storages_are_disjoint();
 
+  bool is_still_valid(int threads);
   bool read_all(int threads, SourceOf source_of, const void* context);
   bool read_groups(SourceOf source_of, const void* context);
+  bool can_be_silent() const;
   bool fetch_gradients();
+  bool fetch_gradients_silently();
   void prefetch_gradient(std::size_t i) const;
-  bool containers_are_unchanged() const;
+  bool groups_are_unchanged() const;
+  bool states_are_unchanged() const;
   bool items_are_unchanged(std::size_t i) const;
-  bool tensors_are_unchanged(int threads);
+  bool tensors_are_unchanged(int threads, const std::function<bool()>& meanwhile);
   bool find_address(std::size_t i);
+  void forget_addresses();
 
   struct Item {
     PyObject *key, *value;
@@ -125,19 +136,19 @@ class Roster {
     std::int32_t group;
     DType gradient_dtype;
     bool is_member, is_steppable, is_complex, new_state;
+    const PyObject* gradient;  // the last one, to prefetch it
+    Parts parts;
   };
   std::vector<Brief> briefs_;
   std::vector<GradientExpectation> like_;
-  struct Hint {
-    const void *object, *impl;  // where the last gradient was: torch's allocator likes to reuse places
-  };
-  std::vector<Hint> hints_;
 
   // Of each entry, in the step that was scanned.
   std::vector<Abi::Handle> gradients_;  // of gradients that are owned; null without one
   std::vector<const void*> addresses_;
-  std::vector<const std::int64_t*> strides_;  // null: as planned
-  bool has_other_strides_ = false;
+  std::vector<std::size_t> step_strides_;  // where they stand in step_dims_, plus one; 0: as planned
+  std::vector<std::int64_t> step_dims_;
+  // Reading gradients and states runs no Python, as far as is known: they are torch's and Python's own classes.
+  bool silent_ = true;
 };
 
 }  // namespace fusedopt::host

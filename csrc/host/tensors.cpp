@@ -10,10 +10,15 @@ namespace {
 
 PyObject* interned(const char* text) { return PyUnicode_InternFromString(text); }
 
-// What a method without arguments answers; empty, and no error, where it raises.
+// Forgets an exception, but not Ctrl-C and the like.
+void forget_error() {
+  if (PyErr_ExceptionMatches(PyExc_Exception)) PyErr_Clear();
+}
+
+// What a method without arguments answers; empty where it raises.
 py::object ask(PyObject* object, const char* method) {
-  PyObject* answer = PyObject_CallMethod(object, method, nullptr);
-  if (!answer) PyErr_Clear();
+  PyObject* answer = PyErr_Occurred() ? nullptr : PyObject_CallMethod(object, method, nullptr);
+  if (!answer) forget_error();
   return py::reinterpret_steal<py::object>(answer);
 }
 
@@ -22,7 +27,7 @@ bool ask_integer(PyObject* object, const char* method, std::int64_t* out) {
   if (!answer) return false;
   *out = PyLong_AsLongLong(answer.ptr());
   if (*out != -1 || !PyErr_Occurred()) return true;
-  PyErr_Clear();
+  forget_error();
   return false;
 }
 
@@ -88,6 +93,9 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   look_up(addresses, "aoti_torch_get_data_ptr", &abi.get_data_ptr);
   look_up(addresses, "is_conj", &abi.is_conj);
   look_up(addresses, "is_neg", &abi.is_neg);
+  look_up(addresses, "gradient", &abi.get_gradient);
+  look_up(addresses, "has_function_mode", &abi.has_function_mode);
+  look_up(addresses, "aoti_torch_is_defined", &abi.get_is_defined);
   abi.strided = numbers["strided"].cast<std::int32_t>();
   abi.cpu = numbers["cpu"].cast<std::int32_t>();
   const auto enter = [&](const char* name, Type type) { types_[numbers[name].cast<std::size_t>() % kNumbers] = type; };
@@ -120,7 +128,7 @@ bool Torch::read_by_dlpack(PyObject* tensor, Geometry* out) const {
   if (!ask_integer(tensor, "storage_offset", &out->storage_offset)) return false;
   DLTensor t;
   if (exchange_->dltensor_from_py_object_no_sync(tensor, &t) != 0) {
-    PyErr_Clear();
+    forget_error();
     return false;
   }
   out->address = reinterpret_cast<void*>(address);
@@ -133,6 +141,12 @@ bool Torch::read_by_dlpack(PyObject* tensor, Geometry* out) const {
   return true;
 }
 
+std::uintptr_t Torch::gradient_of(PyObject* tensor) const {
+  bool is_defined;
+  if (!abi_ || abi_->get_is_defined(abi_->gradient(handle(tensor)), &is_defined) || !is_defined) return 0;
+  return *static_cast<const std::uintptr_t*>(abi_->gradient(handle(tensor)));
+}
+
 PyObject* Torch::grad(PyObject* tensor) const {
   static PyObject* const name = interned("grad");
   if (!is_plain(tensor)) return PyObject_GetAttr(tensor, name);
@@ -141,10 +155,7 @@ PyObject* Torch::grad(PyObject* tensor) const {
 }
 
 PyObject* Torch::resolved(PyObject* gradient, bool is_complex) const {
-  if (abi_ && is_plain(gradient)) {
-    const Abi::Handle at = handle(gradient);
-    if (!abi_->is_neg(at) && !(is_complex && abi_->is_conj(at))) return gradient;
-  }
+  if (abi_ && is_plain(gradient) && !is_lazy(gradient, is_complex)) return gradient;
   for (const char* method : {"resolve_conj", "resolve_neg"}) {
     PyObject* next = PyObject_CallMethod(gradient, method, nullptr);
     Py_DECREF(gradient);

@@ -28,10 +28,12 @@ class Torch {
   void forget_abi() { abi_.reset(); }
   const Abi* abi() const { return abi_ ? &*abi_ : nullptr; }
 
-  // False where a tensor has no strided memory, or cannot be read; no Python error is left. Through DLPack lazily
-  // conjugated and negated tensors cannot.
+  // False where a tensor has no strided memory, or cannot be read; a Python error is only left
+  // of Ctrl-C and the like. Through DLPack lazily conjugated and negated tensors cannot.
   bool read(PyObject* tensor, Access access, Geometry* out) const;
 
+  // What the handle of a tensor's gradient points to; 0 without one, or without the ABI.
+  std::uintptr_t gradient_of(PyObject* tensor) const;
   // New reference; null with a Python error. May run Python.
   PyObject* grad(PyObject* tensor) const;
   // A gradient without lazy bits, as its memory is read. Steals and returns a reference; null with a Python error.
@@ -44,6 +46,10 @@ class Torch {
     return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
   }
   bool is_readable(PyObject* object) const { return is_tensor(object) && has_no_dispatch(object); }
+  // Lazily conjugated or negated, as the ABI tells it.
+  bool is_lazy(PyObject* tensor, bool is_complex) const {
+    return abi_->is_neg(handle(tensor)) || (is_complex && abi_->is_conj(handle(tensor)));
+  }
   // Operations on it are torch's own: it has memory, and what its memory holds is what it is.
   bool has_no_dispatch(PyObject* tensor) const;
 

@@ -1,12 +1,13 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
-``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for,
-``accepts(p, group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device``
-where it keeps the parameter's step. ``Plan(optimizer, members, new_state)`` is what one step runs on; both are lists of
-parameters, counted through all groups. ``scan()`` reads what the step needs and holds the gradients until ``finish()``,
-``run()`` measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that
-is ``asynchronous`` belongs to one device, and tells its verdicts in tensors there; others know them when ``run``
-returns. One that is ``indivisible`` updates parameters and counters in one call that no signal handler interrupts.
+``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for, ``accepts(p,
+group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device`` where it keeps
+the parameter's step. ``Plan(optimizer, members, new_state, nth)`` is what one step runs on: two lists of parameters,
+counted through all groups, and how many plans of the same place come before it. ``scan()`` reads what the step needs
+and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()`` measures,
+updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous`` belongs to
+one device, and tells its verdicts in tensors there; others know them when ``run`` returns. One that is ``indivisible``
+has a ``step()``, which does all that in one call: no Python runs within.
 """
 
 from __future__ import annotations
@@ -89,6 +90,6 @@ def refuse_capture(device: torch.device) -> None:
     tables.refuse_capture(device, "a step needed new states, or found other tensors than the one before,")
 
 
-def plan(name: str, optimizer: Any, members: list[int], new_state: list[int]) -> Any:
+def plan(name: str, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> Any:
     """What an engine needs to step its parameters, of any groups of the optimizer."""
-    return ENGINES[name].Plan(optimizer, members, new_state)
+    return ENGINES[name].Plan(optimizer, members, new_state, nth)

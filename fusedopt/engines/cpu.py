@@ -83,7 +83,7 @@ class Plan:
     indivisible = True
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
         extension, engine, _ = load()
         rule = optimizer.rule
         specs = [_group_spec(rule, group) for group in optimizer.param_groups]
@@ -105,12 +105,27 @@ class Plan:
 
     def scan(self) -> bool:
         """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""
-        replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
-        if replaced or not self._job.scan(torch.get_num_threads()):
+        if self._is_replaced() or not self._job.scan(torch.get_num_threads()):
             return False
         if host.CHECKED:
             host.check_scan(self._job)
         return True
+
+    def step(
+        self, scaling: Any, max_norm: float, measure: bool, skip_nonfinite: bool
+    ) -> tuple[float, float, bool] | None:
+        """Scan, measure and update in one. Returns squared norm, norm and whether it skipped; None as False of scan."""
+        if host.CHECKED:
+            return self.run(scaling, max_norm, measure, True, skip_nonfinite, None) if self.scan() else None
+        if self._is_replaced():
+            return None
+        inverse = scaling.inverse
+        outcome = self._job.step(self._engine, torch.get_num_threads(), inverse, max_norm, measure, skip_nonfinite)
+        return outcome and (outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
+
+    def check(self) -> None:
+        """Raise if a tensor is not what it was in the scan."""
+        self._job.check(torch.get_num_threads())
 
     def run(
         self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None
@@ -121,6 +136,10 @@ class Plan:
             self._engine, torch.get_num_threads(), inverse, max_norm, measure, update, skip_nonfinite, squared or 0.0
         )
         return total, math.sqrt(total) * inverse, skipped
+
+    def _is_replaced(self) -> bool:
+        """Whether the optimizer has other containers now."""
+        return self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
 
     def finish(self) -> None:
         """The step is over: let go of the gradients."""

@@ -82,7 +82,7 @@ def _index(device: torch.device) -> int:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one GPU."""
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
         extension, rule = load(), optimizer.rule
         chosen = optimizer.members(members)
         device = chosen[0][0].device
@@ -93,7 +93,7 @@ class Plan(DevicePlan):
             blocks = choice.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
-        super().__init__(optimizer, members, new_state, names, blocks, extension.tile, limit)
+        super().__init__(optimizer, members, new_state, nth, names, blocks, extension.tile, limit)
         t, v = self.table, self.verdict
         self._partials = torch.empty(t.programs, dtype=torch.float64, device=device)
         tables = {

@@ -27,6 +27,7 @@ class DevicePlan:
         optimizer: Whose parameters.
         members: Those that the plan steps, counted through all groups; all are on one device.
         new_state: Those whose states were made for the coming step.
+        nth: How many plans on the device come before it in a step.
         names: The rule's states, scalars and hyperparameters, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
@@ -41,6 +42,7 @@ class DevicePlan:
         optimizer: Any,
         members: list[int],
         new_state: list[int],
+        nth: int,
         names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
         programs: int,
         tile: int,
@@ -57,7 +59,7 @@ class DevicePlan:
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
             words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
             self.live = Live(HEADER + words, self.device, HEADER + words <= by_value)
-            self.verdict = optimizer.verdict(self.device)
+            self.verdict = optimizer.verdict(self.device, nth)
         self._body = self.live.words[HEADER:]
         self._streams: set[int] = set()
         self._launched: set[str] = set()
@@ -74,6 +76,10 @@ class DevicePlan:
         self.live.changed(self._scan.write(self._body))
         self._room -= 1
         return self._room >= 0
+
+    def check(self) -> None:
+        """Raise if a tensor is not what it was in the scan."""
+        self._scan.check(torch.get_num_threads())
 
     def _steps_left(self, scalars: tuple[str, ...]) -> int:
         """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory
 from fusedopt.rule import Rule
+from fusedopt.state import lacks_state
 
 
 def available() -> str | None:
@@ -43,7 +44,7 @@ class Plan:
     indivisible = False
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
         self.optimizer = optimizer
         self.members = members
         self.new_state = set(new_state)
@@ -67,15 +68,18 @@ class Plan:
                 return False
             labels = checks.labels(optimizer.param_groups)
             for i, p, group in self._with_gradients():
-                optimizer.check_parameter(p, group, labels[i])
-                if optimizer.needs_state(p, group, counters(p)):
-                    return False
                 state = optimizer.state.get(p, {})
+                checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
+                if lacks_state(optimizer.rule, state, group, counters(p)):
+                    return False
                 if engines.choose(optimizer.engine, p, group, optimizer.rule, state, labels[i]) != "eager":
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False
         return True
+
+    def check(self) -> None:
+        """Nothing has to be what it was: torch looks at every tensor when it steps it."""
 
     def run(
         self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None

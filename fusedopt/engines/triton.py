@@ -97,7 +97,7 @@ def backend_of(device: torch.device) -> str:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int]) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
         from fusedopt.triton_kernels import norm, step  # pyright: ignore[reportMissingImports]
 
         device = optimizer.members(members)[0][0].device
@@ -105,7 +105,7 @@ class Plan(DevicePlan):
         interpreted = device.type == "cpu"
         tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
         programs = INTERPRETED_PROGRAMS if interpreted else _programs(device)
-        super().__init__(optimizer, members, new_state, (ours.states, ours.scalars, ours.hyper), programs, tile)
+        super().__init__(optimizer, members, new_state, nth, (ours.states, ours.scalars, ours.hyper), programs, tile)
         for_norm, for_step = constants(optimizer.rule, self.table.kinds, tile)
         extra = {} if interpreted else options(backend_of(device))
         launch = _quietly if interpreted else lambda kernel: kernel

@@ -57,8 +57,11 @@ const Abi kAbi{
       }
       return tell(out, storage.address);
     },
+    [](Abi::Handle, bool* out) { return tell(out, false); },
     [](Abi::Handle) { return false; },
     [](Abi::Handle t) { return at(t).is_negated; },
+    [](const void*) { return Abi::Handle{}; },
+    [] { return false; },
     0,
     0,
 };
@@ -84,13 +87,18 @@ struct World {
     for (std::size_t i = 0; i < tensors.size(); ++i) {
       expectations.push_back({&tensors[i], tensors[i].storage->address, 24, 0, 6, 0, -1, 2, false});
       like.push_back({nullptr, 0, 24, 0, 2, 6, 0, -1, 2, 4});
-      handles.push_back(i % 7 ? &gradients[i] : nullptr);
     }
   }
 
+  // The gradients are found while others look at the tensors.
   bool look(int threads) {
+    handles.assign(kCount, nullptr);
+    const auto fetch = [this] {
+      for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = i % 7 ? &gradients[i] : nullptr;
+      return true;
+    };
     return inspect({kAbi, expectations.data(), kCount, like.data(), handles.data(), addresses.data(), kCount, dims},
-                   threads);
+                   threads, fetch);
   }
 };
 

@@ -1,0 +1,95 @@
+"""Planning: everything is checked, engines are chosen, missing states are made, and plans of engines come of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fusedopt import checks, engines, memory
+from fusedopt.state import Counters, initial_state
+
+NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
+Assigned = list[tuple[str, Tensor, dict[str, Any]]]  # the engine that steps a parameter, the parameter, its group
+Shard = tuple[Tensor, object]  # a parameter, and what messages call it
+
+
+def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
+    """Plans for an optimizer as it is now, in the order in which they are to be run.
+
+    Args:
+        optimizer: Gets the states that parameters with gradients lack.
+        new_state: Gets an entry for each of them, also when an exception comes.
+
+    Returns:
+        The plans, and the first parameter of which other ranks hold a part, if there is one.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
+    """
+    assigned, shard = _assign(optimizer)
+    _create_states(optimizer, assigned, new_state)
+    new = {i for i, _, _ in new_state}
+    waves = memory.waves([_written(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
+    which: dict[Any, list[int]] = {}
+    for i, (name, p, _) in enumerate(assigned):
+        which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
+    plans = []
+    for (_, name, place), members in sorted(which.items(), key=lambda item: item[0][0]):
+        nth = sum(plan.device == place for plan in plans)
+        plans.append(engines.plan(name, optimizer, members, sorted(new & set(members)), nth))
+    return plans, shard
+
+
+def _assign(optimizer: Any) -> tuple[Assigned, Shard | None]:
+    assigned: Assigned = []
+    shard = None
+    rule = optimizer.rule
+    for g, group in enumerate(optimizer.param_groups):
+        checks.group(rule, group, g, stepping=True)
+        for i, p in enumerate(group["params"]):
+            label, state = checks.Label(group, g, i, p), optimizer.state.get(p, {})
+            if shard is None and (checks.is_shard(p) or checks.is_shard(p.grad)):
+                shard = (p, label)
+            checks.parameter(rule, p, group, state, label, type(optimizer).__name__)
+            try:
+                engine = engines.choose(optimizer.engine, p, group, rule, state, label)
+            except (RuntimeError, TypeError, ValueError):
+                if p.grad is not None:
+                    raise
+                engine = "eager"  # which looks again when there is a gradient
+            assigned.append((engine, p, group))
+    return assigned, shard
+
+
+def _written(p: Tensor, state: dict[str, Any]) -> list[Tensor]:
+    """The tensors that a parameter's step writes, as far as their addresses can be compared."""
+    values = [p, *(value for value in state.values() if isinstance(value, Tensor))]
+    return [t for t in values if t.device.type != "meta" and not memory.unreadable(t, lazily=True)]
+
+
+def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> None:
+    """Make the states that parameters with gradients lack; mend all counters."""
+    rule, all_states = optimizer.rule, optimizer.state
+    counters = Counters((all_states.get(p, {}) for _, p, _ in assigned), rule.scalars)
+    made: dict[int, tuple[str, ...]] = {}
+    for i, (engine, p, group) in enumerate(assigned):
+        if id(p) in made:  # given twice: a first step both times, as torch's is
+            new_state.append((i, p, made[id(p)]))
+            continue
+        place, has = engines.counters(engine, p), all_states.get(p, {})
+        names = [spec.name for spec in rule.active_states(group)]
+        new: dict[str, Any] = {}
+        if p.grad is not None and any(has.get(name) is None for name in (*names, *rule.scalars)):
+            initial = initial_state(rule, p, group)
+            new = {name: value for name, value in initial.items() if has.get(name) is None}
+        scalars = {name: new.get(name, has.get(name)) for name in rule.scalars}
+        unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, place)}
+        if new:
+            made[id(p)] = tuple(new)
+            new_state.append((i, p, made[id(p)]))  # before they are there: whatever comes, they are taken back
+        if new or unfit:
+            all_states.setdefault(p, {}).update(new)
+        for name, value in unfit.items():
+            counters.want(all_states[p], name, value, place)
+    counters.make()
