@@ -185,10 +185,15 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     g = p.grad
     if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
         return f"of its gradient: {reason}"
+    written = [p]
     for key in (*(s.name for s in rule.states), *rule.scalars):
         value = state.get(key)
-        if isinstance(value, Tensor) and (reason := memory.unreadable(value)):
-            return f"of its state {key!r}: {reason}"
+        if isinstance(value, Tensor):
+            if reason := memory.unreadable(value):
+                return f"of its state {key!r}: {reason}"
+            written.append(value)
+    if g is not None and memory.may_write_what_it_reads(g, written):
+        return "its gradient shares memory with it or its states"
     return None
 
 

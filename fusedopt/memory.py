@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -102,35 +103,80 @@ def resolved(g: Tensor) -> Tensor:
     return g.resolve_conj().resolve_neg()
 
 
-def waves(operands: Sequence[Sequence[Tensor]]) -> list[int]:
-    """When each of several steps may be done, if those that write the same memory keep their order.
+def comparable(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Those with memory of which the address is known."""
+    return [t for t in tensors if t.device.type != "meta" and not unreadable(t, lazily=True)]
+
+
+def span(t: Tensor) -> tuple[int, int]:
+    """The addresses from a strided tensor's first byte to after its last."""
+    begin = t.data_ptr()
+    return begin, begin + reach(t) * t.element_size()
+
+
+def may_write_what_it_reads(g: Tensor, written: Sequence[Tensor]) -> bool:
+    """Whether a step of elements in any order may write a part of its gradient before it reads it.
+
+    It does not where the gradient is one of the tensors that are written: an element is read before it is written.
+    """
+    begin, end = span(g)
+    for t in written:
+        same = t.data_ptr() == begin and t.dtype == g.dtype and significant(t) == significant(g)
+        other_begin, other_end = span(t)
+        if not same and begin < other_end and other_begin < end and _share(g, t):
+            return True
+    return False
+
+
+def waves(steps: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]]) -> list[int]:
+    """When each of several steps may be done, if those of which one writes what the other uses keep their order.
 
     Args:
-        operands: For each step the tensors that it writes. Those without readable memory are left out.
+        steps: For each step the tensors that it writes, and those that it only reads. Those without readable memory are
+            left out.
 
     Returns:
-        For each step a number; steps of one number share no memory, and of two that do, the later has a higher one.
+        For each step a number; none of one number writes what another uses, and of two where one does, the later has a
+        higher one.
     """
-    spans: list[tuple[int, int, int, Tensor]] = []
-    for i, tensors in enumerate(operands):
-        for t in tensors:
-            begin = t.data_ptr()
-            spans.append((begin, begin + reach(t) * t.element_size(), i, t))
+    spans: list[tuple[int, int, int, bool, Tensor]] = []
+    for i, (written, read) in enumerate(steps):
+        spans += [(*span(t), i, writes, t) for writes, ts in ((True, written), (False, read)) for t in ts]
     spans.sort(key=lambda span: span[:3])
     earlier: dict[int, set[int]] = {}
-    live: list[tuple[int, int, int, Tensor]] = []
-    for span in spans:
-        live = [other for other in live if other[1] > span[0]] if live else live
+    live: list[tuple[int, int, int, bool, Tensor]] = []
+    for now in spans:
+        live = [other for other in live if other[1] > now[0]] if live else live
         for other in live:
-            if other[2] != span[2] and _share(other[3], span[3]):
-                first, second = sorted((other[2], span[2]))
+            if other[2] != now[2] and (other[3] or now[3]) and _share(other[4], now[4]):
+                first, second = sorted((other[2], now[2]))
                 earlier.setdefault(second, set()).add(first)
-        if span[1] > span[0]:
-            live.append(span)
-    result = [0] * len(operands)
+        if now[1] > now[0]:
+            live.append(now)
+    result = [0] * len(steps)
     for i in sorted(earlier):
         result[i] = 1 + max(result[j] for j in earlier[i])
     return result
+
+
+class Spans:
+    """Memory that several tensors take up, to be asked whether another tensor reaches into it."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        for begin, end in sorted(span(t) for t in tensors):
+            if self._ends and begin <= self._ends[-1]:
+                self._ends[-1] = max(self._ends[-1], end)
+            elif end > begin:
+                self._begins.append(begin)
+                self._ends.append(end)
+
+    def meet(self, t: Tensor) -> bool:
+        """Whether a tensor may share memory with them."""
+        begin, end = span(t)
+        after = bisect_right(self._ends, begin)
+        return after < len(self._begins) and self._begins[after] < end
 
 
 class _Array:

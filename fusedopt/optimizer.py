@@ -66,8 +66,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     Threads that step one optimizer wait for one another. In a forked child, as DataLoader's workers are, a step runs
     on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
 
-    Parameters that share memory, and one that is given twice (torch warns of it), are stepped one after the other in
-    their order, as torch does it.
+    Parameters that share memory, or have gradients in one another's, and one that is given twice (torch warns of it),
+    are stepped one after the other in their order, as torch does it. A parameter's own gradient is read before anything
+    of it is written.
 
     Raises:
         ValueError: For a hyperparameter outside its domain, a parameter of two groups, an unknown engine.

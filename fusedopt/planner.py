@@ -30,7 +30,7 @@ def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
     assigned, shard = _assign(optimizer)
     _create_states(optimizer, assigned, new_state)
     new = {i for i, _, _ in new_state}
-    waves = memory.waves([_written(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
+    waves = memory.waves([_used(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
         which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
@@ -62,10 +62,10 @@ def _assign(optimizer: Any) -> tuple[Assigned, Shard | None]:
     return assigned, shard
 
 
-def _written(p: Tensor, state: dict[str, Any]) -> list[Tensor]:
-    """The tensors that a parameter's step writes, as far as their addresses can be compared."""
-    values = [p, *(value for value in state.values() if isinstance(value, Tensor))]
-    return [t for t in values if t.device.type != "meta" and not memory.unreadable(t, lazily=True)]
+def _used(p: Tensor, state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors that a parameter's step writes and reads, as far as their addresses can be compared."""
+    written = [p, *(value for value in state.values() if isinstance(value, Tensor))]
+    return memory.comparable(written), memory.comparable([] if p.grad is None else [p.grad])
 
 
 def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> None:

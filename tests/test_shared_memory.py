@@ -178,3 +178,71 @@ def test_as_many_dimensions_as_torch_has(engine):
         each.grad = torch.ones_like(each)
         optimizer.step()
     torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_gradient_in_its_parameters_memory(engine, shift):
+    """It is read before anything is written."""
+    flat = torch.randn(100)
+    p, q = torch.nn.Parameter(flat[:90]), torch.nn.Parameter(flat[:90].clone())
+    p.grad, q.grad = flat[shift : 90 + shift], flat[shift : 90 + shift].clone()
+    if shift and engine != "eager":
+        with pytest.raises(RuntimeError, match="parameter 0 .*gradient shares memory"):
+            fusedopt.AdamW([p], engine=engine).step()
+        assert torch.equal(p, q)
+        engine = "auto"
+    a, b = fusedopt.AdamW([p], lr=0.1, engine=engine), fusedopt.AdamW([q], lr=0.1, engine="eager")
+    for _ in range(3):
+        a.step(), b.step()
+        close(p.detach(), q.detach(), 1e-6)
+        p.grad, q.grad = flat[shift : 90 + shift], flat[shift : 90 + shift].clone()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("where", [slice(0, 60), slice(10, 70), slice(40, 100)])
+def test_gradients_in_other_parameters_memory(engine, steps, where):
+    """In the order of the parameters, as torch does it."""
+
+    def build():
+        torch.manual_seed(2)
+        return params((100,), (60,), (7,), (100,))
+
+    ours, theirs = build(), build()
+    a, b = fusedopt.AdamW(ours, lr=0.1, engine=engine), torch.optim.AdamW(theirs, lr=0.1, foreach=False)
+    for _ in range(steps):
+        same_gradients(ours, theirs)
+        a.step(), b.step()
+    for _ in range(3):
+        same_gradients(ours, theirs)
+        for ps in (ours, theirs):
+            ps[0].grad = ps[3].detach()
+            ps[1].grad = ps[0].detach()[where]
+        a.step(), b.step()
+        assert_equal(ours, a, theirs, b)
+    same_gradients(ours, theirs)
+    a.step(), b.step()
+    assert_equal(ours, a, theirs, b)
+
+
+def test_gradient_that_moves_into_a_state(engine):
+    ours, a, theirs, b = stepped(engine, [(50,), (50,)])
+    for ps, optimizer in ((ours, a), (theirs, b)):
+        ps[0].grad = optimizer.state[ps[1]]["exp_avg"]
+    a.step(), b.step()
+    assert_equal(ours, a, theirs, b)
+
+
+def test_parameters_and_gradients_in_one_buffer(engine):
+    """Which does not overlap, and so costs nothing."""
+    n, count = 40, 5
+    buffer = torch.randn(2 * n * count)
+    ps = [torch.nn.Parameter(buffer[2 * n * i : 2 * n * i + n]) for i in range(count)]
+    optimizer = fusedopt.AdamW(ps, engine=engine)
+    plans = None
+    for step in range(4):
+        for i, p in enumerate(ps):
+            p.grad = buffer[2 * n * i + n : 2 * n * (i + 1)]
+        optimizer.step()
+        assert step < 2 or optimizer._plans is plans
+        plans = optimizer._plans
+    assert len(plans) == 1

@@ -42,8 +42,10 @@ bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* di
   return !abi.get_data_ptr(was.tensor, &writable) && writable == was.address;
 }
 
-// The address of a gradient that is as expected; null if it is not, or has no elements.
-const void* fitting_address(const Abi& abi, Abi::Handle gradient, GradientExpectation& like, const std::int64_t* dims) {
+// The address of a gradient that is as expected; null if it is not, or has no elements, or may be written.
+const void* fitting_address(const Inspection& all, Abi::Handle gradient, GradientExpectation& like) {
+  const Abi& abi = all.abi;
+  const std::int64_t* const dims = all.dims;
   std::int32_t dtype;
   std::int64_t bytes, offset;
   const void* address;
@@ -53,6 +55,8 @@ const void* fitting_address(const Abi& abi, Abi::Handle gradient, GradientExpect
   if (abi.get_storage_size(gradient, &bytes) || abi.get_const_data_ptr(gradient, &address)) return nullptr;
   if (address == like.address && bytes == like.storage_bytes) return address;
   if (abi.get_storage_offset(gradient, &offset) || offset * like.item_size + like.reach > bytes) return nullptr;
+  const auto storage = reinterpret_cast<std::uintptr_t>(address) - static_cast<std::uintptr_t>(offset * like.item_size);
+  if (all.written.may_be_in(storage)) return nullptr;
   like.address = address;
   like.storage_bytes = bytes;
   return address;
@@ -136,7 +140,7 @@ bool inspect(const Inspection& all, int threads, const std::function<bool()>& me
         abi.parts(all.gradients[i + kAhead]).prefetch_storage();
       }
       const Abi::Handle gradient = all.gradients[i];
-      all.addresses[i] = gradient ? fitting_address(abi, gradient, all.like[i], all.dims) : nullptr;
+      all.addresses[i] = gradient ? fitting_address(all, gradient, all.like[i]) : nullptr;
     }
   };
   const std::int64_t tensor_blocks = (all.n_tensors + kBlock - 1) / kBlock;

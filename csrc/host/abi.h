@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <functional>
 
+#include "host/written_memory.h"
+
 namespace fusedopt::host {
 
 // What torch says of a tensor's memory.
@@ -130,9 +132,10 @@ struct Inspection {
   std::int64_t n_tensors;
   GradientExpectation* like;     // one for each gradient
   const Abi::Handle* gradients;  // null: there is none
-  const void** addresses;        // out: null where a gradient is not as expected, or has no elements
+  const void** addresses;        // out: null where a gradient is not as expected, has no elements or may be written
   std::int64_t n_gradients;
   const std::int64_t* dims;
+  const WrittenMemory& written;
 };
 
 // Whether all tensors are what they were, and `meanwhile` returned true; fills in the gradients' addresses. The calling

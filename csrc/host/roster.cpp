@@ -6,41 +6,6 @@
 #include <stdexcept>
 
 namespace fusedopt::host {
-namespace {
-
-// With this many parameters their cache misses outweigh starting a team of threads.
-constexpr std::size_t kWorthTeam = 512;
-constexpr std::size_t kAhead = 16;  // parameters to prefetch ahead: by now the step has driven them out of cache
-
-// No garbage is collected in its lifetime, so that no finalizer runs.
-class NoCollection {
- public:
-  NoCollection() : was_on_(PyGC_Disable()) {}
-  ~NoCollection() {
-    if (was_on_) PyGC_Enable();
-  }
-  NoCollection(const NoCollection&) = delete;
-  NoCollection& operator=(const NoCollection&) = delete;
-
- private:
-  int was_on_;
-};
-
-bool is_aligned(const void* address, DType dtype) {
-  constexpr std::uintptr_t sizes[] = {4, 8, 2, 2};  // in the order of DType
-  return reinterpret_cast<std::uintptr_t>(address) % sizes[static_cast<int>(dtype)] == 0;
-}
-
-bool is_expected(const Geometry& now, const Expectation& was, const std::int64_t* dims) {
-  const std::int64_t* const shape = dims + was.dims;
-  return now.address == was.address && now.storage_bytes == was.storage_bytes && now.dtype == was.dtype &&
-         now.device_type == was.device_type && now.device_index == was.device_index && now.ndim == was.ndim &&
-         !now.conjugated && !now.negated && std::equal(shape, shape + now.ndim, now.shape) &&
-         std::equal(shape + now.ndim, shape + 2 * now.ndim, now.strides);
-}
-
-}  // namespace
-
 Roster::Roster(py::object param_groups, const py::list& groups, py::object state,
                const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
     : param_groups_(std::move(param_groups)), state_(std::move(state)) {
@@ -78,6 +43,7 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
     }
   }
   may_share_work_ = storages_are_disjoint();
+  find_written();
   silent_ = std::all_of(briefs_.begin(), briefs_.end(),
                         [](const Brief& b) { return !b.is_member || torch.is_plain(b.param); }) &&
             PyDict_Check(state_.ptr()) &&
@@ -116,9 +82,35 @@ bool Roster::expect(PyObject* tensor, Member* out) {
 }
 
 bool Roster::storages_are_disjoint() {
-  std::sort(storages_.begin(), storages_.end(), [](const Storage& a, const Storage& b) { return a.begin < b.begin; });
+  std::sort(storages_.begin(), storages_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   return std::adjacent_find(storages_.begin(), storages_.end(),
-                            [](const Storage& a, const Storage& b) { return b.begin < a.end; }) == storages_.end();
+                            [](const Span& a, const Span& b) { return b.begin < a.end; }) == storages_.end();
+}
+
+void Roster::note_written(PyObject* tensor) {
+  Geometry t;
+  if (!torch.is_readable(tensor) || !torch.read(tensor, Access::kRead, &t)) return;
+  const int item_size = torch.item_size(t.dtype);
+  const auto begin = reinterpret_cast<std::uintptr_t>(t.address);
+  const auto bytes = static_cast<std::uintptr_t>(t.reach(item_size));
+  written_.add(begin, begin + bytes, begin - static_cast<std::uintptr_t>(t.storage_offset * item_size));
+}
+
+void Roster::find_written() {
+  for (const Group& group : groups_) {
+    for (std::size_t k = 0; k < group.size(); ++k) note_written(group.param(k));
+  }
+  for (const Item& state : all_states_) {
+    if (!PyMapping_Check(state.value)) continue;
+    each_item(state.value, [&](PyObject*, PyObject* value) { return note_written(value), true; });
+  }
+  if (PyErr_Occurred()) throw py::error_already_set();
+  written_.finish();
+}
+
+bool Roster::is_written(const Geometry& gradient, int item_size) const {
+  const auto begin = reinterpret_cast<std::uintptr_t>(gradient.address);
+  return written_.meets(begin, begin + static_cast<std::uintptr_t>(gradient.reach(item_size)));
 }
 
 Entry Roster::entry_of(std::size_t group, PyObject* param) {
@@ -166,6 +158,7 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
   if (torch.is_readable(gradient.ptr()) && torch.read(gradient.ptr(), Access::kRead, &g) &&
       torch.element_type(g.dtype)) {
     entry.gradient_dtype = *torch.element_type(g.dtype);
+    entry.gradient_address = g.address;
     like.dtype = g.dtype;
     if (g.ndim == param.ndim) {
       like.strides = static_cast<std::uint32_t>(dims_.size());
@@ -212,222 +205,6 @@ void Roster::add_states(Entry& entry, std::size_t i) {
     return true;
   });
   if (PyErr_Occurred()) throw py::error_already_set();
-}
-
-bool Roster::scan(int threads, SourceOf source_of, const void* context) {
-  release();
-  const bool was_silent = silent_;
-  bool valid = read_all(threads, source_of, context);
-  if (!valid && was_silent && !silent_) {
-    release();
-    valid = read_all(threads, source_of, context);
-  }
-  if (!valid) release();
-  if (PyErr_Occurred()) {
-    if (!PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();  // Ctrl-C
-    PyErr_Clear();  // planning anew finds the cause and says it
-    return false;
-  }
-  return valid;
-}
-
-bool Roster::read_all(int threads, SourceOf source_of, const void* context) {
-  if (!read_groups(source_of, context)) return false;
-  const bool silent = can_be_silent();
-  if (!silent && !fetch_gradients()) return false;
-  if (!groups_are_unchanged()) return false;
-  if (!silent && !states_are_unchanged()) return false;
-  const auto meanwhile = [&] { return !silent || (fetch_gradients_silently() && states_are_unchanged()); };
-  if (!tensors_are_unchanged(threads, meanwhile)) return false;
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    if (!gradients_[i]) continue;
-    if (!briefs_[i].is_steppable) return false;
-    if (!addresses_[i] && !find_address(i)) return false;
-    if (!is_aligned(addresses_[i], briefs_[i].gradient_dtype)) return false;
-  }
-  return true;
-}
-
-bool Roster::read_groups(SourceOf source_of, const void* context) {
-  for (std::size_t g = 0; g < groups_.size(); ++g) {
-    if (has_members_[g] && !groups_[g].read(source_of, context)) return false;
-  }
-  return true;
-}
-
-bool Roster::can_be_silent() const { return silent_ && torch.abi() && !torch.abi()->has_function_mode(); }
-
-bool Roster::fetch_gradients() {
-  for (std::size_t i = 0; i < briefs_.size(); ++i) {
-    const Brief& brief = briefs_[i];
-    if (!brief.is_member) continue;
-    PyObject* gradient = torch.grad(brief.param);
-    if (!gradient) return false;
-    if (torch.is_readable(gradient)) gradient = torch.resolved(gradient, brief.is_complex);
-    if (gradient && torch.is_readable(gradient)) {  // again: a subclass may resolve to anything
-      gradients_[i] = Torch::handle(gradient);
-      continue;
-    }
-    const bool is_none = gradient == Py_None;
-    Py_XDECREF(gradient);
-    if (!is_none) return false;
-  }
-  return true;
-}
-
-// As the above, but no Python runs: none of the user's, no finalizer, no warning. Where that cannot be, false, and not
-// silent any more.
-bool Roster::fetch_gradients_silently() {
-  const Abi& abi = *torch.abi();
-  const NoCollection none;
-  for (std::size_t i = 0; i < briefs_.size(); ++i) {
-    prefetch_gradient(i);
-    Brief& brief = briefs_[i];
-    if (!brief.is_member) continue;
-    bool is_defined;
-    if (abi.get_is_defined(abi.gradient(Torch::handle(brief.param)), &is_defined)) return silent_ = false;
-    if (!is_defined) continue;
-    PyObject* const gradient = torch.grad(brief.param);
-    if (!gradient) PyErr_Clear();  // it comes again
-    if (!gradient || !torch.is_plain(gradient) || torch.is_lazy(gradient, brief.is_complex)) {
-      Py_XDECREF(gradient);
-      return silent_ = false;
-    }
-    gradients_[i] = Torch::handle(gradient);
-    brief.gradient = gradient;
-    like_[i].parts.impl = *static_cast<const char* const*>(gradients_[i]);
-  }
-  return true;
-}
-
-void Roster::prefetch_gradient(std::size_t i) const {
-  const Abi& abi = *torch.abi();
-  if (i + 2 * kAhead < briefs_.size()) {
-    const Brief& far = briefs_[i + 2 * kAhead];
-    __builtin_prefetch(far.param);
-    far.parts.prefetch_to_gradient();
-    __builtin_prefetch(far.gradient);
-  }
-  if (i + kAhead < briefs_.size() && briefs_[i + kAhead].is_member) {
-    const Abi::Handle gradient = abi.gradient(Torch::handle(briefs_[i + kAhead].param));
-    __builtin_prefetch(*static_cast<const void* const*>(gradient));
-  }
-}
-
-bool Roster::groups_are_unchanged() const {
-  // A copy of its own: containers of other kinds than torch's run Python when they are looked at.
-  const auto sequence = py::reinterpret_steal<py::object>(PySequence_Tuple(param_groups_.ptr()));
-  if (!sequence || PyTuple_GET_SIZE(sequence.ptr()) != static_cast<Py_ssize_t>(groups_.size())) return false;
-  for (std::size_t g = 0; g < groups_.size(); ++g) {
-    if (!groups_[g].is_unchanged(PyTuple_GET_ITEM(sequence.ptr(), static_cast<Py_ssize_t>(g)))) return false;
-  }
-  return true;
-}
-
-bool Roster::states_are_unchanged() const {
-  std::size_t at = 0;
-  const bool same = each_item(state_.ptr(), [&](PyObject* key, PyObject* value) {
-    return at < all_states_.size() && key == all_states_[at].key && value == all_states_[at++].value;
-  });
-  if (!same || at != all_states_.size()) return false;
-  for (std::size_t i = 0; i < state_items_.size(); ++i) {
-    if (i + 2 * kAhead < state_items_.size()) {
-      __builtin_prefetch(state_items_[i + 2 * kAhead].mapping);
-      PyObject* const mapping = state_items_[i + kAhead].mapping;
-      if (mapping && PyDict_CheckExact(mapping)) {
-        const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(mapping)->ma_keys);
-        for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
-      }
-    }
-    if (state_items_[i].mapping && !items_are_unchanged(i)) return false;
-  }
-  return true;
-}
-
-// The state has the same values under the same keys, in the same order.
-bool Roster::items_are_unchanged(std::size_t i) const {
-  const StateItems& items = state_items_[i];
-  const Item* item = items_.data() + items.first;
-  const Item* const end = item + items.count;
-  const bool same = each_item(items.mapping, [&](PyObject* key, PyObject* value) {
-    const bool is_next = item != end && key == item->key && value == item->value;
-    ++item;
-    return is_next;
-  });
-  return same && item == end;
-}
-
-bool Roster::tensors_are_unchanged(int threads, const std::function<bool()>& meanwhile) {
-  if (const Abi* const abi = torch.abi()) {
-    const Inspection all{*abi,
-                         expectations_.data(),
-                         static_cast<std::int64_t>(expectations_.size()),
-                         like_.data(),
-                         gradients_.data(),
-                         addresses_.data(),
-                         static_cast<std::int64_t>(entries_.size()),
-                         dims_.data()};
-    return inspect(all, entries_.size() < kWorthTeam || !may_share_work_ ? 1 : threads, meanwhile);
-  }
-  for (std::size_t k = 0; k < expectations_.size(); ++k) {
-    Geometry now;
-    if (!torch.read(expected_[k], Access::kWrite, &now) || !is_expected(now, expectations_[k], dims_.data()))
-      return false;
-  }
-  return meanwhile();
-}
-
-void Roster::check(int threads) {
-  if (is_still_valid(threads)) return;
-  if (PyErr_Occurred()) throw py::error_already_set();
-  throw std::runtime_error("a parameter, gradient or state was changed while a step was under way");
-}
-
-bool Roster::is_still_valid(int threads) {
-  const std::vector<const void*> addresses = addresses_;
-  const std::vector<std::size_t> strides = step_strides_;
-  const std::vector<std::int64_t> dims = step_dims_;
-  forget_addresses();
-  if (!tensors_are_unchanged(threads, [] { return true; })) return false;
-  for (std::size_t i = 0; i < entries_.size(); ++i) {
-    if (gradients_[i] && !addresses_[i] && !find_address(i)) return false;
-  }
-  return addresses == addresses_ && strides == step_strides_ && dims == step_dims_;
-}
-
-// Of a gradient that is not laid out as planned, or has no elements, or that the ABI was not asked of.
-bool Roster::find_address(std::size_t i) {
-  const GradientExpectation& like = like_[i];
-  Geometry g;
-  if (!torch.read(Torch::object(gradients_[i]), Access::kRead, &g) || g.conjugated || g.negated) return false;
-  const std::int64_t* const shape = dims_.data() + like.shape;
-  if (g.dtype != like.dtype || g.device_type != like.device_type || g.device_index != like.device_index ||
-      g.ndim != like.ndim || !std::equal(shape, shape + g.ndim, g.shape) || !g.has_memory(like.item_size)) {
-    return false;
-  }
-  addresses_[i] = g.address;
-  if (!std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides)) {
-    step_strides_[i] = step_dims_.size() + 1;
-    step_dims_.insert(step_dims_.end(), g.strides, g.strides + g.ndim);
-  }
-  return true;
-}
-
-void Roster::release() {
-  for (std::size_t i = 0; i < gradients_.size(); ++i) {
-    if (i + kAhead < gradients_.size()) __builtin_prefetch(gradients_[i + kAhead]);
-    const Abi::Handle gradient = gradients_[i];
-    gradients_[i] = nullptr;  // first: letting go may run Python
-    if (gradient) Py_DECREF(Torch::object(gradient));
-  }
-  forget_addresses();
-}
-
-void Roster::forget_addresses() {
-  std::fill(addresses_.begin(), addresses_.end(), nullptr);
-  if (step_dims_.empty()) return;
-  std::fill(step_strides_.begin(), step_strides_.end(), 0);
-  step_dims_.clear();
 }
 
 py::list Roster::facts() const {

@@ -41,7 +41,13 @@ struct Entry {
   // Of its gradient: as it was when it was planned, else like the parameter.
   DType gradient_dtype = DType::f32;
   std::uint32_t gradient_strides = 0;
+  const void* gradient_address = nullptr;  // when it was planned, null without one
 };
+
+inline bool is_aligned(const void* address, DType dtype) {
+  constexpr std::uintptr_t sizes[] = {4, 8, 2, 2};  // in the order of DType
+  return reinterpret_cast<std::uintptr_t>(address) % sizes[static_cast<int>(dtype)] == 0;
+}
 
 class Roster {
  public:
@@ -89,6 +95,9 @@ class Roster {
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
   bool expect(PyObject* tensor, Member* out);
   bool storages_are_disjoint();
+  void note_written(PyObject* tensor);
+  void find_written();
+  bool is_written(const Geometry& gradient, int item_size) const;
 
   bool is_still_valid(int threads);
   bool read_all(int threads, SourceOf source_of, const void* context);
@@ -123,11 +132,12 @@ class Roster {
   std::vector<std::int64_t> dims_;
   std::vector<Expectation> expectations_;
   std::vector<PyObject*> expected_;  // whose they are
-  struct Storage {
+  struct Span {
     std::uintptr_t begin, end;
   };
-  std::vector<Storage> storages_;
+  std::vector<Span> storages_;  // of the members' tensors
   bool may_share_work_ = true;  // among threads: no two of its tensors have one storage
+  WrittenMemory written_;       // by the optimizer's step, whichever plan's
   Geometry device_;
 
   // What a scan reads of each entry, close together.

@@ -74,6 +74,7 @@ struct World {
   std::vector<Abi::Handle> handles;
   std::vector<const void*> addresses = std::vector<const void*>(kCount);
   std::int64_t dims[4] = {2, 3, 3, 1};
+  WrittenMemory written;
 
   World() {
     for (Storage& storage : storages) {
@@ -97,8 +98,9 @@ struct World {
       for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = i % 7 ? &gradients[i] : nullptr;
       return true;
     };
-    return inspect({kAbi, expectations.data(), kCount, like.data(), handles.data(), addresses.data(), kCount, dims},
-                   threads, fetch);
+    return inspect(
+        {kAbi, expectations.data(), kCount, like.data(), handles.data(), addresses.data(), kCount, dims, written},
+        threads, fetch);
   }
 };
 
