@@ -196,9 +196,10 @@ def check_scan(tables: Any) -> None:
     """
     for t, address, dtype, shape, strides, nbytes in tables.facts():
         seen = (address, shape, strides, False, False)
-        assert seen == (t.data_ptr(), list(t.shape), list(t.stride()), t.is_conj(), t.is_neg()), (seen, t)
-        assert dtype >= _DLPACK or dtype == _numbers[_DTYPES[t.dtype]], (dtype, t)
-        assert nbytes in (-1, t.untyped_storage().nbytes()), (nbytes, t)
+        said = (t.data_ptr(), list(t.shape), list(t.stride()), t.is_conj(), t.is_neg())
+        assert seen == said, (seen, said)
+        assert dtype >= _DLPACK or dtype == _numbers[_DTYPES[t.dtype]], (dtype, t.dtype)
+        assert nbytes in (-1, t.untyped_storage().nbytes()), (nbytes, t.untyped_storage().nbytes())
 
 
 def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> tuple[Any, ...]:

@@ -1,7 +1,8 @@
-"""What must not be interrupted half-way: signal handlers wait until it is over."""
+"""What must not be interrupted half-way: signal handlers and the garbage collector wait until it is over."""
 
 from __future__ import annotations
 
+import gc
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,7 +20,22 @@ SIGNALS = tuple(
 
 @contextmanager
 def held_back() -> Iterator[None]:
-    """Hold signals back until the block is over, then do what their handlers do, which run in the main thread only."""
+    """Hold signals back until the block is over, then do what their handlers do, which run in the main thread only.
+
+    Nor is garbage collected meanwhile, for finalizers run whatever they like.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with _signals_held_back():
+            yield
+    finally:
+        if collects:
+            gc.enable()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -94,12 +94,14 @@ def launch(
     if len(plans) == 1 and plans[0].indivisible:
         outcome = plans[0].step(scaling, max_norm, measure, skip_nonfinite)
         return outcome and outcome[1:]
-    if not all(plan.scan() for plan in plans):
-        return None
     if len(plans) == 1:
         with held_back():
+            if not plans[0].scan():
+                return None
             _, norm, skipped = plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)
     else:  # the norm spans plans: measure on all before updating any
+        if not all(plan.scan() for plan in plans):
+            return None
         squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
         totals = [None if squares is None else _sum(squares, plan) for plan in plans]
         with held_back():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,6 +107,20 @@ def resolved(g: Tensor) -> Tensor:
 def comparable(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Those with memory of which the address is known."""
     return [t for t in tensors if t.device.type != "meta" and not unreadable(t, lazily=True)]
+
+
+def written(param_groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> list[Tensor]:
+    """All that an optimizer's step writes and that has an address.
+
+    States that a differentiable step puts in place of others are left out.
+    """
+    tensors = []
+    for group in param_groups:
+        for p in group["params"]:
+            items = None if group.get("differentiable") else state.get(p)
+            values = items.values() if isinstance(items, Mapping) else ()
+            tensors += [p, *(value for value in values if isinstance(value, Tensor))]
+    return comparable(tensors)
 
 
 def span(t: Tensor) -> tuple[int, int]:

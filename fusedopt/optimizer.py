@@ -161,11 +161,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         new_state, outcome = NewState(), None
         if not is_planned:
             self._refuse_capture()
-        if not (is_planned and self._asynchronous) and self._refuses(scaling):
+        is_asynchronous = is_planned and all(plan.asynchronous for plan in plans)
+        if not is_asynchronous and self._refuses(scaling):
             return
         try:
-            if is_planned:
-                self._check_shard(measures)
+            if is_planned and not (measures and self._shard is not None):
                 outcome = launch(plans, *request, wait=False)
             if outcome is None:
                 self._refuse_capture()
@@ -174,21 +174,22 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if self._refuses(scaling):
                     return
                 plans, self._shard = planner.plan(self, new_state)
-                self._check_shard(measures)
+                if measures and self._shard is not None:
+                    checks.whole_norm(*self._shard)
                 outcome = launch(plans, *request, wait=bool(new_state))
                 if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
-                self._plans = plans
-                self._asynchronous = all(plan.asynchronous for plan in plans)
+                self._plans = plans or None
             norm, skipped = outcome
             self._norm = norm if measures else None
             if skipped:
                 self._skipped += not any(plan.asynchronous for plan in plans)
                 self._forget(new_state)
         except BaseException:
-            with held_back():
-                stepped = {id(p) for plan in plans for p, _ in self.members(plan.stepped_members)}
-                self._forget([made for made in new_state if id(made[1]) not in stepped])
+            if new_state:
+                with held_back():
+                    stepped = {id(p) for plan in plans for p, _ in self.members(plan.stepped_members)}
+                    self._forget([made for made in new_state if id(made[1]) not in stepped])
             raise
         finally:
             self._finish(plans)
@@ -197,11 +198,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         """A step on plans is over."""
         for plan in plans:
             plan.finish()
-
-    def _check_shard(self, measures: bool) -> None:
-        """The norm is not asked of a part of the gradients."""
-        if measures and self._shard is not None:
-            checks.whole_norm(*self._shard)
 
     def _refuses(self, scaling: Scaling) -> bool:
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""

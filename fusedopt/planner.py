@@ -28,9 +28,12 @@ def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
         RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
     """
     assigned, shard = _assign(optimizer)
+    # States that are yet to be made share no memory.
+    waves = memory.waves([_used(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
+    if any(waves):
+        _leave_to_eager(optimizer, assigned, waves)
     _create_states(optimizer, assigned, new_state)
     new = {i for i, _, _ in new_state}
-    waves = memory.waves([_used(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
         which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
@@ -60,6 +63,19 @@ def _assign(optimizer: Any) -> tuple[Assigned, Shard | None]:
                 engine = "eager"  # which looks again when there is a gradient
             assigned.append((engine, p, group))
     return assigned, shard
+
+
+def _leave_to_eager(optimizer: Any, assigned: Assigned, waves: list[int]) -> None:
+    """Lazy gradients over memory that an earlier wave writes: other engines resolve gradients before the first."""
+    labels = checks.labels(optimizer.param_groups)
+    for i, (name, p, group) in enumerate(assigned):
+        if waves[i] and name != "eager" and p.grad is not None and (p.grad.is_conj() or p.grad.is_neg()):
+            if optimizer.engine != "auto":
+                raise RuntimeError(
+                    f"{labels[i]}: engine {name!r} cannot step it: its gradient is lazily conjugated or negated, and "
+                    "may be in memory that the step of a parameter before it writes"
+                )
+            assigned[i] = ("eager", p, group)
 
 
 def _used(p: Tensor, state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

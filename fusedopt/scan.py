@@ -47,9 +47,7 @@ class Scan:
                 self._rows.append(_Row(p, spec[0], state.get(p)) if is_member else None)
             self._has_members.append(any(self._rows[first:]))
         self._new_state = set(new_state)
-        everything = [p for params in self._params for p in params]
-        states = [t for items in state.values() for t in items.values() if isinstance(t, Tensor)]
-        self._written = memory.Spans(memory.comparable([*everything, *states]))
+        self._written = memory.Spans(memory.written(param_groups, state))
         self._gradients: list[Tensor | None] = []
         self._at: list[tuple[Any, ...] | None] = []  # where they were
         self._records: list[list[int]] = []
@@ -142,9 +140,10 @@ class Scan:
             g = row.p.grad
             if memory.unreadable(g, lazily=True):
                 return False
-            g = memory.resolved(g)
-            if row.gradient_address != g.data_ptr() and self._written.meet(g):
+            is_lazy = g.is_conj() or g.is_neg()
+            if (is_lazy or row.gradient_place != (g.data_ptr(), g.stride())) and self._written.meet(g):
                 return False
+            g = memory.resolved(g)
         self._gradients.append(g)
         self._at.append(None if g is None else where(g))
         return row is None or row.is_unchanged(self._state.get(row.p), g)
@@ -163,7 +162,7 @@ class _Row:
         self.at = self.where()
         g = p if p.grad is None or memory.unreadable(p.grad, lazily=True) else memory.resolved(p.grad)
         self.gradient_dtype, self.gradient_stride = g.dtype, memory.significant(g)
-        self.gradient_address = None if p.grad is None else g.data_ptr()  # the planner saw that it may be
+        self.gradient_place = None if p.grad is None else (g.data_ptr(), g.stride())  # the planner saw that it may be
 
     def is_unchanged(self, state: Any, g: Tensor | None) -> bool:
         """Whether everything is as it was, and a gradient, if there is one, is of the planned kind."""
@@ -189,7 +188,7 @@ class _Row:
 def where(t: Tensor) -> tuple[Any, ...]:
     """A tensor's geometry."""
     nbytes = t.untyped_storage().nbytes()
-    return t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, nbytes, memory.unreadable(t)
+    return type(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, nbytes, memory.unreadable(t)
 
 
 def _bits(number: float) -> int:

@@ -1,6 +1,7 @@
 """Groups, states and numbers of other kinds than torch makes."""
 
 import collections
+import contextlib
 import decimal
 import fractions
 import warnings
@@ -10,7 +11,7 @@ import hostile
 import numpy as np
 import pytest
 import torch
-from helpers import assert_same, fill_gradients, params, same_gradients, snapshot
+from helpers import assert_same, fewer, fill_gradients, params, same_gradients, snapshot
 from hostile import assert_equal, stepped
 
 import fusedopt
@@ -176,3 +177,59 @@ def test_lazy_module_is_stepped_once_it_is_there():
     before = [p.detach().clone() for p in model.parameters()]
     a.step()
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_other_values_in_the_state(engine):
+    """Users keep what they like there, and checkpoints bring it back."""
+    ours, a, theirs, b = stepped(engine)
+    for optimizer in (a, b):
+        optimizer.state.update(note=torch.zeros(3), epoch=5, names=["a"])
+    for _ in range(2):
+        a.step(), b.step()
+        assert_equal(ours, a, theirs, b)
+
+
+def test_parameters_come_after_a_step_without_any(engine):
+    optimizer = fusedopt.AdamW([{"params": []}], engine=engine)
+    optimizer.step()
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    optimizer.add_param_group({"params": [p]})
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 1
+    optimizer.param_groups[1]["params"] = []
+    optimizer.step()
+    optimizer.param_groups[1]["params"] = [p]
+    optimizer.step()
+    assert optimizer.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("count", [3, 1200])
+def test_parameter_that_becomes_of_another_class(engine, count):
+    """Whose gradient runs Python that frees what others may be looking at; or that has operations of its own."""
+
+    class Watched(torch.nn.Parameter):
+        deed = None
+
+        @property
+        def grad(self):
+            deed, Watched.deed = Watched.deed, None
+            if deed is not None:
+                deed()
+            return torch.Tensor.grad.__get__(self)
+
+    class Own(torch.nn.Parameter):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    for kind in (Watched, Own):
+        ours, a, _, _ = stepped(engine, [(3,)] * fewer(engine, count))
+        ours[-1].__class__ = kind
+        moment = a.state[ours[0]]["exp_avg"]
+        Watched.deed = lambda moment=moment: moment.untyped_storage().resize_(0)
+        plans = a._plans
+        with contextlib.suppress(RuntimeError):
+            a.step()
+        assert engine == "eager" or a._plans is not plans
+        Watched.deed = None

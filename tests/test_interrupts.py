@@ -230,8 +230,9 @@ DEEDS = {
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
 @pytest.mark.parametrize("mixed", [False, True], ids=["one engine", "two engines"])
 @pytest.mark.parametrize("deed", DEEDS)
-def test_what_happens_between_any_two_calls(deed, mixed):
+def test_what_happens_between_any_two_calls(monkeypatch, deed, mixed):
     """The step is done, or an error says that it cannot be; what was not touched is stepped whole or not at all."""
+    monkeypatch.setattr(host, "CHECKED", False)  # what is checked in Python may change before it is
     for number in range(1, 10_000):
         ps = params((300,), (40, 5), (7,))
         groups = [{"params": ps[:2]}, {"params": ps[2:], "differentiable": mixed}]
@@ -404,3 +405,22 @@ def test_groups_that_shrink_while_they_are_looked_at(engine, steps):
     groups[0]["params"] = ours[:1]
     a.param_groups[:] = groups
     a.step()
+
+
+def test_mode_that_is_entered_while_groups_are_looked_at(engine):
+    """Gradients run Python from then on."""
+    ours = params(*[(3,)] * fewer(engine, 700))
+    fill_gradients(ours)
+    a = fusedopt.AdamW(ours, engine=engine)
+    a.step()
+
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if getattr(func, "__self__", None) is torch.Tensor.grad and gc.isenabled() and args[0] is ours[-1]:
+                with torch._C.DisableTorchFunction():
+                    a.state[ours[0]]["exp_avg"].untyped_storage().resize_(0)
+            return func(*args, **(kwargs or {}))
+
+    a.param_groups[0]["params"] = Iterable(ours, lambda: stack.enter_context(Mode()))
+    with contextlib.ExitStack() as stack, contextlib.suppress(RuntimeError):
+        a.step()

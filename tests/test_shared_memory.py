@@ -5,12 +5,14 @@ import sys
 import warnings
 
 import hostile
+import numpy as np
 import pytest
 import torch
 from helpers import close, fill_gradients, params, same_gradients
 from hostile import assert_equal, stepped
 
 import fusedopt
+from fusedopt import planner
 
 engine = hostile.engine
 
@@ -246,3 +248,140 @@ def test_parameters_and_gradients_in_one_buffer(engine):
         assert step < 2 or optimizer._plans is plans
         plans = optimizer._plans
     assert len(plans) == 1
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("lazily", [lambda t: t.conj(), lambda t: t.conj().imag], ids=["conjugated", "negated"])
+def test_lazy_gradients_in_other_parameters_memory(lazily, steps):
+    """What they stand for changes with the memory, up to the step of their own parameter."""
+
+    def build(make, **options):
+        torch.manual_seed(4)
+        first = torch.nn.Parameter(torch.randn(9, dtype=torch.complex64))
+        second = torch.nn.Parameter(torch.zeros_like(lazily(first.detach())).resolve_neg().resolve_conj())
+        return [first, second], make([first, second], lr=0.1, **options)
+
+    ours, a = build(fusedopt.SGD)
+    theirs, b = build(torch.optim.SGD, foreach=False)
+    for step in range(steps + 3):
+        for ps in (ours, theirs):
+            ps[0].grad = torch.full_like(ps[0], 0.5 + step)
+            ps[1].grad = torch.ones_like(ps[1]) if step < steps else lazily(ps[0].detach())
+        a.step(), b.step()
+        for p, q in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_lazy_gradient_in_other_memory_is_refused_by_an_engine_that_was_asked_for():
+    first = torch.nn.Parameter(torch.randn(9, dtype=torch.complex64))
+    second = torch.nn.Parameter(torch.zeros(9, dtype=torch.complex64))
+    first.grad, second.grad = torch.ones_like(first), first.detach().conj()
+    before = first.detach().clone()
+    with pytest.raises(RuntimeError, match="parameter 1 .*lazily conjugated"):
+        fusedopt.SGD([first, second], lr=0.1, engine="cpu").step()
+    assert torch.equal(first, before)
+
+
+@pytest.mark.parametrize("shift", [1, 13, 40])
+def test_memory_that_torch_does_not_know_to_be_shared(engine, shift):
+    """As of numpy arrays: the tensors' storages are others."""
+    n = 5000
+    twins = []
+    for name in (engine, "eager"):
+        values = np.random.default_rng(0).standard_normal(n + 100).astype(np.float32)
+        p, q = torch.nn.Parameter(torch.from_numpy(values[50 : 50 + n])), torch.nn.Parameter(torch.zeros(n))
+        optimizer = fusedopt.SGD([p, q], lr=0.1, engine=name)
+        p.grad, q.grad = torch.ones(n), torch.ones(n)
+        optimizer.step()
+        q.grad = torch.from_numpy(values[50 - shift : 50 - shift + n])
+        optimizer.step()
+        twins.append((p, q))
+    for p, q in zip(*twins, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradient_with_other_strides_where_one_was_allowed(engine):
+    """The planner allowed another extent."""
+    n = 3000
+    twins = []
+    for name in (engine, "eager"):
+        torch.manual_seed(0)
+        flat, p = torch.randn(3 * n), torch.nn.Parameter(torch.zeros(n))
+        q = torch.nn.Parameter(flat[n : 2 * n])
+        optimizer = fusedopt.SGD([q, p], lr=0.1, engine=name)
+        q.grad = torch.ones(n)
+        for gradient in (flat[:n], flat.as_strided((n,), (2,), 0), flat[:n]):
+            p.grad = gradient
+            optimizer.step()
+        twins.append((p, q))
+    for p, q in zip(*twins, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_gradient_that_moves_under_eager_plans():
+    """Where an eager parameter stands between two of another engine."""
+
+    def run(make):
+        torch.manual_seed(0)
+        ps = params((8,), (8,), (8,))
+        ps[1].requires_grad_(False)
+        optimizer = make([{"params": [p]} for p in ps])
+        for _ in range(2):
+            for p in ps:
+                p.grad = torch.randn(8)
+            optimizer.step()
+        for _ in range(2):
+            ps[1].grad = ps[2].detach()
+            optimizer.step()
+        return ps
+
+    def ours(groups):
+        groups[1]["differentiable"] = True
+        return fusedopt.SGD(groups, lr=0.1)
+
+    for p, q in zip(run(ours), run(lambda groups: torch.optim.SGD(groups, lr=0.1, foreach=False)), strict=True):
+        torch.testing.assert_close(p, q)
+
+
+def test_plans_are_kept_beside_a_differentiable_group(monkeypatch):
+    """Whose states are others after each step, in memory that gradients of others may get."""
+    plans = []
+    plan = planner.plan
+    monkeypatch.setattr(planner, "plan", lambda *a: plans.append(plan(*a)) or plans[-1])
+    ps = params(*[(5000,)] * 8)
+    for p in ps[6:]:
+        p.requires_grad_(False)
+    optimizer = fusedopt.AdamW([{"params": ps[:6]}, {"params": ps[6:], "differentiable": True}])
+    for _ in range(20):
+        for p in ps:
+            p.grad = torch.randn(5000)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(plans) == 1
+
+
+def test_a_shard_that_is_gone_refuses_no_step():
+    p, q = params((3,), (4,))
+    p._fsdp_flattened = True
+    fill_gradients([p, q])
+    optimizer = fusedopt.AdamW([q, p])
+    optimizer.step()
+    optimizer.max_grad_norm = 1.0
+    with pytest.raises(RuntimeError, match="sharded"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"] = [q]
+    optimizer.step()
+    assert optimizer.state[q]["step"] == 2
+
+
+def test_shared_counter_at_the_end_of_its_range():
+    p = torch.nn.Parameter(torch.ones(4))
+    p.grad = torch.ones(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        optimizer = fusedopt.AdamW([p, p])
+    optimizer.step()
+    optimizer.state[p]["step"].fill_(2**24 - 1)
+    for _ in range(2):
+        optimizer.step()
+    assert optimizer.state[p]["step"] >= 2**24

@@ -29,6 +29,7 @@ bool is_on(const Abi& abi, Abi::Handle tensor, std::int32_t device_type, std::in
 // Whether a tensor is what it was. What has no storage, as sparse tensors, fails when its size is asked for. The device
 // need not be asked: the address is one of it alone.
 bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* dims, bool alone) {
+  if (Abi::class_of(was.tensor) != was.type) return false;  // before anything is asked: a wrapper's size runs Python
   const std::int64_t* const shape = dims + was.dims;
   std::int64_t bytes;
   std::int32_t dtype;
@@ -42,7 +43,8 @@ bool is_unchanged(const Abi& abi, const Expectation& was, const std::int64_t* di
   return !abi.get_data_ptr(was.tensor, &writable) && writable == was.address;
 }
 
-// The address of a gradient that is as expected; null if it is not, or has no elements, or may be written.
+// The address of a gradient that is as expected; null if it is not, or has no elements, or reaches into what is
+// written.
 const void* fitting_address(const Inspection& all, Abi::Handle gradient, GradientExpectation& like) {
   const Abi& abi = all.abi;
   const std::int64_t* const dims = all.dims;
@@ -55,8 +57,7 @@ const void* fitting_address(const Inspection& all, Abi::Handle gradient, Gradien
   if (abi.get_storage_size(gradient, &bytes) || abi.get_const_data_ptr(gradient, &address)) return nullptr;
   if (address == like.address && bytes == like.storage_bytes) return address;
   if (abi.get_storage_offset(gradient, &offset) || offset * like.item_size + like.reach > bytes) return nullptr;
-  const auto storage = reinterpret_cast<std::uintptr_t>(address) - static_cast<std::uintptr_t>(offset * like.item_size);
-  if (all.written.may_be_in(storage)) return nullptr;
+  if (all.written.meets(address, like.reach)) return nullptr;
   like.address = address;
   like.storage_bytes = bytes;
   return address;

@@ -90,6 +90,8 @@ struct Abi {
   // has the gradient.
   std::int32_t storage_hint = -1;
 
+  // The Python class of a Python tensor: the last word of PyObject_HEAD, which is before the handle.
+  static const void* class_of(Handle tensor) { return static_cast<const void* const*>(tensor)[-1]; }
   // Where the parts of a live tensor are now.
   Parts parts(Handle tensor) const;
   // Its gradient, which lives as long as the tensor has it; not defined where there is none.
@@ -109,6 +111,7 @@ struct Expectation {
   std::int16_t device_type, device_index;
   std::int32_t ndim;
   bool is_complex;
+  const void* type;  // its Python class
   Parts parts = {};
 };
 
@@ -132,7 +135,7 @@ struct Inspection {
   std::int64_t n_tensors;
   GradientExpectation* like;     // one for each gradient
   const Abi::Handle* gradients;  // null: there is none
-  const void** addresses;        // out: null where a gradient is not as expected, has no elements or may be written
+  const void** addresses;  // out: null where a gradient is not as expected, has no elements or reaches into `written`
   std::int64_t n_gradients;
   const std::int64_t* dims;
   const WrittenMemory& written;

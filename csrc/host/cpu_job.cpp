@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <iterator>
-#include <stdexcept>
 
 #include "host/walk_order.h"
 
@@ -97,14 +96,14 @@ void CpuJob::split_into_items() {
 bool CpuJob::scan(int threads) {
   stepped_ = false;
   if (!roster_.scan(threads, nullptr, nullptr)) return false;
-  if (make_cohorts()) return true;
+  if (make_cohorts(Room::kForStep)) return true;
   release();
   return false;
 }
 
 // Brings this step's gradients into the rows, and rows that advance together under the same hyperparameters into
-// cohorts, which share what their kernel prepares. False if a counter is at the end of its range.
-bool CpuJob::make_cohorts() {
+// cohorts, which share what their kernel prepares. False if a counter has not the room that is asked for.
+bool CpuJob::make_cohorts(Room room) {
   cohorts_.clear();
   cohort_keys_.clear();
   if (!step_tables_.empty()) {
@@ -122,7 +121,7 @@ bool CpuJob::make_cohorts() {
     row.data[kGrad] = const_cast<void*>(roster_.gradient_address(i));
     if (!row.active) continue;
     if (roster_.gradient_strides(i)) lay_out(i);
-    if (!join_cohort(i)) return false;
+    if (!join_cohort(i, room)) return false;
   }
   return true;
 }
@@ -142,14 +141,14 @@ void CpuJob::lay_out(std::size_t i) {
   row.in_place = false;
 }
 
-bool CpuJob::join_cohort(std::size_t i) {
+bool CpuJob::join_cohort(std::size_t i, Room room) {
   Row& row = rows_[i];
   const Kernel& kernel = *row.kernel;
   CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i), {}, {}};
   for (int k = 0; k < kernel.n_scalars; ++k) {
     const Counter& counter = counters_[i].of[k];
     key.before[k] = counter.read();
-    if (!counter.wide && key.before[k] >= kLastFloatStep) return false;
+    if (room == Room::kForStep && !counter.wide && key.before[k] >= kLastFloatStep) return false;
   }
   const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
   for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
@@ -187,8 +186,7 @@ py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_s
 py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                       bool update, bool skip_nonfinite, double squared_norm) {
   roster_.check(threads);
-  // Again, for another part of the step may have advanced the same counters.
-  if (update && !make_cohorts()) throw std::runtime_error("a step counter was changed while a step was under way");
+  if (update) make_cohorts(Room::kAny);  // again: another part of the step may have advanced the same counters
   Job job{};
   job.threads = threads;
   job.inverse_scale = inverse_scale;

@@ -21,8 +21,8 @@ class CpuJob {
   // See Roster.
   void check(int threads) { roster_.check(threads); }
 
-  // A scan, then the measuring and stepping that was asked for, and the counters of what was stepped: nothing of Python
-  // runs in between. Returns (squared norm, skipped); None when a job must be made anew.
+  // A scan, then the measuring and stepping that was asked for, and the counters of what was stepped. From the end of
+  // the scan on, this thread runs no Python. Returns (squared norm, skipped); None when a job must be made anew.
   py::object step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                   bool skip_nonfinite);
   // The same after a scan, in one or more parts. Raises if any tensor is not what it was in the scan.
@@ -48,6 +48,7 @@ class CpuJob {
   struct Counters {
     Counter of[kMaxScalars];
   };
+  enum class Room { kAny, kForStep };  // that a counter must have left
   struct CohortKey {
     std::int32_t group;
     bool new_state;
@@ -57,8 +58,8 @@ class CpuJob {
   void add_row(const Entry& entry);
   void split_into_items();
   void lay_out(std::size_t i);
-  bool make_cohorts();
-  bool join_cohort(std::size_t i);
+  bool make_cohorts(Room room);
+  bool join_cohort(std::size_t i, Room room);
   py::tuple launch(const py::capsule& engine, Job& job);
   void advance_counters();
 

@@ -10,9 +10,6 @@ namespace {
 PyObject* const* items(const py::object& sequence) { return PySequence_Fast_ITEMS(sequence.ptr()); }
 Py_ssize_t length(const py::object& sequence) { return PySequence_Fast_GET_SIZE(sequence.ptr()); }
 
-// 1, 0, or -1 with a Python error.
-int truth(const py::object& value) { return value ? PyObject_IsTrue(value.ptr()) : -1; }
-
 PyObject* params_key() {
   static PyObject* const key = PyUnicode_InternFromString("params");
   return key;
@@ -25,6 +22,8 @@ py::object look_up(PyObject* mapping, PyObject* key) {
   if (PyDict_Check(mapping)) return py::reinterpret_borrow<py::object>(PyDict_GetItemWithError(mapping, key));
   return py::reinterpret_steal<py::object>(PyObject_GetItem(mapping, key));
 }
+
+int truth(const py::object& value) { return value ? PyObject_IsTrue(value.ptr()) : -1; }
 
 py::object as_sequence(PyObject* iterable) {
   return py::reinterpret_steal<py::object>(PySequence_Fast(iterable, "params must be a sequence"));
@@ -71,6 +70,8 @@ Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group))
   }
   decoupled_ = spec[3];
 }
+
+py::object Group::option(PyObject* key) const { return look_up(group_.ptr(), key); }
 
 bool Group::is_unchanged(PyObject* group) const {
   if (group != group_.ptr()) return false;

@@ -51,6 +51,8 @@ class Group {
 
   const Kernel& kernel() const { return *kernel_; }
   std::size_t size() const { return params_.size(); }
+  // Its value for a key; empty, perhaps with a Python error, if it has none.
+  py::object option(PyObject* key) const;
   PyObject* param(std::size_t i) const { return params_[i].ptr(); }
   int traverse(visitproc visit, void* arg) const;
 
@@ -76,6 +78,9 @@ class Group {
 
 // mapping[key] of a dict or any other mapping; empty, perhaps with a Python error, if it is not there.
 py::object look_up(PyObject* mapping, PyObject* key);
+
+// 1, 0, or -1: for an empty value, or with a Python error.
+int truth(const py::object& value);
 
 // The items of a list or tuple, or of any other iterable; empty with a Python error.
 py::object as_sequence(PyObject* iterable);

@@ -38,7 +38,7 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
       const Entry& entry = entries_.back();
       briefs_.push_back(
           {entry.param.tensor, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member, entry.is_steppable,
-           entry.param.is_complex, contains(new_state, i), nullptr,
+           entry.param.is_complex, contains(new_state, i), Py_TYPE(groups_[g].param(k)), nullptr,
            torch.abi() && entry.is_member ? torch.abi()->parts(Torch::handle(entry.param.tensor)) : Parts{}});
     }
   }
@@ -70,7 +70,7 @@ bool Roster::expect(PyObject* tensor, Member* out) {
   dims_.insert(dims_.end(), now.strides, now.strides + now.ndim);
   expectations_.push_back({Torch::handle(tensor), now.address, now.storage_bytes, out->dims, now.dtype,
                            static_cast<std::int16_t>(now.device_type), static_cast<std::int16_t>(now.device_index),
-                           now.ndim, out->is_complex,
+                           now.ndim, out->is_complex, Py_TYPE(tensor),
                            torch.abi() ? torch.abi()->parts(Torch::handle(tensor)) : Parts{}});
   expected_.push_back(tensor);
   if (now.address && now.storage_bytes) {
@@ -87,30 +87,33 @@ bool Roster::storages_are_disjoint() {
                             [](const Span& a, const Span& b) { return b.begin < a.end; }) == storages_.end();
 }
 
-void Roster::note_written(PyObject* tensor) {
-  Geometry t;
-  if (!torch.is_readable(tensor) || !torch.read(tensor, Access::kRead, &t)) return;
-  const int item_size = torch.item_size(t.dtype);
-  const auto begin = reinterpret_cast<std::uintptr_t>(t.address);
-  const auto bytes = static_cast<std::uintptr_t>(t.reach(item_size));
-  written_.add(begin, begin + bytes, begin - static_cast<std::uintptr_t>(t.storage_offset * item_size));
-}
-
+// All that the optimizer's step writes, but for states that a differentiable step puts in place of others.
 void Roster::find_written() {
+  static PyObject* const differentiable = PyUnicode_InternFromString("differentiable");
+  std::vector<py::object> tensors;  // held, for looking at them may run Python
+  const auto take = [&](PyObject*, PyObject* value) {
+    if (torch.is_tensor(value)) tensors.push_back(py::reinterpret_borrow<py::object>(value));
+    return true;
+  };
   for (const Group& group : groups_) {
-    for (std::size_t k = 0; k < group.size(); ++k) note_written(group.param(k));
+    const int replaces = truth(group.option(differentiable));
+    if (PyErr_Occurred()) throw py::error_already_set();
+    for (std::size_t k = 0; k < group.size(); ++k) {
+      take(nullptr, group.param(k));
+      const py::object state = replaces == 1 ? py::object() : look_up(state_.ptr(), group.param(k));
+      if (state) each_item(state.ptr(), take);
+      if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_Exception)) throw py::error_already_set();
+      PyErr_Clear();  // what is not a mapping is said elsewhere
+    }
   }
-  for (const Item& state : all_states_) {
-    if (!PyMapping_Check(state.value)) continue;
-    each_item(state.value, [&](PyObject*, PyObject* value) { return note_written(value), true; });
+  for (const py::object& tensor : tensors) {
+    Geometry t;
+    if (torch.is_readable(tensor.ptr()) && torch.read(tensor.ptr(), Access::kRead, &t)) {
+      written_.add(t.address, t.reach(torch.item_size(t.dtype)));
+    }
+    if (PyErr_Occurred()) throw py::error_already_set();
   }
-  if (PyErr_Occurred()) throw py::error_already_set();
   written_.finish();
-}
-
-bool Roster::is_written(const Geometry& gradient, int item_size) const {
-  const auto begin = reinterpret_cast<std::uintptr_t>(gradient.address);
-  return written_.meets(begin, begin + static_cast<std::uintptr_t>(gradient.reach(item_size)));
 }
 
 Entry Roster::entry_of(std::size_t group, PyObject* param) {

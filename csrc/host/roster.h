@@ -95,9 +95,8 @@ class Roster {
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
   bool expect(PyObject* tensor, Member* out);
   bool storages_are_disjoint();
-  void note_written(PyObject* tensor);
   void find_written();
-  bool is_written(const Geometry& gradient, int item_size) const;
+  bool is_lazily_written(PyObject* gradient, bool is_complex) const;
 
   bool is_still_valid(int threads);
   bool read_all(int threads, SourceOf source_of, const void* context);
@@ -146,6 +145,7 @@ class Roster {
     std::int32_t group;
     DType gradient_dtype;
     bool is_member, is_steppable, is_complex, new_state;
+    const PyTypeObject* type;
     const PyObject* gradient;  // the last one, to prefetch it
     Parts parts;
   };

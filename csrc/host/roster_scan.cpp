@@ -84,7 +84,13 @@ bool Roster::fetch_gradients() {
     if (!brief.is_member) continue;
     PyObject* gradient = torch.grad(brief.param);
     if (!gradient) return false;
-    if (torch.is_readable(gradient)) gradient = torch.resolved(gradient, brief.is_complex);
+    if (torch.is_readable(gradient)) {
+      if (is_lazily_written(gradient, brief.is_complex)) {
+        Py_DECREF(gradient);
+        return false;
+      }
+      gradient = torch.resolved(gradient, brief.is_complex);
+    }
     if (gradient && torch.is_readable(gradient)) {  // again: a subclass may resolve to anything
       gradients_[i] = Torch::handle(gradient);
       continue;
@@ -96,15 +102,24 @@ bool Roster::fetch_gradients() {
   return true;
 }
 
+// What a lazily conjugated or negated gradient stands for may change before the step reads it.
+bool Roster::is_lazily_written(PyObject* gradient, bool is_complex) const {
+  Geometry g;
+  return torch.abi() && torch.is_lazy(gradient, is_complex) && torch.read(gradient, Access::kRead, &g) &&
+         written_.meets(g.address, g.reach(torch.item_size(g.dtype)));
+}
+
 // As the above, but no Python runs: none of the user's, no finalizer, no warning. Where that cannot be, false, and not
 // silent any more.
 bool Roster::fetch_gradients_silently() {
   const Abi& abi = *torch.abi();
   const NoCollection none;
+  if (!can_be_silent()) return silent_ = false;  // since it was asked, a group may have run Python
   for (std::size_t i = 0; i < briefs_.size(); ++i) {
     prefetch_gradient(i);
     Brief& brief = briefs_[i];
     if (!brief.is_member) continue;
+    if (Py_TYPE(brief.param) != brief.type) return false;
     bool is_defined;
     if (abi.get_is_defined(abi.gradient(Torch::handle(brief.param)), &is_defined)) return silent_ = false;
     if (!is_defined) continue;
@@ -193,7 +208,8 @@ bool Roster::tensors_are_unchanged(int threads, const std::function<bool()>& mea
   }
   for (std::size_t k = 0; k < expectations_.size(); ++k) {
     Geometry now;
-    if (!torch.read(expected_[k], Access::kWrite, &now) || !is_expected(now, expectations_[k], dims_.data()))
+    if (Py_TYPE(expected_[k]) != expectations_[k].type || !torch.read(expected_[k], Access::kWrite, &now) ||
+        !is_expected(now, expectations_[k], dims_.data()))
       return false;
   }
   return meanwhile();
@@ -227,10 +243,12 @@ bool Roster::find_address(std::size_t i) {
       g.ndim != like.ndim || !std::equal(shape, shape + g.ndim, g.shape) || !g.has_memory(like.item_size)) {
     return false;
   }
+  const bool has_planned_strides = std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides);
   // Where it was when the plan was made, the planner saw that it may be.
-  if (g.address != entries_[i].gradient_address && is_written(g, like.item_size)) return false;
+  const bool is_planned = g.address == entries_[i].gradient_address && has_planned_strides;
+  if (!is_planned && written_.meets(g.address, g.reach(like.item_size))) return false;
   addresses_[i] = g.address;
-  if (!std::equal(g.strides, g.strides + g.ndim, dims_.data() + like.strides)) {
+  if (!has_planned_strides) {
     step_strides_[i] = step_dims_.size() + 1;
     step_dims_.insert(step_dims_.end(), g.strides, g.strides + g.ndim);
   } else {

@@ -28,8 +28,8 @@ class Torch {
   void forget_abi() { abi_.reset(); }
   const Abi* abi() const { return abi_ ? &*abi_ : nullptr; }
 
-  // False where a tensor has no strided memory, or cannot be read; a Python error is only left
-  // of Ctrl-C and the like. Through DLPack lazily conjugated and negated tensors cannot.
+  // False where a tensor has no strided memory, or cannot be read, as lazily conjugated and negated ones through
+  // DLPack. A Python error is only left of Ctrl-C and the like.
   bool read(PyObject* tensor, Access access, Geometry* out) const;
 
   // What the handle of a tensor's gradient points to; 0 without one, or without the ABI.

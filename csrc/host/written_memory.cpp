@@ -1,22 +1,16 @@
 #include "host/written_memory.h"
 
 #include <algorithm>
-#include <bit>
+#include <utility>
 
 namespace fusedopt::host {
-namespace {
 
-constexpr std::size_t kBitsForEach = 16;  // with which one storage in 16 seems to have a piece that has none
-
-}  // namespace
-
-void WrittenMemory::add(std::uintptr_t begin, std::uintptr_t end, std::uintptr_t storage) {
-  if (begin < end) spans_.push_back({begin, end, storage});
+void WrittenMemory::add(const void* address, std::int64_t bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(address);
+  if (bytes) spans_.push_back({begin, begin + static_cast<std::uintptr_t>(bytes)});
 }
 
 void WrittenMemory::finish() {
-  storages_.assign(std::bit_ceil(spans_.size() * kBitsForEach + 1), false);
-  for (const Span& span : spans_) storages_[place(span.storage)] = true;
   std::sort(spans_.begin(), spans_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   std::vector<Span> disjoint;
   for (const Span& span : spans_) {
@@ -29,10 +23,11 @@ void WrittenMemory::finish() {
   spans_ = std::move(disjoint);
 }
 
-bool WrittenMemory::meets(std::uintptr_t begin, std::uintptr_t end) const {
+bool WrittenMemory::meets(const void* address, std::int64_t bytes) const {
+  const auto begin = reinterpret_cast<std::uintptr_t>(address);
   const auto next = std::upper_bound(spans_.begin(), spans_.end(), begin,
-                                     [](std::uintptr_t address, const Span& span) { return address < span.end; });
-  return next != spans_.end() && next->begin < end;
+                                     [](std::uintptr_t at, const Span& span) { return at < span.end; });
+  return next != spans_.end() && next->begin < begin + static_cast<std::uintptr_t>(bytes);
 }
 
 }  // namespace fusedopt::host

@@ -20,6 +20,11 @@ def on_device(device: torch.device) -> Any:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
+def has_modes() -> bool:
+    """Whether torch's operations run Python now."""
+    return torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack() > 0
+
+
 class DevicePlan:
     """The parameters of an optimizer on a device, whose steps the device counts. Subclasses launch.
 
@@ -114,12 +119,13 @@ class DevicePlan:
             elif squared is not None:
                 verdict.squared.fill_(squared)
             scale, found_inf = self._here(scaling.grad_scale, verdict.one), self._here(scaling.found_inf, verdict.zero)
+            if has_modes():  # what torch did since the scan, the user's Python may have seen
+                self.check()
             self.launch(measure, update, scale, found_inf)
             if update:
                 self._scan.commit()
                 self.stepped_members = self.members
-        # The next plan on the device measures into the same memory.
-        return verdict.squared if update else verdict.squared.clone(), verdict.norm, verdict.skipped
+        return verdict.squared, verdict.norm, verdict.skipped
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Launch what writes the sum of the gradients' squares to ``verdict.squared``, or the step, or both.

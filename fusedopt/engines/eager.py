@@ -50,6 +50,15 @@ class Plan:
         self.new_state = set(new_state)
         self.stepped_members: list[int] = []
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
+        self.written = memory.Spans(memory.written(optimizer.param_groups, optimizer.state))
+        self.planned = {id(p): _place(p.grad) for _, p, _ in self._with_gradients()}
+        # Another engine, where only the planner saw why it cannot.
+        labels = checks.labels(optimizer.param_groups)
+        self.choices = {i: self._choice(p, group, labels[i]) for i, p, group in self._with_gradients()}
+
+    def _choice(self, p: Tensor, group: dict[str, Any], label: object) -> str:
+        optimizer = self.optimizer
+        return engines.choose(optimizer.engine, p, group, optimizer.rule, optimizer.state.get(p, {}), label)
 
     def _with_gradients(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
         for i, (p, group) in zip(self.members, self.optimizer.members(self.members), strict=True):
@@ -68,11 +77,16 @@ class Plan:
                 return False
             labels = checks.labels(optimizer.param_groups)
             for i, p, group in self._with_gradients():
+                assert p.grad is not None
+                if _place(p.grad) != self.planned.get(id(p)):
+                    is_written = any(map(self.written.meet, memory.comparable([p.grad])))
+                    if is_written or self.choices.get(i, "eager") != "eager":
+                        return False
                 state = optimizer.state.get(p, {})
                 checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
                 if lacks_state(optimizer.rule, state, group, counters(p)):
                     return False
-                if engines.choose(optimizer.engine, p, group, optimizer.rule, state, labels[i]) != "eager":
+                if self._choice(p, group, labels[i]) != self.choices.get(i, "eager"):
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False
@@ -113,6 +127,9 @@ class Plan:
     def _update(self, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
         """One parameter's step, in the order that all engines keep."""
         rule, state = self.optimizer.rule, self.optimizer.state[p]
+        for t in (p, p.grad, *state.values()):  # torch's operations don't look
+            if isinstance(t, Tensor) and (short := memory.shortage(t)):
+                raise RuntimeError(f"a parameter, gradient or state was changed while a step was under way: {short}")
         compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
         h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
         s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
@@ -142,6 +159,11 @@ class Plan:
         for name in rule.scalars:
             with torch.no_grad():
                 state[name].fill_(getattr(s, name))
+
+
+def _place(g: Tensor | None) -> list[tuple[Any, ...]]:
+    """What tells the memory of a gradient, where it has any."""
+    return [(t.data_ptr(), t.shape, t.stride()) for t in memory.comparable([] if g is None else [g])]
 
 
 def _real(t: Tensor) -> Tensor:

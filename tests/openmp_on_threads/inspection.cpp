@@ -23,11 +23,19 @@ struct Storage {
   bool is_lazy = false;
 };
 
+const void* const kClass = "a class";
+
 struct Tensor {
   const void* first_word = nullptr;  // at::Tensor's only one
   Storage* storage;
   std::int64_t shape[2] = {2, 3}, strides[2] = {3, 1};
   bool is_negated = false;
+};
+
+// A Python tensor, whose handle is after PyObject_HEAD.
+struct Object {
+  const void* type = kClass;
+  Tensor tensor;
 };
 
 template <class T>
@@ -68,7 +76,7 @@ const Abi kAbi{
 
 struct World {
   std::vector<Storage> storages = std::vector<Storage>(2 * kCount);
-  std::vector<Tensor> tensors, gradients;
+  std::vector<Object> tensors, gradients;
   std::vector<Expectation> expectations;
   std::vector<GradientExpectation> like;
   std::vector<Abi::Handle> handles;
@@ -82,11 +90,12 @@ struct World {
       storage.is_lazy = true;
     }
     for (std::int64_t i = 0; i < kCount; ++i) {
-      tensors.push_back({nullptr, &storages[static_cast<std::size_t>(i)]});
-      gradients.push_back({nullptr, &storages[static_cast<std::size_t>(kCount + i)]});
+      tensors.push_back({kClass, {nullptr, &storages[static_cast<std::size_t>(i)]}});
+      gradients.push_back({kClass, {nullptr, &storages[static_cast<std::size_t>(kCount + i)]}});
     }
     for (std::size_t i = 0; i < tensors.size(); ++i) {
-      expectations.push_back({&tensors[i], tensors[i].storage->address, 24, 0, 6, 0, -1, 2, false});
+      expectations.push_back(
+          {&tensors[i].tensor, tensors[i].tensor.storage->address, 24, 0, 6, 0, -1, 2, false, kClass});
       like.push_back({nullptr, 0, 24, 0, 2, 6, 0, -1, 2, 4});
     }
   }
@@ -95,7 +104,7 @@ struct World {
   bool look(int threads) {
     handles.assign(kCount, nullptr);
     const auto fetch = [this] {
-      for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = i % 7 ? &gradients[i] : nullptr;
+      for (std::size_t i = 0; i < handles.size(); ++i) handles[i] = i % 7 ? &gradients[i].tensor : nullptr;
       return true;
     };
     return inspect(
@@ -116,19 +125,22 @@ int main(int argc, char** argv) {
   if (argc > 1 && std::string_view(argv[1]) == "--plant") {
     // Neighbours of different blocks, so that two threads take them at the same time.
     for (std::size_t i = 0; i + 128 < world.tensors.size(); ++i) {
-      world.tensors[i + 128].storage = world.tensors[i % 128].storage;
+      world.tensors[i + 128].tensor.storage = world.tensors[i % 128].tensor.storage;
       world.expectations[i + 128].address = world.expectations[i % 128].address;
     }
   }
   if (!world.look(kThreads)) return fail("something is said to have changed");
   for (std::size_t i = 0; i < world.addresses.size(); ++i) {
-    const void* const is = i % 7 ? world.gradients[i].storage->address : nullptr;
+    const void* const is = i % 7 ? world.gradients[i].tensor.storage->address : nullptr;
     if (world.addresses[i] != is) return fail("a gradient's address is another");
   }
-  world.gradients[1].strides[0] = 1;
+  world.gradients[1].tensor.strides[0] = 1;
   if (!world.look(kThreads) || world.addresses[1]) return fail("a gradient's strides were not looked at");
-  world.tensors[2500].is_negated = true;
+  world.tensors[2500].tensor.is_negated = true;
   if (world.look(kThreads) || world.look(1)) return fail("a lazy bit was not looked at");
+  world.tensors[2500].tensor.is_negated = false;
+  world.tensors[10].type = nullptr;
+  if (world.look(kThreads) || world.look(1)) return fail("a class was not looked at");
   std::puts("no difference");
   return 0;
 }
