@@ -111,6 +111,14 @@ def compiler() -> str:
     return found
 
 
+def cpu_levels() -> list[str]:
+    """The builds of the CPU engine: those of LEVELS that FUSEDOPT_CPU_LEVELS lists, or all."""
+    asked = os.environ.get("FUSEDOPT_CPU_LEVELS", "").replace(",", " ").split()
+    if unknown := set(asked) - set(LEVELS):
+        raise RuntimeError(f"FUSEDOPT_CPU_LEVELS has {', '.join(sorted(unknown))}; there are {', '.join(LEVELS)}")
+    return asked or list(LEVELS)
+
+
 def find_nvcc() -> str:
     """CUDA's compiler.
 
@@ -176,7 +184,7 @@ class BuildExtensions(build_ext):
             for source in sorted((CSRC / "host").glob("*.cpp"))
         ]
         ninja.link(host, self.target("fusedopt._host"))
-        for level in LEVELS:
+        for level in cpu_levels():
             plain = f"{flags} {ENGINE_FLAGS} {march(level)}"
             engine = f"{plain} {checks}"
             objects = [
@@ -251,7 +259,7 @@ if __name__ == "__main__":
         package_data={"fusedopt": ["py.typed", REPORT], "fusedopt.optimizers": ["*.pyi"]},
         ext_modules=[
             Extension(f"fusedopt.{name}", sources=[], optional=True)
-            for name in ("_host", *(f"_cpu_{level}" for level in LEVELS), "_cuda")
+            for name in ("_host", *(f"_cpu_{level}" for level in cpu_levels()), "_cuda")
         ],
         cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
     )

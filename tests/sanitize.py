@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fusedopt.engines import cpu
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 LIBRARY = FOLDER / "lib"
@@ -30,7 +32,8 @@ engine.stream([address], [address], 2000, 1)
 def build():
     shutil.rmtree(LIBRARY, ignore_errors=True)  # or modules that were removed would still be found
     places = ["--build-base", str(FOLDER), "--build-lib", str(LIBRARY)]
-    env = {**os.environ, "FUSEDOPT_SANITIZE": "address,undefined"}
+    level = cpu.load()[2]  # the build that this machine's tests will load
+    env = {**os.environ, "FUSEDOPT_SANITIZE": "address,undefined", "FUSEDOPT_CPU_LEVELS": level}
     command = [sys.executable, "setup.py", "-q", "build", *places]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode:
