@@ -422,5 +422,6 @@ def test_mode_that_is_entered_while_groups_are_looked_at(engine):
             return func(*args, **(kwargs or {}))
 
     a.param_groups[0]["params"] = Iterable(ours, lambda: stack.enter_context(Mode()))
-    with contextlib.ExitStack() as stack, contextlib.suppress(RuntimeError):
+    with contextlib.ExitStack() as stack, contextlib.suppress(RuntimeError, ValueError):
         a.step()
+    a.state[ours[0]]["exp_avg"].untyped_storage().resize_(12)  # or it could not be printed
