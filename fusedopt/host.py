@@ -227,7 +227,7 @@ def device_scan(
         new_state: Those whose states were made for the coming step.
         device: Where they are.
     """
-    rule, groups = optimizer.rule, optimizer.param_groups
+    rule, groups = optimizer.rule, list(optimizer.param_groups)  # which may change meanwhile
     names = [([s.name for s in rule.active_states(group)], list(rule.scalars), list(hyper)) for group in groups]
     try:
         if os.environ.get("FUSEDOPT_HOST") == "python":
@@ -235,6 +235,6 @@ def device_scan(
         host = load()
     except ImportError:
         specs = [group_spec(rule, g, n, n[2]) for g, n in zip(groups, names, strict=True)]
-        return Scan(groups, specs, optimizer.state, members, new_state, device)
+        return Scan(optimizer.param_groups, specs, optimizer.state, members, new_state, device)
     specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2]) for g, n in zip(groups, names, strict=True)]
-    return host.DeviceTable(groups, specs, optimizer.state, members, new_state)
+    return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, new_state)

@@ -24,14 +24,14 @@ def held_back() -> Iterator[None]:
 
     Nor is garbage collected meanwhile, for finalizers run whatever they like.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        with _signals_held_back():
+    with _signals_held_back():
+        collects = gc.isenabled()
+        gc.disable()
+        try:
             yield
-    finally:
-        if collects:
-            gc.enable()
+        finally:
+            if collects:
+                gc.enable()
 
 
 @contextmanager
