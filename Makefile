@@ -12,8 +12,10 @@ demo: $(VENV)/.installed
 
 # WORKERS: how many processes take the tests; 0 for none but pytest's own.
 WORKERS ?= auto
+# SELECT: which tests, as an expression of markers; all where it is empty.
+SELECT ?= not nightly
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -m "$(SELECT)" -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 # One wheel beside several versions of torch, which are downloaded: make torch-versions ARGS='--keep folder'
 torch-versions: $(VENV)/.installed
@@ -21,6 +23,7 @@ torch-versions: $(VENV)/.installed
 
 # What takes too long for every change. With -k the rest is done where something fails: make -k nightly MINUTES=60
 nightly: WORKERS = 4
+nightly: SELECT =
 nightly: sanitize fuzz torch-versions test
 
 # The host and the CPU engine under AddressSanitizer and UBSan.

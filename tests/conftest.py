@@ -50,6 +50,16 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin keep other processes from the cores
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+    """Half of what Triton's interpreter takes longest for; its kernels are the same for all types of elements."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        if item.originalname == "test_gate" and params.get("engine") == "triton":
+            if params["dtype"] in (torch.float64, torch.float16):
+                item.add_marker(pytest.mark.nightly)
+
+
 def pytest_collection_finish():
     """What is there for the whole run need not be searched again by every collection of garbage."""
     torch.optim.SGD([torch.ones(1)])  # the first one imports half of what torch has

@@ -223,7 +223,7 @@ def test_imports_without_a_gpu_and_says_so():
 
 
 @built
-@pytest.mark.parametrize("arch", ["80", "90", "100"])
+@pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100"))])
 def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     file = tmp_path / "inspect.json"
     command = [sys.executable, "-m", "fusedopt", "inspect", "--engine", "cuda", "--arch", arch, "--json", str(file)]
