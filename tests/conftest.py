@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items):
     """Half of what Triton's interpreter takes longest for; its kernels are the same for all types of elements."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.originalname == "test_gate" and params.get("engine") == "triton":
+        if item.name.startswith("test_gate[") and params["engine"] == "triton":
             if params["dtype"] in (torch.float64, torch.float16):
                 item.add_marker(pytest.mark.nightly)
 

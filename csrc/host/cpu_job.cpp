@@ -173,40 +173,33 @@ bool CpuJob::join_cohort(std::size_t i, Room room) {
 py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                         bool skip_nonfinite) {
   if (!scan(threads)) return py::none();
-  Job job{};
-  job.threads = threads;
-  job.inverse_scale = inverse_scale;
-  job.max_norm = max_norm;
-  job.measure = measure;
-  job.update = true;
-  job.skip_nonfinite = skip_nonfinite;
-  return launch(engine, job);
+  return launch(engine, threads, inverse_scale, max_norm, measure, /*update=*/true, skip_nonfinite, /*squared_norm=*/0);
 }
 
 py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                       bool update, bool skip_nonfinite, double squared_norm) {
   roster_.check(threads);
   if (update) make_cohorts(Room::kAny);  // again: another part of the step may have advanced the same counters
+  return launch(engine, threads, inverse_scale, max_norm, measure, update, skip_nonfinite, squared_norm);
+}
+
+py::tuple CpuJob::launch(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                         bool update, bool skip_nonfinite, double squared_norm) {
+  auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
   Job job{};
-  job.threads = threads;
+  job.threads = numel_ < kWorthThreads ? 1 : threads;
   job.inverse_scale = inverse_scale;
   job.max_norm = max_norm;
   job.measure = measure;
   job.update = update;
   job.skip_nonfinite = skip_nonfinite;
   job.squared_norm = squared_norm;
-  return launch(engine, job);
-}
-
-py::tuple CpuJob::launch(const py::capsule& engine, Job& job) {
-  auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
   job.rows = rows_.data();
   job.items = items_.data();
   job.bundles = bundles_.data();
   job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
   job.cohorts = cohorts_.data();
   job.partials = partials_.data();
-  if (numel_ < kWorthThreads) job.threads = 1;
   {
     py::gil_scoped_release release;
     entry(job);

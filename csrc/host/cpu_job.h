@@ -60,7 +60,8 @@ class CpuJob {
   void lay_out(std::size_t i);
   bool make_cohorts(Room room);
   bool join_cohort(std::size_t i, Room room);
-  py::tuple launch(const py::capsule& engine, Job& job);
+  py::tuple launch(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+                   bool update, bool skip_nonfinite, double squared_norm);
   void advance_counters();
 
   Roster roster_;

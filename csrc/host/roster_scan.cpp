@@ -235,7 +235,7 @@ bool Roster::is_still_valid(int threads) {
 
 // Of a gradient that is not laid out as planned, or has no elements, or that the ABI was not asked of.
 bool Roster::find_address(std::size_t i) {
-  const GradientExpectation& like = like_[i];
+  GradientExpectation& like = like_[i];
   Geometry g;
   if (!torch.read(Torch::object(gradients_[i]), Access::kRead, &g) || g.conjugated || g.negated) return false;
   const std::int64_t* const shape = dims_.data() + like.shape;
@@ -252,8 +252,8 @@ bool Roster::find_address(std::size_t i) {
     step_strides_[i] = step_dims_.size() + 1;
     step_dims_.insert(step_dims_.end(), g.strides, g.strides + g.ndim);
   } else {
-    like_[i].address = g.address;
-    like_[i].storage_bytes = g.storage_bytes;
+    like.address = g.address;
+    like.storage_bytes = g.storage_bytes;
   }
   return true;
 }

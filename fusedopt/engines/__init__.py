@@ -7,7 +7,7 @@ counted through all groups, and how many plans of the same place come before it.
 and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()`` measures,
 updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous`` belongs to
 one device, and tells its verdicts in tensors there; others know them when ``run`` returns. One that is ``indivisible``
-has a ``step()``, which does all that in one call: no Python runs within.
+has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
 """
 
 from __future__ import annotations
