@@ -45,7 +45,7 @@ def sanitizers() -> str:
     names = os.environ.get("FUSEDOPT_SANITIZE")
     # vptr compares type information across extensions, which hide theirs from one another.
     stops = "-fno-sanitize=vptr -fno-sanitize-recover=undefined"
-    return f"-fsanitize={names} {stops} -g -O1 -fno-omit-frame-pointer" if names else ""
+    return f"-fsanitize={names} {stops} -g1 -Og -fno-omit-frame-pointer" if names else ""
 
 
 def dlpack_header() -> tuple[str, str]:
@@ -78,6 +78,15 @@ class Ninja:
         out = f"{name}.o"
         self.lines += [f"build {out}: compile {self.escape(source)}", f"  flags = {flags}"]
         return out
+
+    def compile_together(self, sources: list[Path], name: str, flags: str) -> str:
+        """As one unit: where the headers that all include take longer than the sources."""
+        unit = self.folder / f"{name}.cpp"
+        text = "".join(f'#include "{source}"\n' for source in sources)
+        if not unit.exists() or unit.read_text() != text:  # or it would be compiled again
+            self.folder.mkdir(parents=True, exist_ok=True)
+            unit.write_text(text)
+        return self.compile(unit, name, flags)
 
     def link(self, objects: list[str], out: Path) -> None:
         self.lines.append(f"build {self.escape(out)}: link {' '.join(objects)}")
@@ -179,11 +188,9 @@ class BuildExtensions(build_ext):
         checks = sanitizers()
         ninja = Ninja(compiler(), Path(self.build_temp).resolve(), f"-shared -fopenmp {checks}")
 
-        host = [
-            ninja.compile(source, f"host_{source.stem}", f"{flags} -O2 {python} {dlpack} {checks}")
-            for source in sorted((CSRC / "host").glob("*.cpp"))
-        ]
-        ninja.link(host, self.target("fusedopt._host"))
+        host = sorted((CSRC / "host").glob("*.cpp"))
+        objects = [ninja.compile_together(host, "host", f"{flags} -O2 {python} {dlpack} {checks}")]
+        ninja.link(objects, self.target("fusedopt._host"))
         for level in cpu_levels():
             plain = f"{flags} {ENGINE_FLAGS} {march(level)}"
             engine = f"{plain} {checks}"

@@ -32,7 +32,7 @@ collect_ignore = ["test_gpu.py"] if INTERPRETED else []
 if "triton" in AVAILABLE:
     import interpreter
 
-    interpreter.patch_language_once()
+    interpreter.patch()
 
 
 @pytest.fixture(params=AVAILABLE)
@@ -50,14 +50,23 @@ def pytest_configure(config):
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin keep other processes from the cores
 
 
+# What Triton's interpreter takes longest for and other tests or engines go through as well: which calls are for the
+# night. Its kernels are the same for all types of elements, and its plans are the cuda engine's.
+INTERPRETED_AT_NIGHT = {
+    "test_gate": lambda case, dtype: dtype in (torch.float64, torch.float16),
+    "test_resume_is_bit_exact": lambda case: case.name not in ("AdamW", "SGD momentum", "NAdam"),
+    "test_resume_of_half_precision_is_bit_exact": lambda name, half: name != "AdamW" or half != torch.bfloat16,
+    "test_state_to_torch": lambda name, implementation: bool(implementation),
+}
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
-    """Half of what Triton's interpreter takes longest for; its kernels are the same for all types of elements."""
     for item in items:
-        params = item.callspec.params if hasattr(item, "callspec") else {}
-        if item.name.startswith("test_gate[") and params["engine"] == "triton":
-            if params["dtype"] in (torch.float64, torch.float16):
-                item.add_marker(pytest.mark.nightly)
+        is_late = INTERPRETED_AT_NIGHT.get(item.name.split("[")[0])
+        params = dict(item.callspec.params) if is_late else {}
+        if params.pop("engine", None) == "triton" and is_late(**params):
+            item.add_marker(pytest.mark.nightly)
 
 
 def pytest_collection_finish():

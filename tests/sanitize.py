@@ -85,5 +85,8 @@ if __name__ == "__main__":
     env = environment()
     check(env)
     # Captured by file descriptor, a report would be lost with the process.
-    command = [sys.executable, "-m", "pytest", "--capture=sys", f"--deselect={TOO_SLOW}", *sys.argv[1:]]
+    command = [sys.executable, "-m", "pytest", "--capture=sys", f"--deselect={TOO_SLOW}"]
+    # A worker that has died is not replaced: what is wrong is wrong.
+    workers = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadgroup", "--max-worker-restart", "0"]
+    command += [*workers, *sys.argv[1:]]
     sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)

@@ -69,8 +69,7 @@ def test_norm_only_when_asked(engine):
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, float("nan")])
-@pytest.mark.parametrize("clip", [None, 1.0])
-@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize(("history", "clip"), [(0, 1.0), (2, None)])
 @pytest.mark.parametrize("name", ALL)
 def test_skip_leaves_everything(engine, name, history, clip, bad):
     ps = params((70,), (5,))

@@ -41,7 +41,9 @@ SIZES = [0, 1, 3, 63, 64, 65, 255, 256, 257, 300, 511, 512, 1023, 1024, 1025, 40
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
 @pytest.mark.parametrize("offset", [0, 1, 4])
-@pytest.mark.parametrize("case", ["AdamW amsgrad", "RMSprop both", "SGD", "Lion"])
+@pytest.mark.parametrize(
+    "case", ["AdamW amsgrad", "SGD", *(pytest.param(c, marks=pytest.mark.nightly) for c in ("RMSprop both", "Lion"))]
+)
 def test_tiles_and_programs(monkeypatch, case, offset, programs):
     """Full tiles, what is left of them, tensors that are not aligned, and any share of tiles."""
     monkeypatch.setattr(engine, "INTERPRETED_TILE", 256)

@@ -8,8 +8,8 @@
 namespace fusedopt::host {
 namespace {
 
-constexpr std::int64_t kAhead = 8;    // tensors to prefetch ahead: 4 to 32 are as good
-constexpr std::int64_t kBlock = 128;  // tensors that a thread takes at a time
+constexpr std::int64_t kTensorsAhead = 8;  // to prefetch: 4 to 32 are as good
+constexpr std::int64_t kBlock = 128;       // tensors that a thread takes at a time
 
 bool has_dims(const Abi& abi, Abi::Handle tensor, int ndim, const std::int64_t* shape, const std::int64_t* strides) {
   std::int64_t now;
@@ -121,8 +121,8 @@ bool inspect(const Inspection& all, int threads, const std::function<bool()>& me
   const auto tensor_block = [&](std::int64_t b) {
     const std::int64_t end = std::min(all.n_tensors, (b + 1) * kBlock);
     for (std::int64_t i = b * kBlock; i < end && valid.load(std::memory_order_relaxed); ++i) {
-      if (i + kAhead < all.n_tensors) {
-        const Expectation& later = all.tensors[i + kAhead];
+      if (i + kTensorsAhead < all.n_tensors) {
+        const Expectation& later = all.tensors[i + kTensorsAhead];
         __builtin_prefetch(later.tensor);
         later.parts.prefetch_impl();
         later.parts.prefetch_storage();
@@ -133,12 +133,12 @@ bool inspect(const Inspection& all, int threads, const std::function<bool()>& me
   const auto gradient_block = [&](std::int64_t b) {
     const std::int64_t end = std::min(all.n_gradients, (b + 1) * kBlock);
     for (std::int64_t i = b * kBlock; i < end; ++i) {
-      if (i + 2 * kAhead < all.n_gradients) {
-        __builtin_prefetch(all.gradients[i + 2 * kAhead]);
-        all.like[i + 2 * kAhead].parts.prefetch_impl();
+      if (i + 2 * kTensorsAhead < all.n_gradients) {
+        __builtin_prefetch(all.gradients[i + 2 * kTensorsAhead]);
+        all.like[i + 2 * kTensorsAhead].parts.prefetch_impl();
       }
-      if (i + kAhead < all.n_gradients && all.gradients[i + kAhead]) {
-        abi.parts(all.gradients[i + kAhead]).prefetch_storage();
+      if (i + kTensorsAhead < all.n_gradients && all.gradients[i + kTensorsAhead]) {
+        abi.parts(all.gradients[i + kTensorsAhead]).prefetch_storage();
       }
       const Abi::Handle gradient = all.gradients[i];
       all.addresses[i] = gradient ? fitting_address(all, gradient, all.like[i]) : nullptr;

@@ -11,7 +11,7 @@ namespace {
 constexpr std::int64_t kLargestTile = 262144;  // 1 MiB of fp32 per stream: 5% faster than 256 KiB on fast memory
 constexpr std::int64_t kSmallestTile = 4096;
 constexpr std::int64_t kTilesWanted = 256;
-constexpr std::size_t kAhead = 16;             // counters to prefetch ahead
+constexpr std::size_t kCountersAhead = 16;     // to prefetch
 constexpr std::int64_t kWorthThreads = 32768;  // elements below which a second thread costs more than it brings
 // A float counter stops at 2^24; the job is then made anew with a double one.
 constexpr double kLastFloatStep = 16777216;
@@ -115,7 +115,7 @@ bool CpuJob::make_cohorts(Room room) {
     }
   }
   for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kAhead < rows_.size()) __builtin_prefetch(counters_[i + kAhead].of[0].address, 1);
+    if (i + kCountersAhead < rows_.size()) __builtin_prefetch(counters_[i + kCountersAhead].of[0].address, 1);
     Row& row = rows_[i];
     row.active = roster_.has_gradient(i);
     row.data[kGrad] = const_cast<void*>(roster_.gradient_address(i));
@@ -211,7 +211,7 @@ py::tuple CpuJob::launch(const py::capsule& engine, int threads, double inverse_
 void CpuJob::advance_counters() {
   stepped_ = true;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kAhead < rows_.size()) __builtin_prefetch(counters_[i + kAhead].of[0].address, 1);
+    if (i + kCountersAhead < rows_.size()) __builtin_prefetch(counters_[i + kCountersAhead].of[0].address, 1);
     if (!rows_[i].active) continue;
     const CohortKey& key = cohort_keys_[static_cast<std::size_t>(rows_[i].cohort)];
     for (int k = 0; k < rows_[i].kernel->n_scalars; ++k) counters_[i].of[k].write(key.after[k]);

@@ -9,7 +9,7 @@ namespace {
 
 // With this many parameters their cache misses outweigh starting a team of threads.
 constexpr std::size_t kWorthTeam = 512;
-constexpr std::size_t kAhead = 16;  // parameters to prefetch ahead: by now the step has driven them out of cache
+constexpr std::size_t kEntriesAhead = 16;  // to prefetch: by now the step has driven them out of cache
 
 // No garbage is collected in its lifetime, so that no finalizer runs.
 class NoCollection {
@@ -138,14 +138,14 @@ bool Roster::fetch_gradients_silently() {
 
 void Roster::prefetch_gradient(std::size_t i) const {
   const Abi& abi = *torch.abi();
-  if (i + 2 * kAhead < briefs_.size()) {
-    const Brief& far = briefs_[i + 2 * kAhead];
+  if (i + 2 * kEntriesAhead < briefs_.size()) {
+    const Brief& far = briefs_[i + 2 * kEntriesAhead];
     __builtin_prefetch(far.param);
     far.parts.prefetch_to_gradient();
     __builtin_prefetch(far.gradient);
   }
-  if (i + kAhead < briefs_.size() && briefs_[i + kAhead].is_member) {
-    const Abi::Handle gradient = abi.gradient(Torch::handle(briefs_[i + kAhead].param));
+  if (i + kEntriesAhead < briefs_.size() && briefs_[i + kEntriesAhead].is_member) {
+    const Abi::Handle gradient = abi.gradient(Torch::handle(briefs_[i + kEntriesAhead].param));
     __builtin_prefetch(*static_cast<const void* const*>(gradient));
   }
 }
@@ -167,9 +167,9 @@ bool Roster::states_are_unchanged() const {
   });
   if (!same || at != all_states_.size()) return false;
   for (std::size_t i = 0; i < state_items_.size(); ++i) {
-    if (i + 2 * kAhead < state_items_.size()) {
-      __builtin_prefetch(state_items_[i + 2 * kAhead].mapping);
-      PyObject* const mapping = state_items_[i + kAhead].mapping;
+    if (i + 2 * kEntriesAhead < state_items_.size()) {
+      __builtin_prefetch(state_items_[i + 2 * kEntriesAhead].mapping);
+      PyObject* const mapping = state_items_[i + kEntriesAhead].mapping;
       if (mapping && PyDict_CheckExact(mapping)) {
         const auto* keys = reinterpret_cast<const char*>(reinterpret_cast<const PyDictObject*>(mapping)->ma_keys);
         for (int line = 0; line < 3; ++line) __builtin_prefetch(keys + 64 * line);
@@ -260,7 +260,7 @@ bool Roster::find_address(std::size_t i) {
 
 void Roster::release() {
   for (std::size_t i = 0; i < gradients_.size(); ++i) {
-    if (i + kAhead < gradients_.size()) __builtin_prefetch(gradients_[i + kAhead]);
+    if (i + kEntriesAhead < gradients_.size()) __builtin_prefetch(gradients_[i + kEntriesAhead]);
     const Abi::Handle gradient = gradients_[i];
     gradients_[i] = nullptr;  // first: letting go may run Python
     if (gradient) Py_DECREF(Torch::object(gradient));

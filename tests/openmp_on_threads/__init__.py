@@ -7,11 +7,12 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
+import builds
+from builds import ROOT, setup
+
 HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
 FOLDER = ROOT / "build" / "_openmp_on_threads"
 
 # Programs, and what each watches: paths below csrc/, and a rule_unit.cpp for each of the rules.
@@ -34,25 +35,23 @@ def build():
     Raises:
         RuntimeError: If one does not compile.
     """
-    sys.path.insert(0, str(ROOT))
-    try:
-        from setup import CSRC, Ninja, define
-    finally:
-        sys.path.remove(str(ROOT))
-
     # -fopenmp compiles the calls; where it does not link, libgomp is not there to answer them.
-    flags = f"-std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -fopenmp -I{CSRC}"
-    ninja = Ninja("g++", FOLDER, "-fsanitize=thread")
+    flags = f"-std=c++20 -O1 -g -Wall -Wextra -Werror -fsanitize=thread -fopenmp -I{setup.CSRC}"
+    ninja = setup.Ninja("g++", FOLDER, "-fsanitize=thread")
     runtime = ninja.compile(HERE / "gomp.cpp", "gomp_", flags)
     for program, watched in PROGRAMS.items():
         objects = [
-            ninja.compile(CSRC / "cpu" / "rule_unit.cpp", rule, f"{flags} {define(CSRC / 'rules' / f'{rule}.h')}")
+            ninja.compile(
+                setup.CSRC / "cpu" / "rule_unit.cpp",
+                rule,
+                f"{flags} {setup.define(setup.CSRC / 'rules' / f'{rule}.h')}",
+            )
             for rule in WATCHED_RULES[program]
         ]
-        sources = [*(CSRC / source for source in watched), HERE / f"{program}.cpp"]
+        sources = [*(setup.CSRC / source for source in watched), HERE / f"{program}.cpp"]
         objects += [ninja.compile(source, f"{program}_{source.stem}_", flags) for source in sources]
         ninja.link([*objects, runtime], FOLDER / program)
-    ninja.run()
+    builds.run(ninja)
     return {program: FOLDER / program for program in PROGRAMS}
 
 
