@@ -89,15 +89,16 @@ STATES = {  # of every variant of every rule
 
 
 @pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])
-def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, tmp_path):
-    kernels = inspected(tmp_path, "--arch", arch, "--dtype", "fp32", "--dtype", "bf16")
-    names = {f"{name} {dtype}" for name in (*STATES, "norm") for dtype in ("fp32", "bf16")}
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp32", marks=pytest.mark.nightly)])
+def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, dtype, tmp_path):
+    kernels = inspected(tmp_path, "--arch", arch, "--dtype", dtype)
+    names = {f"{name} {dtype}" for name in (*STATES, "norm")}
     assert {k["name"] for k in kernels} == names and len(kernels) == len(names)
     for k in kernels:
         assert k["arch"] == (f"sm_{arch}" if arch.isdigit() else arch) and k["registers"] > 0
         assert k["spills"] == 0, k
         assert k["loads_other"] == 0 and k["stores_other"] == 0, k
-        name, dtype = k["name"].split()
+        name = k["name"].split()[0]
         if name == "norm":
             assert k["loads_128"] > 0 and k["stores_128"] == 0, k
             continue
@@ -108,6 +109,7 @@ def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, tmp_path):
         assert k["stores_128"] >= stores and k["stores_128"] % stores == 0, k
 
 
+@pytest.mark.nightly
 def test_other_types_compile(tmp_path):
     kernels = inspected(tmp_path, "--optimizer", "adamw", "--dtype", "fp64", "--dtype", "fp16")
     assert {k["name"] for k in kernels} == {

@@ -39,7 +39,7 @@ def views(sizes, offset):
 SIZES = [0, 1, 3, 63, 64, 65, 255, 256, 257, 300, 511, 512, 1023, 1024, 1025, 4097]
 
 
-@pytest.mark.parametrize("programs", [1, 3, 64])
+@pytest.mark.parametrize("programs", [1, 3, pytest.param(64, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("offset", [0, 1, 4])
 @pytest.mark.parametrize(
     "case", ["AdamW amsgrad", "SGD", *(pytest.param(c, marks=pytest.mark.nightly) for c in ("RMSprop both", "Lion"))]
