@@ -44,6 +44,12 @@ def build():
         sys.exit(f"the sanitized build failed: {report['cpu']}")
 
 
+def warm_up():
+    """Compiles what tests import to bytecode, for which a Python under AddressSanitizer takes half a minute."""
+    imports = "import hypothesis, pytest, torch._dynamo, xdist, fusedopt.verification.gate"
+    subprocess.run([sys.executable, "-c", imports], cwd=ROOT, check=True)
+
+
 def runtime(library):
     compiler = os.environ.get("CXX", "g++").split()
     found = subprocess.run([*compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True)
@@ -83,17 +89,12 @@ def check(env):
 
 if __name__ == "__main__":
     build()
+    warm_up()
     env = environment()
     check(env)
     # Captured by file descriptor, a report would be lost with the process.
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--capture=sys",
-        *(f"--deselect=tests/test_host.py::{t}" for t in LEFT_OUT),
-    ]
+    command = [sys.executable, "-m", "pytest", "--capture=sys"]
+    command += [f"--deselect=tests/test_host.py::{name}" for name in LEFT_OUT] + sys.argv[1:]
     # A worker that has died is not replaced: what is wrong is wrong.
     workers = ["-n", "auto", "--maxprocesses", "8", "--dist", "loadgroup", "--max-worker-restart", "0"]
-    command += [*workers, *sys.argv[1:]]
-    sys.exit(subprocess.run(command, cwd=ROOT, env=env).returncode)
+    sys.exit(subprocess.run([*command, *workers], cwd=ROOT, env=env).returncode)
