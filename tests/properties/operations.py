@@ -185,7 +185,9 @@ class Operations:
         elif how == "same":
             self.a.load_state_dict(self.a.state_dict())
         if how.startswith("to torch"):
-            self.b.load_state_dict(through_file(self.a.state_dict()))
+            saved = through_file(self.a.state_dict())
+            saved["state"] = {i: state for i, state in saved["state"].items() if state}  # torch's Adagrad wants none
+            self.b.load_state_dict(saved)
             for group in self.b.param_groups:
                 numbers = {key: number(value) for key, value in group.items() if key in ("lr", "betas")}
                 group.update(numbers, foreach=False)
