@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is never imported need not be compiled to bytecode.
+# What is imported is compiled to bytecode then, and kept; most of what is installed never is.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
