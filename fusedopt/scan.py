@@ -36,9 +36,9 @@ class Scan:
     ) -> None:
         self._param_groups, self._specs, self._state, self._device = param_groups, specs, state, device
         self._groups = list(param_groups)
-        self._params = [list(group["params"]) for group in param_groups]
         if len(self._groups) != len(specs):
             raise RuntimeError("the param groups changed while the step was being planned")
+        self._params = [list(group["params"]) for group in self._groups]
         which = set(members)
         self._rows: list[_Row | None] = []
         self._has_members: list[bool] = []

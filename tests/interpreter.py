@@ -4,7 +4,7 @@ import functools
 
 
 def patch():
-    """Replaces what takes half of its time."""
+    """Replaces what takes much of its time."""
     _patch_language_once()
     _remember_types()
 

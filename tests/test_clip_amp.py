@@ -69,7 +69,10 @@ def test_norm_only_when_asked(engine):
 
 
 @pytest.mark.parametrize("bad", [INF, -INF, float("nan")])
-@pytest.mark.parametrize(("history", "clip"), [(0, 1.0), (2, None)])
+@pytest.mark.parametrize(
+    ("history", "clip"),
+    [(0, 1.0), (2, None), *(pytest.param(*both, marks=pytest.mark.nightly) for both in ((0, None), (2, 1.0)))],
+)
 @pytest.mark.parametrize("name", ALL)
 def test_skip_leaves_everything(engine, name, history, clip, bad):
     ps = params((70,), (5,))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import AVAILABLE
 from helpers import ALL, params
 
 import fusedopt
@@ -13,7 +14,16 @@ from fusedopt.verification.trajectory import STEPS, run, run_reference
 @pytest.mark.parametrize("dtype", gate.DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gate(case, engine, dtype):
-    result = gate.compare(case, engine, dtype, steps={"triton": 30, "cuda": 60}.get(engine, STEPS))
+    result = gate.compare(case, engine, dtype, steps={"triton": 30, "cuda": 150}.get(engine, STEPS))
+    assert result.passed, result
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="Triton cannot run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gate_of_triton_takes_more_steps(case, dtype):
+    result = gate.compare(case, "triton", dtype, steps=60)
     assert result.passed, result
 
 

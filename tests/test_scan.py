@@ -10,8 +10,11 @@ from test_moved import *  # noqa: F403
 import fusedopt
 from fusedopt.scan import Scan
 
+# Their plans are the same: Triton's interpreter, where it is not the only one, is for the night.
+DEVICES = [name for name in ("cuda", "triton") if name in AVAILABLE]
 
-@pytest.fixture(params=[name for name in AVAILABLE if name in ("cuda", "triton")][:1])  # their plans are the same
+
+@pytest.fixture(params=[*DEVICES[:1], *(pytest.param(name, marks=pytest.mark.nightly) for name in DEVICES[1:])])
 def engine(request, monkeypatch):
     monkeypatch.setenv("FUSEDOPT_HOST", "python")
     return request.param
