@@ -15,8 +15,10 @@ from fusedopt.engines import cpu
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / "sanitize"
 LIBRARY = FOLDER / "lib"
-# The first takes too long; the other wants all levels, of which one is built.
-LEFT_OUT = ("test_more_than_two_to_the_31_elements", "test_every_isa_level_passes_the_gate")
+LEVEL = cpu.load()[2]  # the build that this machine's tests load
+# The first takes too long; the others want levels that are not built.
+LEFT_OUT = ["test_more_than_two_to_the_31_elements"]
+LEFT_OUT += [f"test_every_isa_level_passes_the_gate[{level}]" for level in ("v2", "v3", "v4") if level != LEVEL]
 
 # Loads what the tests load, then writes behind a buffer, which must not go unnoticed.
 CANARY = """
@@ -33,8 +35,7 @@ engine.stream([address], [address], 2000, 1)
 def build():
     shutil.rmtree(LIBRARY, ignore_errors=True)  # or modules that were removed would still be found
     places = ["--build-base", str(FOLDER), "--build-lib", str(LIBRARY)]
-    level = cpu.load()[2]  # the build that this machine's tests will load
-    env = {**os.environ, "FUSEDOPT_SANITIZE": "address,undefined", "FUSEDOPT_CPU_LEVELS": level}
+    env = {**os.environ, "FUSEDOPT_SANITIZE": "address,undefined", "FUSEDOPT_CPU_LEVELS": LEVEL}
     command = [sys.executable, "setup.py", "-q", "build", *places]
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if run.returncode:
