@@ -260,7 +260,10 @@ class Operations:
             old = ours[key].data
             if how == "transpose":
                 if is_square(old):
-                    ours[key].data, theirs[key].data = old.t(), theirs[key].data.t().contiguous()
+                    # Centered, the variance is a difference: both parts of it, or it may fall below zero.
+                    is_part = "grad_avg" in ours and key != "momentum_buffer"
+                    for part in ("square_avg", "grad_avg") if is_part else (key,):
+                        ours[part].data, theirs[part].data = ours[part].data.t(), theirs[part].data.t().contiguous()
                 continue
             self.kept.append((old, bits(old)))
             if how == "data":
