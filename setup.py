@@ -6,7 +6,6 @@ ISA level of the same sources, and `_cuda` holds code for several GPUs. `fusedop
 
 from __future__ import annotations
 
-import ast
 import importlib.util
 import json
 import os
@@ -19,7 +18,6 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 REPORT = "_build_report.json"
@@ -198,7 +196,7 @@ class BuildExtensions(build_ext):
                 ninja.compile(CSRC / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
                 for rule in RULES
             ]
-            for source in ("codec", "engine"):
+            for source in ("codec", "engine", "stream"):
                 objects.append(ninja.compile(CSRC / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
             # Its checks would take a minute to compile, and it only passes on.
             module = f"{plain} {python} -DFUSEDOPT_MODULE=_cpu_{level}"
@@ -231,22 +229,6 @@ def define(rule: Path) -> str:
     return f"'-DFUSEDOPT_RULE_HEADER=\"rules/{rule.name}\"'"
 
 
-class BuildPython(build_py):
-    """Writes the stub that tells type checkers which optimizers fusedopt.optimizers discovers."""
-
-    def run(self) -> None:
-        lines = [
-            "from fusedopt.optimizer import FusedOptimizer",
-            "OPTIMIZERS: dict[str, type[FusedOptimizer]]",
-        ]
-        for path in sorted((ROOT / "fusedopt" / "optimizers").glob("*.py")):
-            classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
-            names = [c.name for c in classes if any(getattr(b, "id", "") == "FusedOptimizer" for b in c.bases)]
-            lines += [f"from fusedopt.optimizers.{path.stem} import {n} as {n}" for n in names]
-        (ROOT / "fusedopt" / "optimizers" / "__init__.pyi").write_text("\n".join(lines) + "\n")
-        super().run()
-
-
 if __name__ == "__main__":
     setup(
         packages=[
@@ -263,10 +245,10 @@ if __name__ == "__main__":
         ],
         package_dir={"fusedopt.triton_kernels": "triton_kernels", "fusedopt.bench": "bench"},
         exclude_package_data={"fusedopt.bench": ["results/*", "results/*/*"]},
-        package_data={"fusedopt": ["py.typed", REPORT], "fusedopt.optimizers": ["*.pyi"]},
+        package_data={"fusedopt": ["py.typed", REPORT]},
         ext_modules=[
             Extension(f"fusedopt.{name}", sources=[], optional=True)
             for name in ("_host", *(f"_cpu_{level}" for level in cpu_levels()), "_cuda")
         ],
-        cmdclass={"build_ext": BuildExtensions, "build_py": BuildPython},
+        cmdclass={"build_ext": BuildExtensions},
     )

@@ -12,4 +12,5 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["FusedOptimizer", "__version__", "fuse", *optimizers.OPTIMIZERS]  # pyright: ignore
+__all__ = ["FusedOptimizer", "__version__", "fuse"]
+__all__ += optimizers.__all__

@@ -11,14 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import memory
+from fusedopt import memory, operands
+from fusedopt.operands import COMPLEX, FLOATING
 from fusedopt.rule import LR, WEIGHT_DECAY, Group, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
 SCHEDULE_ROUNDING = 1e-9
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-COMPLEX = (torch.complex64, torch.complex128, torch.complex32)
 WIDE = (torch.float64, torch.complex128)  # stepped in double precision, others in float32
 MOST_DIMS = 64  # that engines walk; a complex number is one of two parts. As many as torch has
 PAIR = 2  # numbers in a hyperparameter such as betas
@@ -214,16 +213,18 @@ def whole_norm(p: Tensor, name: object) -> None:
 
 def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
     """The rule's states that a parameter has fit it; those it lacks are not asked for."""
-    for key in {s.name for s in rule.states} & set(state):
-        value = state[key]
+    for spec in rule.states:
+        key, value = spec.name, state.get(spec.name)
         if value is None:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
         if value.shape != p.shape:
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
-        if value.dtype not in (COMPLEX if p.is_complex() else FLOATING):
+        if value.is_complex() != p.is_complex():
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
+        if reason := operands.illegal("exact state" if spec.exact else "state", value.dtype):
+            raise ValueError(f"state {key!r} of {name} has dtype {reason}")
         if short := memory.shortage(value):
             raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
         if memory.misaligned(value):

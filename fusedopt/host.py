@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, memory
+from fusedopt.operands import FLOATING
 from fusedopt.rule import LR, WEIGHT_DECAY, Rule
 from fusedopt.scan import Scan
 
@@ -45,7 +46,7 @@ _FUNCTIONS = {
 }
 _DTYPES = {
     dtype: str(dtype).removeprefix("torch.")
-    for dtype in (*checks.FLOATING, torch.complex64, torch.complex128, torch.complex32)
+    for dtype in (*FLOATING, torch.complex64, torch.complex128, torch.complex32)
 }
 
 _DLPACK = 1 << 16  # dtypes from here on are DLPack's own numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,9 @@ class Scaling:
         return self.found_inf is not None and float(self.found_inf) != 0
 
 
+# What is done with the sum of the gradients' squares, a 0-dim float64 tensor, before any parameter is updated.
+Between = Callable[[Tensor], Tensor]
+
 _forks = 0
 
 
@@ -78,12 +81,20 @@ def _one_thread() -> Iterator[None]:
 
 
 def launch(
-    plans: list[Any], scaling: Scaling, max_norm: float, measure: bool, skip_nonfinite: bool, *, wait: bool
+    plans: list[Any],
+    scaling: Scaling,
+    max_norm: float,
+    measure: bool,
+    skip_nonfinite: bool,
+    between: Between | None,
+    *,
+    wait: bool,
 ) -> tuple[float | Tensor, bool] | None:
     """Run a step on all plans, which hold the step's gradients from then on.
 
     Plans are updated in their order. No signal handler runs between the update of a parameter and that of its counters,
-    or of another parameter.
+    or of another parameter. Where gradients are measured and there is a hook between the passes, all plans measure
+    before it, and update with what it makes of the sum of squares.
 
     Returns:
         The gradients' norm, and whether the step was skipped, if that is known: without asking where a plan is not
@@ -91,19 +102,24 @@ def launch(
     """
     if not plans:
         return 0.0, False
-    if len(plans) == 1 and plans[0].indivisible:
+    is_one_pass = len(plans) == 1 and not (measure and between)
+    if is_one_pass and plans[0].indivisible:
         outcome = plans[0].step(scaling, max_norm, measure, skip_nonfinite)
         return outcome and outcome[1:]
-    if len(plans) == 1:
+    if is_one_pass:
         with held_back():
             if not plans[0].scan():
                 return None
             _, norm, skipped = plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)
-    else:  # the norm spans plans: measure on all before updating any
+    else:  # the norm spans plans, or more: measure on all before updating any
         if not all(plan.scan() for plan in plans):
             return None
-        squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans] if measure else None
-        totals = [None if squares is None else _sum(squares, plan) for plan in plans]
+        totals: list[Any] = [None] * len(plans)
+        if measure:
+            squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans]
+            if between:
+                squares = [between(torch.as_tensor(_sum(squares, plans[0]), dtype=torch.float64))]
+            totals = [_sum(squares, plan) for plan in plans]
         with held_back():
             for plan in plans:  # much may have run since it was scanned
                 plan.check()
@@ -117,7 +133,7 @@ def launch(
     return norm, skipped
 
 
-def _sum(squares: list[float | Tensor], plan: Any) -> float | Tensor:
+def _sum(squares: Sequence[float | Tensor], plan: Any) -> float | Tensor:
     """The sum in the same order for all plans; waits only for those who cannot."""
     if not plan.asynchronous:
         return sum(float(s) for s in squares)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, planner
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, forks, launch, threads_that_exist
+from fusedopt.launch import Between, Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state
@@ -24,13 +24,25 @@ ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tens
 _OWN = ("max_grad_norm", "skip_nonfinite", "engine")
 
 
+def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
+    """What a subclass's ``__init__`` was given, as arguments of FusedOptimizer's.
+
+    Args:
+        given: Its ``locals()``, before anything else is among them.
+        fixed: Options of the groups that it does not take.
+    """
+    own = {name: given[name] for name in _OWN}
+    options = {name: value for name, value in given.items() if name not in ("self", "params", "__class__", *_OWN)}
+    return {"defaults": {**options, **fixed}, **own}
+
+
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
     launch for all tensors of all param groups on a device. Gradients are left as they are.
 
-    Subclasses name their ``rule`` and pass these arguments on:
+    Subclasses name their ``rule`` and pass these arguments on, as ``**arguments(locals())``:
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
@@ -78,6 +90,8 @@ class FusedOptimizer(torch.optim.Optimizer):
     rule: ClassVar[type[Rule]]
     # GradScaler hands `grad_scale` and `found_inf` to step() instead of unscaling by itself.
     _step_supports_amp_scaling = True
+    # A hook between measuring and updating, see fusedopt/launch.py.
+    _between: Between | None = None
 
     def __init__(
         self,
@@ -95,8 +109,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._skipped = 0
         self._norm: float | Tensor | None = None
         self._plans: list[Any] | None = None
-        self._verdicts: dict[tuple[torch.device, int], Any] = {}
-        self._captured: list[Any] = []
+        self._statuses: dict[tuple[torch.device, int], Any] = {}
+        self._retained: list[Any] = []
         self._shard: tuple[Tensor, object] | None = None
         self._lock, self._forks = threading.RLock(), forks()
         super().__init__(params, defaults)  # type: ignore[arg-type]
@@ -156,7 +170,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        request = scaling, max_norm, measures, self.skip_nonfinite
+        request = scaling, max_norm, measures, self.skip_nonfinite, self._between
         is_planned, plans = self._plans is not None, self._plans or []
         new_state, outcome = NewState(), None
         if not is_planned:
@@ -237,23 +251,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def skipped_steps(self) -> int:
         """How many steps were skipped. Waits for the device."""
-        return self._skipped + max((int(v.skipped_steps) for v in self._verdicts.values()), default=0)
+        return self._skipped + max((int(v.skipped_steps) for v in self._statuses.values()), default=0)
 
     def members(self, which: Sequence[int]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters, counted through all groups, with their groups."""
         everyone = [(p, group) for group in self.param_groups for p in group["params"]]
         return [everyone[i] for i in which]
 
-    def verdict(self, device: torch.device, nth: int) -> Any:
+    def status(self, device: torch.device, nth: int) -> Any:
         """Where the nth plan on a device tells whether its steps were skipped, and the norm."""
-        if (device, nth) not in self._verdicts:
-            self._verdicts[device, nth] = engines.Verdict(device)
-        return self._verdicts[device, nth]
+        if (device, nth) not in self._statuses:
+            self._statuses[device, nth] = engines.StepStatus(device)
+        return self._statuses[device, nth]
 
-    def keep(self, plan: Any) -> None:
+    def retain(self, plan: Any) -> None:
         """Hold a plan for as long as the optimizer lives: a graph may launch on its tables."""
-        if not any(plan is kept for kept in self._captured):
-            self._captured.append(plan)
+        if not any(plan is retained for retained in self._retained):
+            self._retained.append(plan)
 
     # ----------------------------------------------------------------- state
 
@@ -321,8 +335,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_shard", None)
         self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_forks", forks())
-        self.__dict__.setdefault("_verdicts", {})
-        self.__dict__.setdefault("_captured", [])
+        self.__dict__.setdefault("_statuses", {})
+        self.__dict__.setdefault("_retained", [])
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in _OWN}

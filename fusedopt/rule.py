@@ -70,6 +70,8 @@ class State:
     name: str
     when: str = ""  # exists only while this hyperparameter or flag of the group is truthy
     init: str = ""  # the group key of its initial value; zero if empty
+    signed: bool = True  # whether it can be negative
+    exact: bool = False  # whether it must keep all that float32 holds
 
 
 LR = Hyper("lr")
@@ -103,13 +105,13 @@ class Rule(ABC):
 
     @staticmethod
     @abstractmethod
-    def prepare(h: SimpleNamespace, s: SimpleNamespace, first: bool) -> SimpleNamespace:
+    def prepare(h: SimpleNamespace, s: SimpleNamespace, new_state: bool) -> SimpleNamespace:
         """Coefficients of one step.
 
         Args:
             h: Hyperparameters by name.
             s: Scalars by name, ``step`` already advanced; may be changed.
-            first: Whether the state was created for this step.
+            new_state: Whether the state was created for this step.
         """
 
     @staticmethod

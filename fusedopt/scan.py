@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, memory
+from fusedopt.layout import NEW_STATE, NO_MEMORY, record_width
 
 
 class Scan:
@@ -72,13 +73,21 @@ class Scan:
             raise RuntimeError("a parameter, gradient or state was changed while a step was under way")
 
     def write(self, words: Tensor) -> bool:
-        """Put gradients' addresses and hyperparameters there, see triton_kernels/walk.py; whether anything changed."""
-        given = enumerate(self._gradients)
-        addresses = [0 if g is None else (g.data_ptr() if g.numel() else 2) + (i in self._new_state) for i, g in given]
-        now = torch.tensor([*addresses, *itertools.chain(*self._records)], dtype=torch.int64, device="cpu")
+        """Put the gradients' words and the groups' records there, see fusedopt/layout.py; whether anything changed."""
+        now = torch.tensor(
+            [*map(self._grad_word, range(len(self._gradients))), *itertools.chain(*self._records)],
+            dtype=torch.int64,
+            device="cpu",
+        )
         changed = not torch.equal(now, words)
         words.copy_(now)
         return changed
+
+    def _grad_word(self, i: int) -> int:
+        g = self._gradients[i]
+        if g is None:
+            return 0
+        return (g.data_ptr() if g.numel() else NO_MEMORY) + NEW_STATE * (i in self._new_state)
 
     def commit(self) -> None:
         """The step happened: states that were new are so no more."""
@@ -95,7 +104,7 @@ class Scan:
         self._records = []
         for group, spec, has_members in zip(self._groups, self._specs, self._has_members, strict=True):
             if not has_members:
-                self._records.append([0] * (2 * len(spec[1]) + 2))
+                self._records.append([0] * record_width(len(spec[1]) - 2))
                 continue
             if any(bool(group[key]) != on for key, on in spec[2]):
                 return False

@@ -48,15 +48,6 @@ def test_build_without_a_compiler(tmp_path, compiler, reason):
     assert run.returncode and "engine 'cpu' is not available: it was not built" in run.stderr
 
 
-def test_stub_names_every_optimizer():
-    stub = ROOT / "fusedopt" / "optimizers" / "__init__.pyi"
-    from fusedopt import optimizers
-
-    if not stub.exists():
-        subprocess.run([sys.executable, "setup.py", "-q", "build_py"], cwd=ROOT, check=True, capture_output=True)
-    assert sorted(line.split()[-1] for line in stub.read_text().splitlines() if " as " in line) == optimizers.__all__
-
-
 def test_no_machine_specific_flags():
     text = (ROOT / "setup.py").read_text()
     assert "march=native" not in text and "-ffast-math" not in text.replace("never -ffast-math", "")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import AVAILABLE
 from helpers import ALL, TORCH, assert_same, fewer, fill_gradients, params, snapshot
 
 import fusedopt
@@ -54,6 +55,43 @@ def test_norm_is_the_same_every_time(engine):
         optimizer.step()
         norms.add(optimizer.grad_norm.item())
     assert len(norms) == 1
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
+def test_norm_has_the_same_bits_for_any_number_of_threads():
+    """A share's sum does not depend on who computes it, nor do the shares on how many they are."""
+    ps = params((700_001,), (3, 5), (90_000,), *[(7,)] * 300)
+    fill_gradients(ps)
+    threads, norms = torch.get_num_threads(), set()
+    try:
+        for n in (1, 2, 3, 7) * 3:
+            torch.set_num_threads(n)
+            optimizer = fusedopt.SGD(ps, lr=0.0, max_grad_norm=INF, engine="cpu")
+            optimizer.step()
+            norms.add(float(optimizer._norm))
+    finally:
+        torch.set_num_threads(threads)
+    assert len(norms) == 1
+
+
+def test_hook_between_the_passes(engine):
+    """It is given the sum of squares before any parameter is updated, and the step clips by its answer."""
+    ps, given = params((300,), (5, 3), dtype=torch.float64), []
+    fill_gradients(ps)
+    expected = [p.detach() - p.grad / (2 * sum(q.grad.square().sum() for q in ps).sqrt() + 1e-6) for p in ps]
+    before = [p.detach().clone() for p in ps]
+
+    def between(squared):
+        assert all(map(torch.equal, ps, before))
+        given.append(float(squared))
+        return 4 * squared
+
+    optimizer = fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, engine=engine)
+    optimizer._between = between
+    optimizer.step()
+    torch.testing.assert_close([p.detach() for p in ps], expected)
+    torch.testing.assert_close(given, [float(sum(q.grad.square().sum() for q in ps))])
+    torch.testing.assert_close(optimizer.grad_norm, 2 * torch.tensor(given[0], dtype=torch.float64).sqrt())
 
 
 def test_norm_only_when_asked(engine):

@@ -1,13 +1,19 @@
-"""Names and signatures are the same everywhere."""
+"""Names, signatures and layouts are the same everywhere."""
 
 import inspect
+import re
+from importlib import import_module
+from pkgutil import iter_modules
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import AVAILABLE
 from helpers import ALL, TORCH
 
 import fusedopt
-from fusedopt.engines import cpu
+from fusedopt import layout, optimizers
+from fusedopt.engines import cpu, cuda
 
 OWN = ["max_grad_norm", "skip_nonfinite", "engine"]
 
@@ -46,30 +52,69 @@ def test_group_keys_and_states_are_torchs(name, engine):
     assert list(ours.state[q]) == list(theirs.state[p])
 
 
-@pytest.mark.skipif(cpu.available() is not None, reason="the CPU engine is not built")
-@pytest.mark.parametrize("name", ALL)
-def test_engines_agree_on_names(name):
-    rule = getattr(fusedopt, name).rule
-    kernels = [k for k in cpu.load()[1].kernels() if k["rule"] == rule.name]
-    assert kernels
-    for k in kernels:
-        assert sorted(k["hyper"]) == sorted(h.name for h in rule.hyper)
-        assert k["scalars"] == list(rule.scalars)
-        assert not rule.scalars or k["scalars"][0] == "step"
-    wanted = {tuple(s.name for s in rule.states if not s.when or on[s.when]) for on in switch_settings(rule)}
-    assert {tuple(k["states"]) for k in kernels} == wanted
+def test_every_optimizer_is_exported():
+    modules = [import_module(m.name) for m in iter_modules(optimizers.__path__, f"{optimizers.__name__}.")]
+    found = {value for m in modules for value in vars(m).values() if getattr(value, "__module__", "") == m.__name__}
+    classes = {c.__name__ for c in found if isinstance(c, type) and issubclass(c, fusedopt.FusedOptimizer)}
+    assert classes == set(optimizers.OPTIMIZERS) == set(optimizers.__all__) <= set(fusedopt.__all__)
 
 
-def switch_settings(rule):
+RULES = {getattr(fusedopt, name).rule.name: getattr(fusedopt, name).rule for name in ALL}
+
+
+def variants(rule):
+    """The sets of states that a rule's switches choose from."""
     settings = [{}]
     for key in rule.switches():
         settings = [{**s, key: on} for s in settings for on in (False, True)]
-    return settings
+    return {tuple(s.name for s in rule.active_states(setting)) for setting in settings}
 
 
-def test_no_kernel_without_a_rule():
-    if cpu.available() is None:
-        assert {k["rule"] for k in cpu.load()[1].kernels()} == {getattr(fusedopt, n).rule.name for n in ALL}
+def names(rule):
+    """What the rule in Python says: what it reads and prepares, in order."""
+    h = SimpleNamespace(**{x.name: 0.5 for x in rule.hyper})
+    coefficients = rule.prepare(h, SimpleNamespace(**{**rule.scalars, "step": 1.0}), False)
+    return {
+        "scalars": list(rule.scalars),
+        "hyper": [x.name for x in rule.hyper],
+        "coefficients": list(vars(coefficients)),
+    }
+
+
+def kernels(engine):
+    """What an engine has: for each rule its names, and the sets of states that it steps."""
+    if engine == "triton":
+        modules = pytest.importorskip("fusedopt.triton_kernels.rules").by_name()
+        for name, module in modules.items():
+            found = {key: list(getattr(module, key)) for key in ("scalars", "hyper", "coefficients")}
+            assert module.states == tuple(s.name for s in RULES[name].states)
+            yield name, found, variants(RULES[name])
+        return
+    if engine not in AVAILABLE:
+        pytest.skip(f"needs engine {engine}")
+    registry = cpu.load()[1] if engine == "cpu" else cuda.load()
+    for k in registry.kernels():
+        steps = {tuple(k["states"])} if engine == "cpu" else set(map(tuple, k["variants"]))
+        yield k["rule"], {key: k[key] for key in ("scalars", "hyper", "coefficients")}, steps
+
+
+@pytest.mark.parametrize("engine", ["cpu", "cuda", "triton"])
+def test_engines_have_the_same_rules_and_names(engine):
+    stepped = {}
+    for rule, found, states in kernels(engine):
+        assert found == names(RULES[rule]), rule
+        assert "step" not in found["scalars"][1:]
+        stepped[rule] = stepped.get(rule, set()) | states
+    assert stepped == {name: variants(rule) for name, rule in RULES.items()}
+
+
+@pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs the engine's module")
+def test_tables_have_one_layout():
+    found = cuda.load().layout()
+    for table in (layout.RowWord, layout.StepWord, layout.GroupFlag, layout.StatusNumber, layout.StatusCount):
+        words = [re.sub("(?<!^)(?=[A-Z])", "_", word.removeprefix("k")).upper() for word in found.pop(table.__name__)]
+        assert words == [word.name for word in table] and list(table) == list(range(len(table)))
+    assert found == {name: getattr(layout, name) for name in ("ADDRESSES", "NEW_STATE", "NO_MEMORY")}
 
 
 @pytest.mark.parametrize("name", ALL)

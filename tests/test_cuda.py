@@ -12,9 +12,10 @@ from conftest import AVAILABLE
 from helpers import ALL, BY_NAME, close, fill_gradients, params
 
 import fusedopt
-from fusedopt.engines import cuda
+from fusedopt.engines import cuda, tables
 from fusedopt.launch import Scaling
 
+ENGINE = cuda.load() if "cuda" in AVAILABLE else None
 on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
 
 SIZES = [0, 1, 3, 7, 8, 9, 255, 256, 257, 263, 264, 511, 512, 520, 1031, 4097]
@@ -23,17 +24,18 @@ SIZES = [0, 1, 3, 7, 8, 9, 255, 256, 257, 263, 264, 511, 512, 520, 1031, 4097]
 @pytest.fixture
 def programs(monkeypatch, request):
     """How many blocks there are."""
-    choose = cuda.load().Choice
+    set_programs(monkeypatch, request.param)
 
-    class Choice(choose):
+
+def set_programs(monkeypatch, n):
+    class KernelSelection(ENGINE.KernelSelection):
         def blocks(self, device):
-            return request.param
+            return n
 
     class Module:
         def __getattr__(self, name):
-            return Choice if name == "Choice" else getattr(module, name)
+            return KernelSelection if name == "KernelSelection" else getattr(ENGINE, name)
 
-    module = cuda.load()
     monkeypatch.setattr(cuda, "load", Module)
 
 
@@ -73,7 +75,7 @@ def test_nothing_beyond_a_row_is_touched(programs, offset):
 
 @on_threads
 @pytest.mark.parametrize("count", [100, 1000, 5000])
-def test_live_tables_of_all_sizes(count):
+def test_step_tables_of_all_sizes(count):
     """By value in small arguments, in large ones, and in the device's memory."""
     ours = params(*[(3,)] * count)
     whole = torch.nn.Parameter(torch.stack([p.detach() for p in ours]))
@@ -85,7 +87,7 @@ def test_live_tables_of_all_sizes(count):
             p.grad = g
         a.step(), b.step()
     close(torch.stack([p.detach() for p in ours]), whole.detach())
-    assert a._plans[0].live.by_value == (count < 4000)
+    assert a._plans[0].step_table.by_value == (count < 4000)
 
 
 @on_threads
@@ -184,29 +186,73 @@ def test_a_failed_launch_is_an_error_with_its_name_and_changes_nothing():
 
 
 @on_threads
-def test_too_many_kinds_are_refused():
-    kinds = [(False, ["fp32", "fp32"], [])] * 65
-    choice = cuda.load().Choice("sgd", [[]])
-    names = ("rows", "tiles", "shares", "layouts", "live", "partials", "verdict", "counters")
-    with pytest.raises(ValueError, match="more than 64"):
-        cuda.load().Launcher(choice, dict.fromkeys(names, 0), kinds, 0, 1, 1, 5, 0, 4)
+def test_as_many_signatures_as_there_are():
+    """Every combination of types and strides of a parameter, its gradient and its state, in one launch."""
+    types = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    results = []
+    for engine in ("cuda", "eager"):
+        torch.manual_seed(3)
+        ps = [torch.nn.Parameter(torch.randn(5, 7).to(a)) for a in types for _ in range(32)]
+        optimizer = fusedopt.SGD(ps, lr=0.1, momentum=0.9, engine=engine)
+        for i, p in enumerate(ps):
+            p.grad_dtype = types[i % 4]
+            optimizer.state[p]["momentum_buffer"] = torch.randn(5, 7).to(types[i // 4 % 4])
+            g = torch.randn(7, 5).to(p.grad_dtype)
+            p.grad = g.t() if i // 16 % 2 else g.t().contiguous()
+        optimizer.step()
+        results.append([p.detach().double() for p in ps])
+        if engine == "cuda":
+            (plan,) = optimizer._plans
+            assert len(plan.table.signatures) == 128
+    for p, q in zip(*results, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
 
 
-def test_names_are_those_of_the_rules():
-    if "cuda" not in AVAILABLE:
-        pytest.skip("needs the engine's module")
-    kernels = cuda.load().kernels()
-    for name in ALL:
-        rule = getattr(fusedopt, name).rule
-        mine = [k for k in kernels if k["rule"] == rule.name]
-        assert mine and all(sorted(k["hyper"]) == sorted(h.name for h in rule.hyper) for k in mine)
-        assert all(k["scalars"] == list(rule.scalars) for k in mine)
-        largest = max(len(k["variants"]) for k in mine)
-        assert largest == 2 ** len(rule.switches())
+@on_threads
+def test_two_launches_where_one_does_not_fit():
+    results = []
+    for refused in (False, True):
+        torch.manual_seed(0)
+        ps = params((700,), (3, 100))
+        optimizer = fusedopt.AdamW(ps, engine="cuda", max_grad_norm=1.0)
+        for t in range(3):
+            torch.manual_seed(t)
+            fill_gradients(ps)
+            if refused and t == 1:
+                ENGINE.refuse_next_cooperative_launch()
+            optimizer.step()
+        (plan,) = optimizer._plans
+        assert plan._launcher.in_one_launch is not refused
+        results.append([*(p.detach() for p in ps), optimizer.grad_norm, optimizer.state[ps[0]]["step"]])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_threads
+def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
+    """The shares of four programs, computed by any number of them, which claim them in any order."""
+    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, 4))
+    ps = params((100_001,), (3, 100), (60_001,), *[(7,)] * 50)
+    fill_gradients(ps)
+    norms = set()
+    for n in (1, 2, 3, 7, 20):
+        set_programs(monkeypatch, n)
+        optimizer = fusedopt.SGD(ps, lr=0.0, engine="cuda", max_grad_norm=1.0)
+        ENGINE.set_disorder(True)
+        for _ in range(3):
+            optimizer.step()
+            norms.add(float(optimizer._plans[0].status.norm))
+        ENGINE.set_disorder(False)
+        table = optimizer._plans[0].table
+        assert (table.programs, table.n_shares) == (n, 20)
+    assert len(norms) == 1
 
 
 # ------------------------------------------------------------------------------------- the built extension
 
+# One for each variant of a rule, one for all where there are several, and both sizes of arguments.
+N_VARIANTS = [2 ** len(rule.switches()) for rule in {getattr(fusedopt, name).rule for name in ALL}]
+N_KERNELS = 2 * sum(n + (n > 1) for n in N_VARIANTS)
 built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
@@ -230,7 +276,7 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     kernels = json.loads(file.read_text())["kernels"]
-    assert len(kernels) == 38
+    assert len(kernels) == N_KERNELS
     for k in kernels:
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
         assert k["loads_other"] == 0 and k["stores_other"] == 0, k

@@ -118,7 +118,7 @@ def test_other_types_compile(tmp_path):
     assert all(k["loads_128"] and not k["loads_other"] for k in kernels)
 
 
-def test_kinds_share_a_kernel_and_strided_rows_compile(tmp_path):
+def test_signatures_share_a_kernel_and_strided_rows_compile(tmp_path):
     """Two types, AMSGrad beside Adam and strided rows in one launch: still no spills, still wide."""
     program = """
 import json, sys
@@ -127,13 +127,13 @@ from fusedopt import AdamW
 from fusedopt.engines import triton as engine
 from fusedopt.inspection.code import of_cubin
 from fusedopt.triton_kernels import ahead, norm, step
-kinds = ";".join([
+signatures = (
     "dense param=bf16 grad=bf16 exp_avg=fp32 exp_avg_sq=fp32",
     "dense param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32 max_exp_avg_sq=fp32",
     "strided param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32",
-])
-constants = engine.constants(AdamW.rule, kinds, 1024)
-for kernel, chosen in zip((norm.norm, step.step), engine.constants(AdamW.rule, "", 1024), strict=True):
+)
+constants = engine.constants(AdamW.rule, signatures, 1024)
+for kernel, chosen in zip((norm.norm, step.step), engine.constants(AdamW.rule, (), 1024), strict=True):
     ahead.compiled(ahead.Specialised("without rows", kernel, chosen), "90")
 for kernel, chosen in zip((norm.norm, step.step), constants, strict=True):
     made = ahead.compiled(ahead.Specialised("mixed", kernel, chosen), "90")

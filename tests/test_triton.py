@@ -108,7 +108,7 @@ def test_one_launch_for_all_groups_and_dtypes(launches, name):
     assert launches == ["step"] * 3 + ["norm", "step"]
 
 
-def test_verdicts_stay_on_the_device():
+def test_status_stays_on_the_device():
     """Only a first step waits; later ones leave the norm and the skips to be read by whoever wants them."""
     ps = params((5,))
     optimizer = fusedopt.AdamW(ps, engine="triton", skip_nonfinite=True)
@@ -118,7 +118,7 @@ def test_verdicts_stay_on_the_device():
     for expected in (1, 2):
         ps[0].grad = torch.full((5,), math.inf)
         optimizer.step()
-        assert optimizer._skipped == 0 and int(plan.verdict.skipped_steps) == expected == optimizer.skipped_steps
+        assert optimizer._skipped == 0 and int(plan.status.skipped_steps) == expected == optimizer.skipped_steps
     assert isinstance(optimizer._norm, torch.Tensor) and optimizer.state[ps[0]]["step"] == 1
     optimizer.param_groups[0]["amsgrad"] = True  # needs another plan; what was counted stays
     fill_gradients(ps)
@@ -150,11 +150,11 @@ def test_tensor_hyperparameters_are_read_by_the_kernel(where, kind):
     for _ in range(2):
         a.step(), b.step()
     (plan,) = a._plans
-    words = plan.live.words.clone()
+    words = plan.step_table.words.clone()
     value.fill_(0.125)
     b.param_groups[0].update({"lr": 0.125} if where == "lr" else {"betas": (0.125, 0.99)})
     a.step(), b.step()
-    assert torch.equal(plan.live.words, words)
+    assert torch.equal(plan.step_table.words, words)
     close(ours[0], theirs[0])
 
 

@@ -12,13 +12,14 @@ TYPES = {
     "tiles": "*i64",
     "shares": "*i64",
     "layouts": "*i64",
-    "live": "*i64",
+    "step_table": "*i64",
     "partials": "*fp64",
-    "verdict": "*fp64",
-    "counters": "*i32",
+    "numbers": "*fp64",
+    "counts": "*i32",
     "grad_scale": "*fp32",
     "found_inf": "*fp32",
     "n_rows": "i32",
+    "n_shares": "i32",
 }
 
 
@@ -47,19 +48,22 @@ def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> lis
         arch: A compute capability times ten, such as 90, or one of AMD's, such as gfx942.
     """
     from fusedopt.engines import triton as engine
+    from fusedopt.operands import FP32, FP64, PLAIN, Signature
     from fusedopt.triton_kernels import norm, step
 
     elements, rules = list(elements), list(rules)
+    codecs = {codec.name: codec for codec in PLAIN}
     found = []
     for element, rule in product(elements, rules):
-        for states in _variants(rule):
-            wide = "fp64" if element == "fp64" else "fp32"
-            kind = " ".join([f"dense param={element} grad={element}", *(f"{name}={wide}" for name in states)])
-            for_norm, for_step = engine.constants(rule, kind, engine.TILES[_backend(arch)])
+        for states in _sets_of_states(rule):
+            wide = FP64 if element == FP64.name else FP32
+            operands = (("param", codecs[element]), ("grad", codecs[element]), *((name, wide) for name in states))
+            signature = Signature(False, operands)
+            for_norm, for_step = engine.constants(rule, [signature], engine.TILES[_backend(arch)])
             switched = [s.name for s in rule.states if s.when and s.name in states]
             label = f"{'+'.join([rule.name, *switched])} {element}"
             found.append(Specialised(label, step.step, for_step))
-            if rule is rules[0] and states == _variants(rule)[0]:
+            if rule is rules[0] and states == _sets_of_states(rule)[0]:
                 found.append(Specialised(f"norm {element}", norm.norm, for_norm))
     return found
 
@@ -90,7 +94,7 @@ def _backend(arch: str) -> str:
     return "hip" if arch.startswith("gfx") else "cuda"
 
 
-def _variants(rule: Any) -> list[tuple[str, ...]]:
+def _sets_of_states(rule: Any) -> list[tuple[str, ...]]:
     """The sets of states that a rule's switches choose from."""
     keys = rule.switches()
     settings = [dict(zip(keys, on, strict=True)) for on in product((False, True), repeat=len(keys))]

@@ -5,6 +5,8 @@ import triton.language as tl  # noqa: F401 (the interpreter wants it in sight)
 
 from fusedopt.triton_kernels.math import div, lerp, maximum, sqrt
 
+ratio_coefficients = ("one_minus_beta1", "beta2", "one_minus_beta2", "m_scale", "g_scale", "root_scale", "eps")
+
 
 @triton.jit
 def update_moments(g, state, one_minus_beta1, beta2, one_minus_beta2):

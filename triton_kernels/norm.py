@@ -3,8 +3,9 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.variants import compute, count, is_strided
-from fusedopt.triton_kernels.walk import HEADER, KIND, NUMEL, aligned, is_last, place, read, share, word
+from fusedopt.triton_kernels.signatures import compute, count
+from fusedopt.triton_kernels.tile import PARTS, fetch, places, whole_tiles
+from fusedopt.triton_kernels.walk import NUMEL, SHARES_MEASURED, claim, is_last, row_of, segment, share_of
 
 # Tiles that are added up in single precision before they join the double precision sum.
 RUN = tl.constexpr(16)
@@ -12,96 +13,89 @@ RUN = tl.constexpr(16)
 
 @triton.jit
 def _squares(
-    rows, row, layouts, gradient, t, numel, T: tl.constexpr, KINDS: tl.constexpr, K: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, FULL: tl.constexpr,
+    words, layouts, grad, start, numel, T: tl.constexpr, SIGNATURES: tl.constexpr, K: tl.constexpr,
+    SIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The squares of the gradient's elements in tile t."""
-    start = tl.cast(t, tl.int64) * TILE
-    lanes = tl.arange(0, TILE)
-    mask = start + lanes < numel
-    if is_strided(KINDS, K):
-        offsets = place(rows, row, layouts, start + lanes, KINDS, K, WIDTH)
-        g = read(gradient, 0, offsets[1], mask, KINDS, K, 1, False)
-    else:
-        g = read(gradient, start, lanes, mask, KINDS, K, 1, FULL)
-    g = g.to(T)
+    """The squares of SIZE of the gradient's elements."""
+    at = places(words, layouts, start, numel, SIGNATURES, K, SIZE)
+    g = fetch(grad, at, SIGNATURES, K, 1, FULL).to(T)
     return g * g
 
 
 @triton.jit
 def _sum(
-    rows, row, layouts, gradient, begin, end, numel, T: tl.constexpr, KINDS: tl.constexpr, K: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr,
+    words, layouts, grad, begin, end, numel, T: tl.constexpr, SIGNATURES: tl.constexpr, K: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares in tiles [begin, end) of a row."""
     total = tl.zeros((), tl.float64)
-    full_end = begin
-    if not is_strided(KINDS, K):
-        if aligned((gradient,)):
-            full_end = tl.maximum(tl.minimum(end, (numel // TILE).to(tl.int32)), begin)
+    full_end = whole_tiles((grad,), begin, end, numel, SIGNATURES, K, TILE)
     for run in range(begin, full_end, RUN):
         part = tl.zeros((TILE,), T)
         for t in range(run, tl.minimum(run + RUN, full_end)):
-            part += _squares(rows, row, layouts, gradient, t, numel, T, KINDS, K, WIDTH, TILE, True)
+            part += _squares(words, layouts, grad, tl.cast(t, tl.int64) * TILE, numel, T, SIGNATURES, K, TILE, True)
         total += tl.sum(part).to(tl.float64)
-    for t in range(full_end, end):
-        part = _squares(rows, row, layouts, gradient, t, numel, T, KINDS, K, WIDTH, TILE, False)
+    PART: tl.constexpr = TILE // PARTS
+    for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
+        part = _squares(words, layouts, grad, at, numel, T, SIGNATURES, K, PART, False)
         total += tl.sum(part).to(tl.float64)
     return total
 
 
 @triton.jit
 def _row(
-    rows, row, layouts, gradient, begin, end, KINDS: tl.constexpr, K: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
+    words, layouts, grad, begin, end, SIGNATURES: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    numel = tl.load(rows + row * WIDTH + NUMEL)
-    T: tl.constexpr = compute(KINDS, K)
-    total = _sum(rows, row, layouts, gradient, begin, end, numel, T, KINDS, K, WIDTH, TILE)
+    numel = tl.load(words + NUMEL)
+    T: tl.constexpr = compute(SIGNATURES, K)
+    total = _sum(words, layouts, grad, begin, end, numel, T, SIGNATURES, K, TILE)
     if T != tl.float64:
         if not (total < float("inf")):  # the squares may have overflowed, not the gradients
-            total = _sum(rows, row, layouts, gradient, begin, end, numel, tl.float64, KINDS, K, WIDTH, TILE)
+            total = _sum(words, layouts, grad, begin, end, numel, tl.float64, SIGNATURES, K, TILE)
     return total
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_shares"])
 def norm(
-    rows, tiles, shares, layouts, live, partials, verdict, counters, n_rows, KINDS: tl.constexpr, WIDTH: tl.constexpr,
-    TILE: tl.constexpr,
+    rows, tiles, shares, layouts, step_table, partials, numbers, counts, n_shares, SIGNATURES: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sum of the squares of all gradients to ``verdict[0]``.
+    """Writes the sum of the squares of all gradients to the first of ``numbers``.
 
     Args:
-        rows: See walk.py for these four.
+        rows: See fusedopt/layout.py for these eight.
         tiles: Tiles before each row.
-        shares: Where each program begins.
-        live: What changes from step to step.
-        layouts: int64, shapes and strides of strided rows.
-        partials: Doubles, one for each program.
-        verdict: Doubles.
-        counters: int32; the first is 0 between launches.
-        n_rows: How many.
-        KINDS: See variants.py.
+        shares: Where each begins.
+        layouts: Of strided rows.
+        step_table: What changes from step to step.
+        partials: A sum for each share.
+        numbers: What is told of the step.
+        counts: The same.
+        n_shares: How many.
+        SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
         TILE: Elements of a tile, a power of two.
     """
-    tile, end, row, _ = share(shares)
-    total = tl.zeros((), tl.float64)
-    while tile < end:
-        first = word(tiles + row)
-        stop = tl.minimum(word(tiles + row + 1), end)
-        kind = word(rows + row * WIDTH + KIND)
-        given = tl.load(live + HEADER + row)
-        for k in tl.static_range(count(KINDS)):
-            if (given != 0) & (kind == k):
-                total += _row(rows, row, layouts, given & ~1, tile - first, stop - first, KINDS, k, WIDTH, TILE)
-        tile = stop
-        row += 1
-    tl.store(partials + tl.program_id(0), total)
-    if is_last(counters):
+    share = tl.program_id(0)
+    while share < n_shares:
+        following = claim(n_shares, counts + SHARES_MEASURED)
+        begin, end, row, last_row = share_of(shares, share)
+        left = end - begin
+        total = tl.zeros((), tl.float64)
+        while left > 0:
+            low, high = segment(tiles, row, begin, end)
+            words, grad, signature = row_of(rows, step_table, row, WIDTH)
+            for k in tl.static_range(count(SIGNATURES)):
+                if (grad != 0) & (signature == k):
+                    total += _row(words, layouts, grad, low, high, SIGNATURES, k, TILE)
+            left -= high - low
+            row += 1
+        tl.store(partials + share, total)
+        share = following
+    if is_last(counts):
         lanes = tl.arange(0, 1024)
         total = tl.zeros((), tl.float64)
-        for at in range(0, tl.num_programs(0), 1024):
-            mask = at + lanes < tl.num_programs(0)
+        for at in range(0, n_shares, 1024):
+            mask = at + lanes < n_shares
             total += tl.sum(tl.load(partials + at + lanes, mask=mask, other=0.0, cache_modifier=".cg"))
-        tl.store(verdict, total)
+        tl.store(numbers, total)

@@ -1,19 +1,20 @@
 // What a rule is: the mathematics of one optimizer on values, shared by the CPU and CUDA engines.
 //
 // A rule is a struct with
-//   name, states, scalars, hyper         names, the same as in Python and in `state_dict`
-//   Hyper, Scalars                       structs of double, fields in the order of the names
-//   Coefficients<T>                      struct of T only: what an element needs besides its values
-//   prepare(hyper, scalars, first)       once per step and cohort, in double; may advance scalars
-//                                        (`step` already counts this step; `first` is true when the
-//                                        state was created in this step)
-//   direction(p, g, state, c) -> d       once per element; updates state[], returns d of p -= lr * d
+//   name, states                            as in Python and in `state_dict`
+//   FUSEDOPT_HYPER, FUSEDOPT_SCALARS        its hyperparameters and scalars, doubles; `step`, if there, is first
+//   FUSEDOPT_COEFFICIENTS                   what an element needs besides its values
+//   prepare(hyper, scalars, new_state)      once per step and cohort, in double, to the coefficients; may advance
+//                                           scalars (`step` already counts this step; `new_state` is true when the
+//                                           state was created for this step)
+//   direction(p, g, state, c) -> d          once per element; updates state[], returns d of p -= lr * d
 // Rules that differ in the number of states are template variants with one name.
 #pragma once
 
-#include <array>
 #include <cmath>
-#include <cstddef>
+#include <span>
+
+#include "core/fields.h"
 
 #if defined(__CUDACC__)
 #define FUSEDOPT_HD __host__ __device__ __forceinline__
@@ -28,40 +29,46 @@
 
 namespace fusedopt {
 
-constexpr int kMaxStates = 4;
-constexpr int kMaxScalars = 2;
-constexpr int kMaxHyper = 8;
-constexpr int kMaxCoefficients = 8;
+template <class Rule>
+constexpr int kStates = static_cast<int>(Rule::states.size());
+template <class Rule>
+constexpr int kScalars = static_cast<int>(Rule::scalars.size());
+template <class Rule>
+constexpr int kHyper = static_cast<int>(Rule::hyper.size());
+template <class Rule>
+constexpr int kCoefficients = static_cast<int>(Rule::coefficients.size());
 
-template <std::size_t N>
-using Names = std::array<const char*, N>;
+// What the languages agree on, in this order.
+struct RuleNames {
+  std::string_view rule;
+  std::span<const std::string_view> states, scalars, hyper, coefficients;
+};
 
-// Coefficients<double> -> Coefficients<T>; both are plain runs of their element type.
+template <class Rule>
+constexpr RuleNames names_of{Rule::name, Rule::states, Rule::scalars, Rule::hyper, Rule::coefficients};
+
+// Coefficients<double>, as a plain run, to Coefficients<T>.
 template <class Rule, class T>
 FUSEDOPT_HD typename Rule::template Coefficients<T> cast_coefficients(const double* source) {
   using Target = typename Rule::template Coefficients<T>;
-  constexpr int count = sizeof(Target) / sizeof(T);
-  static_assert(count <= kMaxCoefficients && sizeof(Target) == count * sizeof(T));
+  static_assert(sizeof(Target) == kCoefficients<Rule> * sizeof(T));
   union {
-    T values[count];
+    T values[kCoefficients<Rule>];
     Target target;
   } u;
-  for (int i = 0; i < count; ++i) u.values[i] = static_cast<T>(source[i]);
+  for (int i = 0; i < kCoefficients<Rule>; ++i) u.values[i] = static_cast<T>(source[i]);
   return u.target;
 }
 
 // Rule::prepare on plain runs of double, in the order of the names; advances scalars.
 template <class Rule>
-FUSEDOPT_HD void prepare(const double* hyper, double* scalars, bool first, double* coefficients) {
+FUSEDOPT_HD void prepare(const double* hyper, double* scalars, bool new_state, double* coefficients) {
   typename Rule::Hyper h;
   typename Rule::Scalars s;
-  static_assert(Rule::hyper.size() <= kMaxHyper && Rule::scalars.size() <= kMaxScalars);
-  static_assert(sizeof(h) == sizeof(double) * Rule::hyper.size());
-  __builtin_memcpy(&h, hyper, sizeof(double) * Rule::hyper.size());
-  __builtin_memcpy(&s, scalars, sizeof(double) * Rule::scalars.size());
-  const typename Rule::template Coefficients<double> c = Rule::prepare(h, s, first);
-  static_assert(sizeof(c) <= sizeof(double) * kMaxCoefficients);
-  __builtin_memcpy(scalars, &s, sizeof(double) * Rule::scalars.size());
+  __builtin_memcpy(&h, hyper, sizeof(double) * kHyper<Rule>);
+  __builtin_memcpy(&s, scalars, sizeof(double) * kScalars<Rule>);
+  const typename Rule::template Coefficients<double> c = Rule::prepare(h, s, new_state);
+  __builtin_memcpy(scalars, &s, sizeof(double) * kScalars<Rule>);
   __builtin_memcpy(coefficients, &c, sizeof(c));
 }
 

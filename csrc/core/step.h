@@ -1,27 +1,61 @@
-// The order of one element's step, the same for every rule and engine:
-// unscale, clip and maximize (one factor) -> coupled L2 -> rule -> decoupled decay -> write.
+// What the engines, not the rules, do in a step: what becomes of it, and the order of one element's step.
 #pragma once
+
+#include <limits>
 
 #include "core/rule.h"
 
 namespace fusedopt {
 
-// What the engine, not the rule, needs to step one cohort. T is the compute type.
-template <class T>
-struct Common {
-  T gradient_factor;  // +-1 / loss scale * clip coefficient; negative to maximize
-  T coupled_decay;    // weight_decay when it is L2 regularisation, else 0
-  T keep;             // 1 - lr * weight_decay when decay is decoupled, else 1
-  T lr;
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+// What becomes of a step, once the sum of the gradients' squares is known.
+struct Decision {
+  double factor;  // of the gradients: 1 / loss scale * clip coefficient
+  double norm;    // after unscaling
+  bool skipped;
 };
 
+// Clips as torch.nn.utils.clip_grad_norm_ does: min(1, max_norm / (norm + 1e-6)), and NaN stays NaN.
+FUSEDOPT_HD Decision decide(double squared_norm, double inverse_scale, bool found_inf, double max_norm,
+                            bool skip_nonfinite) {
+  Decision d{inverse_scale, std::sqrt(squared_norm) * inverse_scale, found_inf};
+  d.skipped |= skip_nonfinite && !(d.norm < kInfinity);
+  if (max_norm == kInfinity) return d;
+  const double clip = max_norm / (d.norm + 1e-6);
+  if (!(clip > 1)) d.factor *= clip;
+  return d;
+}
+
+// What the elements of a cohort have in common besides the rule's coefficients. T is the compute type.
+template <class T>
+struct EngineScalars {
+  T gradient_factor;  // unscales, clips and, where it is negative, maximizes
+  T coupled_decay;    // weight_decay where it is L2 regularisation, else 0
+  T decay_factor;     // 1 - lr * weight_decay where decay is decoupled, else 1
+  T lr;
+
+  template <class U>
+  FUSEDOPT_HD EngineScalars<U> as() const {
+    return {static_cast<U>(gradient_factor), static_cast<U>(coupled_decay), static_cast<U>(decay_factor),
+            static_cast<U>(lr)};
+  }
+};
+
+FUSEDOPT_HD EngineScalars<double> engine_scalars(double gradient_factor, double lr, double weight_decay,
+                                                 bool is_decoupled) {
+  return {gradient_factor, is_decoupled ? 0 : weight_decay, is_decoupled ? 1 - lr * weight_decay : 1, lr};
+}
+
+// One element's step, in the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction;
+// decoupled decay and write. Its values come from operands, and go back to be rounded into them.
 template <class Rule, class T>
-FUSEDOPT_HD void step_element(T& p, T g, T* state, const Common<T>& common,
-                              const typename Rule::template Coefficients<T>& coefficients) {
-  g *= common.gradient_factor;
-  if (common.coupled_decay != T(0)) g += common.coupled_decay * p;
-  const T d = Rule::template direction<T>(p, g, state, coefficients);
-  p = common.keep * p - common.lr * d;
+FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
+                              const typename Rule::template Coefficients<T>& c) {
+  g *= e.gradient_factor;
+  if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
+  const T d = Rule::template direction<T>(p, g, state, c);
+  p = e.decay_factor * p - e.lr * d;
 }
 
 }  // namespace fusedopt

@@ -16,11 +16,11 @@ struct bf16 {
 using f16 = _Float16;
 
 template <class T>
-inline T decode(bf16 x) {
+inline T value_of(bf16 x) {
   return static_cast<T>(std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16));
 }
 template <class T, class S>
-inline T decode(S x) {
+inline T value_of(S x) {
   return static_cast<T>(x);
 }
 
@@ -45,7 +45,7 @@ inline bf16 to_bf16(double x) {
 }
 
 template <class D, class T>
-inline D encode(T x) {
+inline D stored(T x) {
   if constexpr (std::is_same_v<D, bf16>) {
     return to_bf16(x);
   } else {
@@ -64,7 +64,7 @@ inline void decode_run(T* to, const S* from, std::int64_t n) {
     }
   }
 #endif
-  for (; i < n; ++i) to[i] = decode<T>(from[i]);
+  for (; i < n; ++i) to[i] = value_of<T>(from[i]);
 }
 
 template <class T, class D>
@@ -78,7 +78,7 @@ inline void encode_run(D* to, const T* from, std::int64_t n) {
     }
   }
 #endif
-  for (; i < n; ++i) to[i] = encode<D>(from[i]);
+  for (; i < n; ++i) to[i] = stored<D>(from[i]);
 }
 
 // Calls visit(buffer index, memory offset, stride, length) for each innermost run of the range.
@@ -108,15 +108,15 @@ inline void walk(const Layout& layout, std::int64_t begin, std::int64_t count, V
 }
 
 template <class Call>
-inline void with_type(DType dtype, Call call) {
-  switch (dtype) {
-    case DType::f32:
+inline void with_type(Codec codec, Call call) {
+  switch (codec) {
+    case Codec::f32:
       return call(float{});
-    case DType::f64:
+    case Codec::f64:
       return call(double{});
-    case DType::bf16:
+    case Codec::bf16:
       return call(bf16{});
-    case DType::f16:
+    case Codec::f16:
       return call(f16{});
   }
 }
@@ -124,32 +124,32 @@ inline void with_type(DType dtype, Call call) {
 }  // namespace
 
 template <class T>
-void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count) {
-  with_type(dtype, [&](auto element) {
+void decode(T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count) {
+  with_type(operand.codec, [&](auto element) {
     using S = decltype(element);
-    const S* source = static_cast<const S*>(data);
-    if (!layout) return decode_run(buffer, source + begin, count);
+    const S* source = static_cast<const S*>(operand.address[0]);
+    if (!layout) return decode_run(values, source + begin, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
-      for (std::int64_t i = 0; i < n; ++i) buffer[at + i] = decode<T>(source[offset + i * stride]);
+      for (std::int64_t i = 0; i < n; ++i) values[at + i] = value_of<T>(source[offset + i * stride]);
     });
   });
 }
 
 template <class T>
-void store(const T* buffer, void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count) {
-  with_type(dtype, [&](auto element) {
+void encode(const T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count) {
+  with_type(operand.codec, [&](auto element) {
     using D = decltype(element);
-    D* target = static_cast<D*>(data);
-    if (!layout) return encode_run(target + begin, buffer, count);
+    D* target = static_cast<D*>(operand.address[0]);
+    if (!layout) return encode_run(target + begin, values, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
-      for (std::int64_t i = 0; i < n; ++i) target[offset + i * stride] = encode<D>(buffer[at + i]);
+      for (std::int64_t i = 0; i < n; ++i) target[offset + i * stride] = stored<D>(values[at + i]);
     });
   });
 }
 
-template void load<float>(float*, const void*, DType, const Layout*, std::int64_t, std::int64_t);
-template void load<double>(double*, const void*, DType, const Layout*, std::int64_t, std::int64_t);
-template void store<float>(const float*, void*, DType, const Layout*, std::int64_t, std::int64_t);
-template void store<double>(const double*, void*, DType, const Layout*, std::int64_t, std::int64_t);
+template void decode<float>(float*, const Operand&, const Layout*, std::int64_t, std::int64_t);
+template void decode<double>(double*, const Operand&, const Layout*, std::int64_t, std::int64_t);
+template void encode<float>(const float*, const Operand&, const Layout*, std::int64_t, std::int64_t);
+template void encode<double>(const double*, const Operand&, const Layout*, std::int64_t, std::int64_t);
 
 }  // namespace fusedopt::cpu

@@ -1,15 +1,15 @@
-// Moves a run of elements between an operand in memory and a staging buffer of the compute type.
+// Elements as they are stored, to values of the compute type and back.
 #pragma once
 
-#include "core/job.h"
+#include "cpu/job.h"
 
 namespace fusedopt::cpu {
 
-// Elements [begin, begin + count) of the row's order. A null layout means dense.
+// Elements [begin, begin + count) of an operand, in its row's order. A null layout means dense.
 template <class T>
-void load(T* buffer, const void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count);
+void decode(T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count);
 
 template <class T>
-void store(const T* buffer, void* data, DType dtype, const Layout* layout, std::int64_t begin, std::int64_t count);
+void encode(const T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count);
 
 }  // namespace fusedopt::cpu

@@ -2,9 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "core/names.h"
 #include "cpu/engine.h"
 #include "cpu/registry.h"
+#include "cpu/stream.h"
+#include "python/names.h"
 
 namespace py = pybind11;
 
@@ -14,11 +15,7 @@ namespace {
 py::list describe_kernels() {
   py::list out;
   for (const Kernel& k : kernels()) {
-    py::dict d;
-    d["rule"] = k.rule;
-    d["states"] = names(k.states, k.n_states);
-    d["scalars"] = names(k.scalars, k.n_scalars);
-    d["hyper"] = names(k.hyper, k.n_hyper);
+    py::dict d = describe(k.names);
     d["kernel"] = py::capsule(&k, "fusedopt.kernel");
     out.append(d);
   }
@@ -40,7 +37,8 @@ void stream_from_python(const std::vector<std::size_t>& updated, const std::vect
 
 PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   using namespace fusedopt::cpu;
-  m.def("kernels", &describe_kernels, "Kernels in this build: rule, states, scalars, hyper, kernel capsule.");
+  m.def("kernels", &describe_kernels,
+        "Kernels in this build: rule, states, scalars, hyper, coefficients, kernel capsule.");
   m.def("stream", &stream_from_python, py::arg("updated"), py::arg("read"), py::arg("n"), py::arg("threads"),
         "Touch streams of n floats at the given addresses, as the engine would: the bandwidth limit.");
   m.attr("run") = py::capsule(reinterpret_cast<void*>(&run), "fusedopt.cpu.run");

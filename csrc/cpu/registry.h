@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "core/job.h"
+#include "cpu/tile.h"
 
 // Iterations of the next loop do not depend on one another: no operand overlaps another.
 #if defined(__clang__)
@@ -19,31 +19,46 @@ inline std::vector<Kernel>& kernels() {
   return all;
 }
 
+// The step of n elements.
 template <class Rule, class T>
-void step_tile(std::int64_t n, T* p, const T* g, T* const* states, const Common<T>& common_in,
-               const double* coefficients_in) {
-  constexpr int n_states = static_cast<int>(Rule::states.size());
-  const Common<T> common = common_in;
-  const auto coefficients = cast_coefficients<Rule, T>(coefficients_in);
-  T* s[n_states + 1];
-  for (int k = 0; k < n_states; ++k) s[k] = states[k];
+void step_elements(std::int64_t n, T* const* values, const EngineScalars<T>& engine,
+                   const typename Rule::template Coefficients<T>& coefficients) {
+  const EngineScalars<T> e = engine;
+  const auto c = coefficients;
+  T* const p = values[kParam];
+  const T* const g = values[kGrad];
+  T* states[kStates<Rule> + 1];
+  for (int k = 0; k < kStates<Rule>; ++k) states[k] = values[kFirstState + k];
   FUSEDOPT_INDEPENDENT
   for (std::int64_t i = 0; i < n; ++i) {
-    T values[n_states + 1];
-    for (int k = 0; k < n_states; ++k) values[k] = s[k][i];
-    step_element<Rule, T>(p[i], g[i], values, common, coefficients);
-    for (int k = 0; k < n_states; ++k) s[k][i] = values[k];
+    T state[kStates<Rule> + 1];
+    for (int k = 0; k < kStates<Rule>; ++k) state[k] = states[k][i];
+    step_element<Rule, T>(p[i], g[i], state, e, c);
+    for (int k = 0; k < kStates<Rule>; ++k) states[k][i] = state[k];
   }
+}
+
+template <class Rule, class T>
+void update_as(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients) {
+  const EngineScalars<T> e = engine.as<T>();
+  const auto c = cast_coefficients<Rule, T>(coefficients);
+  Tile<T, kParam, kOperands<Rule>> tile(segment.row);
+  each_tile(segment, tile.size(), [&](std::int64_t begin, std::int64_t count) {
+    step_elements<Rule, T>(count, tile.fetch(begin, count), e, c);
+    tile.put(begin, count);
+  });
+}
+
+// The body of the pass that steps.
+template <class Rule>
+void update(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients) {
+  const bool is_wide = segment.row.operands[kParam].codec == Codec::f64;
+  (is_wide ? update_as<Rule, double> : update_as<Rule, float>)(segment, engine, coefficients);
 }
 
 template <class... Rules>
 bool add_kernels() {
-  static_assert(((Rules::states.size() <= kMaxStates) && ...));
-  (kernels().push_back(Kernel{Rules::name, static_cast<int>(Rules::states.size()),
-                              static_cast<int>(Rules::scalars.size()), static_cast<int>(Rules::hyper.size()),
-                              Rules::states.data(), Rules::scalars.data(), Rules::hyper.data(), prepare<Rules>,
-                              step_tile<Rules, float>, step_tile<Rules, double>}),
-   ...);
+  (kernels().push_back({names_of<Rules>, prepare<Rules>, update<Rules>}), ...);
   return true;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <iterator>
 #include <stdexcept>
 
 namespace fusedopt::cuda {
@@ -27,56 +28,32 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 // Makes a device the current one, and the one before current again.
-class Current {
+class DeviceGuard {
  public:
-  explicit Current(int device) {
+  explicit DeviceGuard(int device) {
     check(cudaGetDevice(&before_), "cudaGetDevice");
     if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
     changed_ = before_ != device;
   }
-  ~Current() {
+  ~DeviceGuard() {
     if (changed_) cudaSetDevice(before_);
   }
-  Current(const Current&) = delete;
-  Current& operator=(const Current&) = delete;
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
   int before_ = 0;
   bool changed_ = false;
 };
 
-DType type_of(const std::string& name) {
-  if (name == "fp32") return DType::f32;
-  if (name == "fp64") return DType::f64;
-  if (name == "bf16") return DType::bf16;
-  if (name == "fp16") return DType::f16;
-  throw std::invalid_argument("unknown element type " + name);
+Codec codec_of(const std::string& name) {
+  const auto* found = std::find(std::begin(kDTypeNames), std::end(kDTypeNames), name);
+  if (found == std::end(kDTypeNames)) throw std::invalid_argument("unknown codec " + name);
+  return plain(static_cast<DType>(found - std::begin(kDTypeNames)));
 }
 
-bool has_states(const Variant& variant, const std::vector<std::string>& states) {
-  return variant.n_states == static_cast<int>(states.size()) &&
-         std::equal(states.begin(), states.end(), variant.states);
-}
-
-Kind encode(const Entry& entry, const KindNames& names) {
-  std::uint32_t bits = 0;
-  bool halves = false, wide = false;
-  for (std::size_t k = 0; k < names.types.size(); ++k) {
-    const DType type = type_of(names.types[k]);
-    bits |= static_cast<std::uint32_t>(type) << (2 * k);
-    halves |= type == DType::bf16 || type == DType::f16;
-    wide |= type == DType::f64;
-  }
-  for (std::size_t v = 0; v < entry.variants.size(); ++v) {
-    if (!has_states(entry.variants[v], names.states)) continue;
-    bits |= static_cast<std::uint32_t>(names.states.size()) << Kind::kStates;
-    bits |= static_cast<std::uint32_t>(v) << Kind::kVariant;
-    bits |= static_cast<std::uint32_t>(names.strided) << Kind::kStrided;
-    bits |= static_cast<std::uint32_t>(halves) << Kind::kHalves;
-    bits |= static_cast<std::uint32_t>(wide) << Kind::kWide;
-    return {bits};
-  }
-  throw std::logic_error(std::string("the kernel of rule ") + entry.rule + " has no variant with these states");
+bool has_states(const RuleNames& variant, const std::vector<std::string>& states) {
+  return std::equal(states.begin(), states.end(), variant.states.begin(), variant.states.end());
 }
 
 }  // namespace
@@ -92,7 +69,7 @@ std::string no_device() {
 }
 
 bool has_code_for(int device) {
-  const Current current(device);
+  const DeviceGuard guard(device);
   cudaFuncAttributes attributes;
   const cudaError_t status = cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(entries().front().small));
   if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction ||
@@ -111,20 +88,21 @@ int words_by_value(int device) {
   return driver >= kDriverWithLargeArguments && compute >= kComputeWithLargeArguments ? kLarge : kSmall;
 }
 
-Choice::Choice(const std::string& rule, const std::vector<std::vector<std::string>>& states) : entry_(nullptr) {
+KernelSelection::KernelSelection(const std::string& rule, const std::vector<std::vector<std::string>>& states)
+    : entry_(nullptr) {
   for (const Entry& entry : entries()) {
-    if (rule != entry.rule || (entry_ && entry_->variants.size() <= entry.variants.size())) continue;
+    if (rule != entry.names().rule || (entry_ && entry_->variants.size() <= entry.variants.size())) continue;
     const bool has_all = std::all_of(states.begin(), states.end(), [&](const auto& wanted) {
       return std::any_of(entry.variants.begin(), entry.variants.end(),
-                         [&](const Variant& variant) { return has_states(variant, wanted); });
+                         [&](const RuleNames& variant) { return has_states(variant, wanted); });
     });
     if (has_all) entry_ = &entry;
   }
   if (!entry_) throw std::invalid_argument("rule " + rule + " has no kernel with these states");
 }
 
-int Choice::blocks(int device) const {
-  const Current current(device);
+int KernelSelection::blocks(int device) const {
+  const DeviceGuard guard(device);
   const auto resident = [](auto* kernel) {
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, reinterpret_cast<const void*>(kernel), kThreads, 0),
@@ -136,39 +114,62 @@ int Choice::blocks(int device) const {
   return least * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
-Launcher::Launcher(const Choice& choice, const Tables& tables, const std::vector<KindNames>& kinds, int device,
-                   int blocks, int words)
-    : entry_(&choice.entry()), tables_(tables), device_(device), blocks_(blocks), words_(words) {
-  if (kinds.size() > kMaxKinds) {
-    throw std::invalid_argument("parameters of more than " + std::to_string(kMaxKinds) +
-                                " combinations of types, strides and states in one optimizer");
+std::vector<std::uint32_t> KernelSelection::encode(const std::vector<SignatureNames>& signatures, int n_states) const {
+  std::vector<std::uint32_t> words;
+  for (const SignatureNames& names : signatures) {
+    const auto variant = std::find_if(entry_->variants.begin(), entry_->variants.end(),
+                                      [&](const RuleNames& v) { return has_states(v, names.states); });
+    if (variant == entry_->variants.end()) {
+      throw std::logic_error("the kernel of rule " + std::string(entry_->names().rule) + " has no such variant");
+    }
+    const std::size_t flags = words.size();
+    words.resize(flags + 1 + static_cast<std::size_t>(codec_words(kFirstState + n_states)));
+    words[flags] = static_cast<std::uint32_t>(variant - entry_->variants.begin()) * kVariant;
+    if (names.is_strided) words[flags] |= kStrided;
+    for (std::size_t k = 0; k < names.codecs.size(); ++k) {
+      const Codec codec = codec_of(names.codecs[k]);
+      words[flags + 1 + k / kCodecsInWord] |= static_cast<std::uint32_t>(codec) << (kCodecBits * (k % kCodecsInWord));
+      if (codec == Codec::bf16 || codec == Codec::f16) words[flags] |= kHalves;
+      if (codec == Codec::f64) words[flags] |= kWide;
+    }
   }
-  for (std::size_t k = 0; k < kinds.size(); ++k) tables_.kinds[k] = encode(*entry_, kinds[k]);
+  return words;
 }
+
+Launcher::Launcher(const KernelSelection& selection, const Tables& tables, int device, int blocks, int words)
+    : entry_(&selection.entry()), tables_(tables), device_(device), blocks_(blocks), words_(words) {}
 
 void Launcher::run(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update,
                    std::uintptr_t grad_scale, std::uintptr_t found_inf) {
-  if (words && words_ > kLarge) throw std::invalid_argument("the live table is too long to go by value");
-  const Current current(device_);
-  tables_.measure = measure;
-  tables_.update = update;
+  if (words && words_ > kLarge) throw std::invalid_argument("the step table is too long to go by value");
+  const DeviceGuard guard(device_);
   tables_.grad_scale = reinterpret_cast<const float*>(grad_scale);
   tables_.found_inf = reinterpret_cast<const float*>(found_inf);
-  if (words && words_ > kSmall) {
-    launch<kLarge>(entry_->large, words, stream);
-  } else {
-    launch<kSmall>(entry_->small, words, stream);
+  if (measure && update && in_one_launch) {
+    in_one_launch = launch(words, stream, measure, update);
+    if (in_one_launch) return;
   }
+  if (measure) launch(words, stream, true, false);
+  if (update) launch(words, stream, false, true);
+}
+
+// False where a cooperative launch does not fit on what the stream has of the device: a part of its processors, as in
+// a green context or beside other processes.
+bool Launcher::launch(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update) {
+  tables_.measure = measure;
+  tables_.update = update;
+  const bool is_large = words && words_ > kSmall;
+  return is_large ? launch_with(entry_->large, words, stream) : launch_with(entry_->small, words, stream);
 }
 
 template <int Words>
-void Launcher::launch(void (*kernel)(Arguments<Words>), const std::int64_t* words, std::uintptr_t stream) const {
+bool Launcher::launch_with(void (*kernel)(Arguments<Words>), const std::int64_t* words, std::uintptr_t stream) const {
   static_assert(sizeof(Arguments<kSmall>) <= kSmallArguments && sizeof(Arguments<kLarge>) <= 32764);
   Arguments<Words> arguments;
   arguments.tables = tables_;
   if (words) {
-    arguments.tables.live = nullptr;
-    std::memcpy(arguments.live, words, sizeof(std::int64_t) * static_cast<std::size_t>(words_));
+    arguments.tables.step_table = nullptr;
+    std::memcpy(arguments.step_table, words, sizeof(std::int64_t) * static_cast<std::size_t>(words_));
   }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
@@ -179,7 +180,13 @@ void Launcher::launch(void (*kernel)(Arguments<Words>), const std::int64_t* word
   config.stream = reinterpret_cast<cudaStream_t>(stream);
   config.attrs = &cooperative;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments), "cudaLaunchKernelEx");
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, arguments);
+  if (status == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    return false;
+  }
+  check(status, "cudaLaunchKernelEx");
+  return true;
 }
 
 }  // namespace fusedopt::cuda

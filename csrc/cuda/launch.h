@@ -3,7 +3,6 @@
 
 #include <cstdint>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "cuda/registry.h"
@@ -16,16 +15,27 @@ std::string no_device();
 // Whether this build has code for a GPU.
 bool has_code_for(int device);
 
-// How many words of a live table a launch takes by value.
+// How many words of a step table a launch takes by value.
 int words_by_value(int device);
 
+// Names of what rows have in common: whether some operand is strided, their codecs, and the rule's states that they
+// have.
+struct SignatureNames {
+  bool is_strided;
+  std::vector<std::string> codecs;
+  std::vector<std::string> states;
+};
+
 // The kernel of a rule that steps the variants with these states, at both sizes of its arguments.
-class Choice {
+class KernelSelection {
  public:
-  Choice(const std::string& rule, const std::vector<std::vector<std::string>>& states);
+  KernelSelection(const std::string& rule, const std::vector<std::vector<std::string>>& states);
 
   // How many blocks a device holds at once: what a launch has at most.
   int blocks(int device) const;
+
+  // The words of signatures, as the kernel reads them, of rows with up to n_states states.
+  std::vector<std::uint32_t> encode(const std::vector<SignatureNames>& signatures, int n_states) const;
 
   const Entry& entry() const { return *entry_; }
 
@@ -33,27 +43,24 @@ class Choice {
   const Entry* entry_;
 };
 
-// What a kind of rows is: whether it has strides, its operands' types, and the names of its states.
-struct KindNames {
-  bool strided;
-  std::vector<std::string> types;
-  std::vector<std::string> states;
-};
-
 class Launcher {
  public:
-  // tables: as it stands, without kinds and what changes from launch to launch.
-  // words: of the live table.
-  Launcher(const Choice& choice, const Tables& tables, const std::vector<KindNames>& kinds, int device, int blocks,
-           int words);
+  // tables: as it stands, without what changes from launch to launch.
+  // words: of the step table.
+  Launcher(const KernelSelection& selection, const Tables& tables, int device, int blocks, int words);
 
-  // words: the live table on the host, read before this returns, to send it by value; null to read it on the device.
+  // words: the step table on the host, read before this returns, to send it by value; null to read it on the device.
+  // Measuring and updating take one cooperative launch, or two where blocks cannot all be resident.
   void run(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update, std::uintptr_t grad_scale,
            std::uintptr_t found_inf);
 
+  // Measure and update in one launch, where that can be had; it is forgotten when a launch shows that it cannot.
+  bool in_one_launch = true;
+
  private:
+  bool launch(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update);
   template <int Words>
-  void launch(void (*kernel)(Arguments<Words>), const std::int64_t* words, std::uintptr_t stream) const;
+  bool launch_with(void (*kernel)(Arguments<Words>), const std::int64_t* words, std::uintptr_t stream) const;
 
   const Entry* entry_;
   Tables tables_;

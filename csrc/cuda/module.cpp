@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "core/names.h"
 #include "cuda/launch.h"
+#include "python/names.h"
 
 namespace py = pybind11;
 using namespace fusedopt::cuda;
@@ -14,16 +14,22 @@ namespace {
 py::list describe_kernels() {
   py::list out;
   for (const Entry& entry : entries()) {
-    py::dict d;
+    py::dict d = fusedopt::describe(entry.names());
     py::list variants;
-    for (const Variant& variant : entry.variants) variants.append(names(variant.states, variant.n_states));
-    d["rule"] = entry.rule;
+    for (const fusedopt::RuleNames& variant : entry.variants) variants.append(names(variant.states));
     d["variants"] = variants;
-    d["scalars"] = names(entry.scalars, entry.n_scalars);
-    d["hyper"] = names(entry.hyper, entry.n_hyper);
     out.append(d);
   }
   return out;
+}
+
+using SignatureTuple = std::tuple<bool, std::vector<std::string>, std::vector<std::string>>;
+
+std::vector<std::uint32_t> encode(const KernelSelection& selection, const std::vector<SignatureTuple>& signatures,
+                                  int n_states) {
+  std::vector<SignatureNames> named;
+  for (const auto& [is_strided, codecs, states] : signatures) named.push_back({is_strided, codecs, states});
+  return selection.encode(named, n_states);
 }
 
 template <class T>
@@ -31,24 +37,36 @@ T* pointer(const py::dict& addresses, const char* name) {
   return reinterpret_cast<T*>(addresses[name].cast<std::uintptr_t>());
 }
 
-Launcher make_launcher(const Choice& choice, const py::dict& addresses,
-                       const std::vector<std::tuple<bool, std::vector<std::string>, std::vector<std::string>>>& kinds,
-                       int device, int blocks, int rows, int width, int max_states, int words) {
+Launcher make_launcher(const KernelSelection& selection, const py::dict& addresses, int device, int blocks, int rows,
+                       int shares, int width, int n_states, int words) {
   Tables t{};
   t.rows = pointer<const std::int64_t>(addresses, "rows");
   t.tiles = pointer<const std::int64_t>(addresses, "tiles");
   t.shares = pointer<const std::int64_t>(addresses, "shares");
   t.layouts = pointer<const std::int64_t>(addresses, "layouts");
-  t.live = pointer<const std::int64_t>(addresses, "live");
+  t.signatures = pointer<const std::uint32_t>(addresses, "signatures");
+  t.step_table = pointer<const std::int64_t>(addresses, "step_table");
   t.partials = pointer<double>(addresses, "partials");
-  t.verdict = pointer<double>(addresses, "verdict");
-  t.counters = pointer<int>(addresses, "counters");
+  t.numbers = pointer<double>(addresses, "numbers");
+  t.counts = pointer<int>(addresses, "counts");
   t.n_rows = rows;
+  t.n_shares = shares;
   t.width = width;
-  t.max_states = max_states;
-  std::vector<KindNames> named;
-  for (const auto& [strided, types, states] : kinds) named.push_back({strided, types, states});
-  return Launcher(choice, t, named, device, blocks, words);
+  t.n_states = n_states;
+  return Launcher(selection, t, device, blocks, words);
+}
+
+py::dict layout() {
+  py::dict d;
+  d["RowWord"] = names(fusedopt::row_words);
+  d["StepWord"] = names(fusedopt::step_words);
+  d["GroupFlag"] = names(fusedopt::group_flags);
+  d["StatusNumber"] = names(fusedopt::status_numbers);
+  d["StatusCount"] = names(fusedopt::status_counts);
+  d["ADDRESSES"] = fusedopt::kAddresses;
+  d["NEW_STATE"] = fusedopt::kNewState;
+  d["NO_MEMORY"] = fusedopt::kNoMemory;
+  return d;
 }
 
 void run(Launcher& launcher, std::uintptr_t words, std::uintptr_t stream, bool measure, bool update,
@@ -60,19 +78,24 @@ void run(Launcher& launcher, std::uintptr_t words, std::uintptr_t stream, bool m
 }  // namespace
 
 PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
-  m.def("kernels", &describe_kernels, "Kernels in this build: rule, variants (lists of states), scalars, hyper.");
+  m.def("kernels", &describe_kernels,
+        "Kernels in this build: rule, variants (lists of states), scalars, hyper, coefficients.");
+  m.def("layout", &layout,
+        "The places in the tables that kernels read: names in their order, by the name of the table.");
   m.def("no_device", &no_device, "Why there is no GPU to use; empty if there is one.");
   m.def("has_code_for", &has_code_for, py::arg("device"), "Whether this build has code for a GPU.");
-  m.def("words_by_value", &words_by_value, py::arg("device"), "How long a live table may be to go by value.");
+  m.def("words_by_value", &words_by_value, py::arg("device"), "How long a step table may be to go by value.");
   m.attr("tile") = kTile;
   m.attr("device_type") = "cuda";
-  py::class_<Choice>(m, "Choice")
+  py::class_<KernelSelection>(m, "KernelSelection")
       .def(py::init<const std::string&, const std::vector<std::vector<std::string>>&>(), py::arg("rule"),
            py::arg("states"))
-      .def("blocks", &Choice::blocks, py::arg("device"), "How many blocks a device holds at once.");
+      .def("blocks", &KernelSelection::blocks, py::arg("device"), "How many blocks a device holds at once.")
+      .def("encode", &encode, py::arg("signatures"), py::arg("n_states"), "The words of the table of signatures.");
   py::class_<Launcher>(m, "Launcher")
-      .def(py::init(&make_launcher), py::arg("choice"), py::arg("addresses"), py::arg("kinds"), py::arg("device"),
-           py::arg("blocks"), py::arg("rows"), py::arg("width"), py::arg("max_states"), py::arg("words"))
+      .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("device"), py::arg("blocks"),
+           py::arg("rows"), py::arg("shares"), py::arg("width"), py::arg("n_states"), py::arg("words"))
+      .def_readwrite("in_one_launch", &Launcher::in_one_launch)
       .def("run", &run, py::arg("words"), py::arg("stream"), py::arg("measure"), py::arg("update"),
            py::arg("grad_scale"), py::arg("found_inf"));
 }

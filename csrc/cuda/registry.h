@@ -7,20 +7,13 @@
 
 namespace fusedopt::cuda {
 
-struct Variant {
-  int n_states;
-  const char* const* states;
-};
-
 // A kernel for some variants of a rule, at both sizes of its arguments.
 struct Entry {
-  const char* rule;
-  int n_scalars, n_hyper;
-  const char* const* scalars;
-  const char* const* hyper;
-  std::vector<Variant> variants;
+  std::vector<RuleNames> variants;  // which differ in their states
   void (*small)(Arguments<kSmall>);
   void (*large)(Arguments<kLarge>);
+
+  const RuleNames& names() const { return variants.front(); }
 };
 
 inline std::vector<Entry>& entries() {

@@ -6,15 +6,8 @@ namespace fusedopt::cuda {
 
 template <class Rule, class... More>
 void add_entry() {
-  entries().push_back({Rule::name,
-                       static_cast<int>(Rule::scalars.size()),
-                       static_cast<int>(Rule::hyper.size()),
-                       Rule::scalars.data(),
-                       Rule::hyper.data(),
-                       {{static_cast<int>(Rule::states.size()), Rule::states.data()},
-                        {static_cast<int>(More::states.size()), More::states.data()}...},
-                       &step<kSmall, Rule, More...>,
-                       &step<kLarge, Rule, More...>});
+  entries().push_back(
+      {{names_of<Rule>, names_of<More>...}, &step<kSmall, Rule, More...>, &step<kLarge, Rule, More...>});
 }
 
 // A kernel for each variant, and where there are several, one that steps them all in one launch.

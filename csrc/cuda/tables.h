@@ -1,62 +1,60 @@
-// What a launch reads: tables in the device's memory, described in triton_kernels/walk.py, and what comes by value.
+// What a launch reads: tables in the device's memory, described in fusedopt/layout.py, and what comes by value.
 #pragma once
 
-#include <cstdint>
-
-#include "core/job.h"
+#include "core/device_tables.h"
+#include "core/operands.h"
+#include "core/rule.h"
 
 namespace fusedopt::cuda {
 
-// Words of a row.
-constexpr int kNumel = 0;
-constexpr int kKind = 1;
-constexpr int kLayout = 2;
-constexpr int kGroup = 3;
-constexpr int kAddresses = 4;
-
-// Words of the live table before its rows.
-constexpr int kMaxNorm = 0;
-constexpr int kMeasured = 1;
-constexpr int kSkip = 2;
-constexpr int kHeader = 3;
-
 constexpr int kTile = 256;     // elements that a warp steps at a time, 8 for each lane
 constexpr int kThreads = 128;  // of a block
+constexpr int kWarps = kThreads / 32;
 
-// What rows may have in common: types, and which of the rule's variants they need. One register.
-struct Kind {
-  std::uint32_t bits;
+// A signature is a word of flags, then words of codecs, four bits each.
+constexpr int kCodecBits = 4;
+constexpr int kCodecsInWord = 8;
+constexpr int codec_words(int n_operands) { return (n_operands + kCodecsInWord - 1) / kCodecsInWord; }
 
-  static constexpr int kStates = 2 * kMaxOperands, kVariant = kStates + 3, kStrided = kVariant + 3,
-                       kHalves = kStrided + 1, kWide = kHalves + 1;
-
-  FUSEDOPT_HD DType dtype(int operand) const { return static_cast<DType>(bits >> (2 * operand) & 3); }
-  FUSEDOPT_HD int n_states() const { return static_cast<int>(bits >> kStates & 7); }
-  FUSEDOPT_HD int variant() const { return static_cast<int>(bits >> kVariant & 7); }
-  FUSEDOPT_HD bool strided() const { return bits >> kStrided & 1; }
-  // Some operand is a double, so that elements are read one by one.
-  FUSEDOPT_HD bool wide() const { return bits >> kWide & 1; }
-  // Some operand has 2 bytes, so that a lane's 8 elements are neighbours.
-  FUSEDOPT_HD bool halves() const { return bits >> kHalves & 1; }
+enum SignatureFlag : std::uint32_t {
+  kStrided = 1,   // some operand is not dense in the parameter's order
+  kWide = 2,      // some operand is a double, so that tiles are never whole
+  kHalves = 4,    // some operand has 2 bytes, so that a lane's elements of a whole tile are neighbours
+  kBlocks = 8,    // some codec has blocks, so that no head is peeled
+  kVariant = 16,  // times the variant of the rule
 };
-constexpr int kMaxKinds = 64;
+
+// Of a row with up to N operands.
+template <int N>
+struct Signature {
+  std::uint32_t flags;
+  std::uint32_t codecs[codec_words(N)];
+
+  FUSEDOPT_HD bool has(SignatureFlag flag) const { return flags & flag; }
+  FUSEDOPT_HD int variant() const { return static_cast<int>(flags / kVariant); }
+  FUSEDOPT_HD Codec codec(int operand) const {
+    const std::uint32_t word = codecs[operand / kCodecsInWord] >> (kCodecBits * (operand % kCodecsInWord));
+    return static_cast<Codec>(word & ((1u << kCodecBits) - 1));
+  }
+};
 
 struct Tables {
   const std::int64_t* rows;
   const std::int64_t* tiles;
   const std::int64_t* shares;
   const std::int64_t* layouts;
-  const std::int64_t* live;  // null when it comes by value
-  double* partials;          // one for each block
-  double* verdict;           // squared norm, norm
-  int* counters;             // blocks that are done; steps skipped; whether this one was
+  const std::uint32_t* signatures;  // n_states decides how many words each has
+  const std::int64_t* step_table;   // null when it comes by value
+  double* partials;
+  double* numbers;
+  int* counts;
   const float* grad_scale;
   const float* found_inf;
   int n_rows;
-  int width;       // words of a row
-  int max_states;  // addresses of states in a row
+  int n_shares;
+  int width;     // words of a row
+  int n_states;  // of the rule, at most
   bool measure, update;
-  Kind kinds[kMaxKinds];
 };
 
 // Kernels take up to 32,764 bytes of arguments from compute capability 7.0 and CUDA 12.1 on; small ones launch faster.
@@ -66,7 +64,7 @@ constexpr int kLarge = (32764 - sizeof(Tables)) / 8 / 8 * 8;
 template <int Words>
 struct Arguments {
   Tables tables;
-  std::int64_t live[Words];
+  std::int64_t step_table[Words];
 };
 
 }  // namespace fusedopt::cuda

@@ -1,7 +1,7 @@
-// How blocks and warps find their way: rows, tiles, alignment, strides.
+// How blocks and warps find their way: shares, rows, and the elements of their tiles.
 #pragma once
 
-#include "cuda/access.cuh"
+#include "cuda/tile.cuh"
 
 // A variable that a block's threads share.
 #if !defined(FUSEDOPT_SHARED)
@@ -12,41 +12,52 @@ namespace fusedopt::cuda {
 
 constexpr unsigned kAll = 0xffffffffu;
 
-__device__ __forceinline__ int lane_id() { return static_cast<int>(threadIdx.x) & 31; }
 __device__ __forceinline__ int warp_id() { return static_cast<int>(threadIdx.x) >> 5; }
-__device__ __forceinline__ int n_warps() { return static_cast<int>(blockDim.x) >> 5; }
 
-// The live table, wherever it is.
+// A word of the step table, wherever it is.
 template <int Words>
-__device__ __forceinline__ std::int64_t live(const Arguments<Words>& a, int i) {
-  return a.tables.live ? a.tables.live[i] : a.live[i];
+__device__ __forceinline__ std::int64_t step_word(const Arguments<Words>& a, int i) {
+  return a.tables.step_table ? a.tables.step_table[i] : a.step_table[i];
 }
 
-// A block's tiles [begin, end), the row of the first, and a row not before the last.
-// There are fewer than 2^31 tiles.
+template <int Words>
+__device__ __forceinline__ std::int64_t grad_word(const Arguments<Words>& a, int row) {
+  return step_word(a, kGrads + row);
+}
+
+__device__ __forceinline__ const std::int64_t* row_words(const Tables& t, int row) {
+  return t.rows + static_cast<std::int64_t>(row) * t.width;
+}
+
+// --------------------------------------------------------------------------------------------------------- shares
+
+// The tiles [begin, end), the row of the first, and a row not before the last. There are fewer than 2^31 tiles.
 struct Share {
   int begin, end, first_row, last_row;
 };
-__device__ __forceinline__ Share share(const Tables& t) {
-  const std::int64_t* mine = t.shares + 2 * static_cast<std::int64_t>(blockIdx.x);
-  return {static_cast<int>(mine[0]), static_cast<int>(mine[2]), static_cast<int>(mine[1]), static_cast<int>(mine[3])};
+__device__ __forceinline__ Share share(const Tables& t, int number) {
+  const std::int64_t* words = t.shares + 2 * static_cast<std::int64_t>(number);
+  return {static_cast<int>(words[0]), static_cast<int>(words[2]), static_cast<int>(words[1]),
+          static_cast<int>(words[3])};
 }
 
-// A row as a warp knows it while it goes through its tiles.
-struct Row {
-  int index = -1;
-  int first = 0, last = 0;  // tiles
-  std::int64_t numel = 0;
-  std::int64_t address[kMaxOperands];
-  Kind kind{};
-  std::int64_t layout = 0;
-  int head = -1;  // elements before all operands are aligned; negative if they never are
-  bool active = false;
-};
-
-__device__ __forceinline__ const std::int64_t* words(const Tables& t, int row) {
-  return t.rows + static_cast<std::int64_t>(row) * t.width;
+// Calls body(claim) for numbers below `count` that this block is the first to claim: its own, then the next ones. The
+// next is asked for while one is worked on.
+template <class Body>
+__device__ __forceinline__ void each_claim(int count, int* claims, Body body) {
+  FUSEDOPT_SHARED(int, claimed);
+  for (int claim = static_cast<int>(blockIdx.x); claim < count;) {
+    int next = static_cast<int>(gridDim.x);
+    if (threadIdx.x == 0 && next < count) next += atomicAdd(claims, 1);
+    body(claim);
+    if (threadIdx.x == 0) claimed = next;
+    __syncthreads();
+    claim = claimed;
+    __syncthreads();
+  }
 }
+
+// ----------------------------------------------------------------------------------------------------------- rows
 
 // The row of a tile: at or after `row` if the tile is, else before it. All lanes look at once.
 __device__ __forceinline__ int seek(const Tables& t, int row, int tile) {
@@ -66,65 +77,108 @@ __device__ __forceinline__ int seek(const Tables& t, int row, int tile) {
   return row;
 }
 
-// How many elements to step one by one until operands first to last are all at multiples of 16 bytes; -1: they never
-// are.
-template <int First, int Last>
-__device__ __forceinline__ int head_of(const Row& row) {
-#pragma unroll 1
-  for (int head = 0; head < kLane; ++head) {
-    bool aligned = true;
-#pragma unroll
-    for (int k = First; k <= Last; ++k) aligned &= ((row.address[k] + head * size_of(row.kind.dtype(k))) & 15) == 0;
-    if (aligned) return head;
+// Some of a warp's tiles: every kWarps-th of a row, `count` of them from `first` on; backwards where Step is negative.
+constexpr int kForwards = kWarps;
+constexpr int kBackwards = -kWarps;
+
+// Calls body(row, first, count) for this warp's tiles in [begin, end), row by row. `row` is where to look first.
+template <int Step, class Body>
+__device__ __forceinline__ void each_row(const Tables& t, int begin, int end, int row, Body body) {
+  int tile = Step > 0 ? begin + warp_id() : end - 1 - warp_id();
+  while (begin <= tile && tile < end) {
+    row = seek(t, row, tile);
+    const int left = Step > 0 ? min(end, static_cast<int>(t.tiles[row + 1])) - tile
+                              : tile + 1 - max(begin, static_cast<int>(t.tiles[row]));
+    const int count = (left + kWarps - 1) / kWarps;
+    body(row, tile, count);
+    tile += count * Step;
   }
-  return -1;
 }
 
-template <int States, int Words>
-__device__ __forceinline__ void enter(Row& row, const Arguments<Words>& a, int index) {
-  const Tables& t = a.tables;
-  const std::int64_t* w = words(t, index);
-  const std::int64_t given = live(a, kHeader + index);
-  row.index = index;
-  row.first = static_cast<int>(t.tiles[index]);
-  row.last = static_cast<int>(t.tiles[index + 1]);
-  row.numel = w[kNumel];
-  row.kind = t.kinds[w[kKind]];
-  row.layout = w[kLayout];
-  row.active = given != 0;
-  row.address[kParam] = w[kAddresses];
-  row.address[kGrad] = given & ~std::int64_t{1};
+// A row as a warp knows it: N operands, of which those from First on are used.
+template <int First, int N>
+struct Row {
+  int first_tile;
+  bool active;
+  std::int64_t numel;
+  std::int64_t address[N][kAddresses];
+  Signature<N> signature;
+  const std::int64_t* layout;  // null where all operands are dense
+  int head;                    // elements before all operands are aligned; negative if they never are
+
+  template <int Words>
+  __device__ __forceinline__ Row(const Arguments<Words>& a, int row) {
+    const Tables& t = a.tables;
+    const std::int64_t* words = row_words(t, row);
+    const std::int64_t grad = grad_word(a, row);
+    first_tile = static_cast<int>(t.tiles[row]);
+    active = grad != 0;
+    numel = words[kNumel];
+    const std::uint32_t* s = t.signatures + words[kSignature] * (1 + codec_words(kFirstState + t.n_states));
+    signature.flags = s[0];
 #pragma unroll
-  for (int k = 0; k < States; ++k) row.address[kFirstState + k] = w[kAddresses + 1 + k];
-}
-
-// element / size, for elements below 2^52: an integer division of 64 bits would be a call.
-__device__ __forceinline__ std::int64_t quotient(std::int64_t element, std::int64_t size) {
-  std::int64_t q = static_cast<std::int64_t>(static_cast<double>(element) * __drcp_rn(static_cast<double>(size)));
-  const std::int64_t rest = element - q * size;
-  return rest < 0 ? q - 1 : rest >= size ? q + 1 : q;
-}
-
-// The offset of an element, in the parameter's order, in an operand of a strided row. A layout is the number of
-// dimensions, and for each, innermost first, its size and every operand's stride.
-__device__ __forceinline__ std::int64_t place(const Tables& t, const Row& row, std::int64_t element, int operand) {
-  const std::int64_t* layout = t.layouts + row.layout;
-  const int n_operands = kFirstState + row.kind.n_states();
-  std::int64_t offset = 0;
-#pragma unroll 1
-  for (std::int64_t d = 0, n = layout[0]; d < n; ++d) {
-    const std::int64_t* dim = layout + 1 + d * (1 + n_operands);
-    const std::int64_t outer = quotient(element, dim[0]);
-    offset += (element - outer * dim[0]) * dim[1 + operand];
-    element = outer;
+    for (int k = 0; k < codec_words(N); ++k) signature.codecs[k] = s[1 + k];
+    layout = signature.has(kStrided) ? t.layouts + words[kLayout] : nullptr;
+    address[kGrad][0] = grad & ~kNewState;
+#pragma unroll
+    for (int k = First; k < N; ++k) {
+      if (k == kGrad) continue;
+#pragma unroll
+      for (int j = 0; j < kAddresses; ++j) {
+        address[k][j] = words[kOperandAddresses + (k ? k - 1 : 0) * kAddresses + j];
+      }
+    }
+    head = find_head();
   }
-  return offset;
-}
+
+  // How many elements to step one by one until all operands are at multiples of 16 bytes.
+  __device__ __forceinline__ int find_head() const {
+    if (layout) return -1;
+#pragma unroll 1
+    for (int elements = 0; elements < Whole::kCount; ++elements) {
+      bool aligned = true;
+#pragma unroll
+      for (int k = First; k < N; ++k) {
+        const Codec codec = signature.codec(k);
+        aligned &= codec != Codec::f64 && ((address[k][0] + elements * size_of(codec)) & 15) == 0;
+      }
+      if (aligned) return elements;
+      if (signature.has(kBlocks)) break;
+    }
+    return -1;
+  }
+
+  // The element with which a tile begins.
+  __device__ __forceinline__ std::int64_t start(int tile) const {
+    return max(head, 0) + static_cast<std::int64_t>(tile - first_tile) * kTile;
+  }
+
+  // Calls masked(begin, end) for the elements of a warp's tiles that are not whole, and of the head with the first of
+  // all; then whole(first, count) for its whole tiles.
+  template <int Step, class Masked, class Whole>
+  __device__ __forceinline__ void split(int first, int count, Masked masked, Whole whole) const {
+    const int at = first - first_tile;
+    const int n = head < 0 ? 0 : static_cast<int>((numel - head) / kTile);  // the row's whole tiles come first
+    const int near = (Step > 0 ? max(n - at, 0) : max(at + 1 - n, 0)) + kWarps - 1;
+    const int n_near = min(near / kWarps, count);  // whole ones forwards, others backwards
+    const int n_whole = Step > 0 ? n_near : count - n_near;
+    const int first_whole = Step > 0 ? first : first + n_near * Step;
+    const int first_masked = Step > 0 ? first + n_near * Step : first;
+    const int nearest = Step > 0 ? at : at + (count - 1) * Step;
+#pragma unroll 1
+    for (int i = head > 0 && nearest == 0 ? -1 : 0; i < count - n_whole; ++i) {
+      const std::int64_t begin = i < 0 ? 0 : start(first_masked + i * Step);
+      const std::int64_t end = i < 0 ? min(static_cast<std::int64_t>(head), numel) : min(begin + kTile, numel);
+      masked(begin, end);
+    }
+    whole(first_whole, n_whole);
+  }
+};
 
 // The sum over a block, added in the same order every time; every thread has it.
 __device__ __forceinline__ double block_sum(double value) {
   struct Sums {
-    double of_warp[kThreads / 32];
+    double of_warp[kWarps];
   };
   FUSEDOPT_SHARED(Sums, sums);
   for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(kAll, value, offset);
@@ -132,7 +186,7 @@ __device__ __forceinline__ double block_sum(double value) {
   if (lane_id() == 0) sums.of_warp[warp_id()] = value;
   __syncthreads();
   double sum = 0;
-  for (int w = 0; w < n_warps(); ++w) sum += sums.of_warp[w];
+  for (int w = 0; w < kWarps; ++w) sum += sums.of_warp[w];
   return sum;
 }
 

@@ -34,10 +34,7 @@ struct AdamMoments {
 //   d = (m_scale m + g_scale g) / (root_scale sqrt(w) + eps)
 template <bool Max>
 struct AdamRatio : AdamMoments<Max> {
-  template <class T>
-  struct Coefficients {
-    T one_minus_beta1, beta2, one_minus_beta2, m_scale, g_scale, root_scale, eps;
-  };
+  FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, m_scale, g_scale, root_scale, eps);
 
   template <class T>
   FUSEDOPT_HD static T direction(T, T g, T* state, const Coefficients<T>& c) {

@@ -8,9 +8,10 @@
 namespace fusedopt::host {
 namespace {
 
-constexpr std::int64_t kLargestTile = 262144;  // 1 MiB of fp32 per stream: 5% faster than 256 KiB on fast memory
-constexpr std::int64_t kSmallestTile = 4096;
-constexpr std::int64_t kTilesWanted = 256;
+constexpr std::int64_t kLargestShare = 262144;  // 1 MiB of fp32 per stream: 5% faster than 256 KiB on fast memory
+constexpr std::int64_t kSmallestShare = 4096;
+constexpr std::int64_t kSharesWanted = 256;
+constexpr std::int64_t kCut = 1024;            // shares begin at multiples of it in a row
 constexpr std::size_t kCountersAhead = 16;     // to prefetch
 constexpr std::int64_t kWorthThreads = 32768;  // elements below which a second thread costs more than it brings
 // A float counter stops at 2^24; the job is then made anew with a double one.
@@ -31,66 +32,65 @@ void CpuJob::Counter::write(double value) const {
 CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state,
                const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
     : roster_(std::move(param_groups), groups, std::move(state), members, new_state) {
+  if (roster_.groups()) n_scalars_ = roster_.group(0).kernel().names.scalars.size();  // all groups have one rule
+  std::size_t n_operands = 0;
+  for (std::size_t i = 0; i < roster_.size(); ++i) {
+    n_operands += kFirstState + roster_.kernel(roster_.entry(i)).names.states.size();
+  }
+  operands_.reserve(n_operands);  // rows point into it
   for (std::size_t i = 0; i < roster_.size(); ++i) add_row(roster_.entry(i));
-  split_into_items();
+  cut_into_shares();
 }
 
 void CpuJob::add_row(const Entry& entry) {
   Row row{};
-  Counters counters{};
-  Layouts layouts;
-  bool is_dense = true;
+  LayoutTable layouts;
+  counters_.resize(counters_.size() + n_scalars_);
   if (entry.is_member && entry.is_steppable) {
-    row.kernel = &roster_.group(static_cast<std::size_t>(entry.group)).kernel();
+    row.kernel = &roster_.kernel(entry);
+    row.operands = operands_.data() + operands_.size();
     const std::int64_t* const shape = roster_.dims(entry.param.dims);
     const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex);
-    const auto take = [&](int operand, DType dtype, void* address, const std::int64_t* strides) {
-      row.data[operand] = address;
-      row.dtype[operand] = dtype;
+    const auto take = [&](DType dtype, void* address, const std::int64_t* strides) {
+      operands_.push_back({{address}, plain(dtype)});
       const Layout layout = order.layout_of(strides);
-      if (layout.ndim) layouts.operand[operand] = &layouts_.emplace_back(layout);
-      is_dense &= !layout.ndim;
+      layouts.push_back(layout.ndim ? &layouts_.emplace_back(layout) : nullptr);
     };
     row.numel = order.numel();
-    take(kParam, entry.param.dtype, entry.param.address, shape + entry.ndim);
-    take(kGrad, entry.gradient_dtype, nullptr, roster_.dims(entry.gradient_strides));
-    for (int k = 0; k < row.kernel->n_states; ++k) {
-      const Member& state = entry.states[k];
-      take(kFirstState + k, state.dtype, state.address, roster_.dims(state.dims) + entry.ndim);
+    take(entry.param.dtype, entry.param.address, shape + entry.ndim);
+    take(entry.gradient_dtype, nullptr, roster_.dims(entry.gradient_strides));
+    for (const Member& state : roster_.states(entry)) {
+      take(state.dtype, state.address, roster_.dims(state.dims) + entry.ndim);
     }
-    const DType compute = row.dtype[kParam] == DType::f64 ? DType::f64 : DType::f32;
-    row.in_place = is_dense && std::all_of(row.dtype, row.dtype + kFirstState + row.kernel->n_states,
-                                           [&](DType dtype) { return dtype == compute; });
-    for (int k = 0; k < row.kernel->n_scalars; ++k) {
-      counters.of[k] = {entry.scalars[k].address, entry.scalars[k].dtype == DType::f64};
-    }
+    Counter* counter = counters_.data() + counters_.size() - n_scalars_;
+    for (const Member& scalar : roster_.scalars(entry)) *counter++ = {scalar.address, scalar.dtype == DType::f64};
   }
-  if (!is_dense) row.layouts = &tables_.emplace_back(layouts);
+  if (std::any_of(layouts.begin(), layouts.end(), [](const Layout* layout) { return layout; })) {
+    row.layouts = tables_.emplace_back(std::move(layouts)).data();
+  }
   numel_ += row.numel;
   rows_.push_back(row);
-  counters_.push_back(counters);
   planned_layouts_.push_back(row.layouts);
-  planned_in_place_.push_back(row.in_place);
 }
 
-// Near-equal pieces whatever the tensors' sizes: large tensors are split, small ones share a bundle.
-void CpuJob::split_into_items() {
-  const std::int64_t wanted = (numel_ / kTilesWanted + 1023) / 1024 * 1024;
-  const std::int64_t tile = std::clamp(wanted, kSmallestTile, kLargestTile);
+// Of near-equal numbers of elements, whatever the tensors' sizes and however many threads there are.
+void CpuJob::cut_into_shares() {
+  const std::int64_t wanted = (numel_ / kSharesWanted + kCut - 1) / kCut * kCut;
+  const std::int64_t size = std::clamp(wanted, kSmallestShare, kLargestShare);
   std::int64_t room = 0;
   for (std::size_t r = 0; r < rows_.size(); ++r) {
-    for (std::int64_t begin = 0; begin < rows_[r].numel; begin += tile) {
-      const std::int64_t count = std::min(tile, rows_[r].numel - begin);
-      if (count > room) {
-        bundles_.push_back(static_cast<std::int64_t>(items_.size()));
-        room = tile;
+    for (std::int64_t begin = 0, end; begin < rows_[r].numel; begin = end) {
+      const std::int64_t rest = rows_[r].numel - begin;
+      if (rest > room && room < kCut) {
+        shares_.push_back({static_cast<std::int32_t>(r), begin});
+        room = size;
       }
-      items_.push_back({static_cast<std::int32_t>(r), static_cast<std::int32_t>(count), begin});
-      room -= count;
+      end = begin + (rest <= room ? rest : room / kCut * kCut);
+      room -= end - begin;
     }
   }
-  bundles_.push_back(static_cast<std::int64_t>(items_.size()));
-  partials_.resize(bundles_.size());
+  if (!rows_.empty()) shares_.push_back({static_cast<std::int32_t>(rows_.size()) - 1, rows_.back().numel});
+  partials_.resize(shares_.size());
 }
 
 bool CpuJob::scan(int threads) {
@@ -106,24 +106,28 @@ bool CpuJob::scan(int threads) {
 bool CpuJob::make_cohorts(Room room) {
   cohorts_.clear();
   cohort_keys_.clear();
+  before_.clear();
+  after_.clear();
+  coefficients_.clear();
   if (!step_tables_.empty()) {
     step_layouts_.clear();
     step_tables_.clear();
-    for (std::size_t i = 0; i < rows_.size(); ++i) {
-      rows_[i].layouts = planned_layouts_[i];
-      rows_[i].in_place = planned_in_place_[i];
-    }
+    for (std::size_t i = 0; i < rows_.size(); ++i) rows_[i].layouts = planned_layouts_[i];
   }
   for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kCountersAhead < rows_.size()) __builtin_prefetch(counters_[i + kCountersAhead].of[0].address, 1);
+    prefetch_counters(i + kCountersAhead);
     Row& row = rows_[i];
     row.active = roster_.has_gradient(i);
-    row.data[kGrad] = const_cast<void*>(roster_.gradient_address(i));
     if (!row.active) continue;
+    row.operands[kGrad].address[0] = const_cast<void*>(roster_.gradient_address(i));
     if (roster_.gradient_strides(i)) lay_out(i);
     if (!join_cohort(i, room)) return false;
   }
   return true;
+}
+
+void CpuJob::prefetch_counters(std::size_t i) const {
+  if (n_scalars_ && i < rows_.size()) __builtin_prefetch(counters(i)->address, 1);
 }
 
 // A gradient that is laid out otherwise than planned has a layout for this step.
@@ -133,40 +137,42 @@ void CpuJob::lay_out(std::size_t i) {
   const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex);
   const Layout layout = order.layout_of(roster_.gradient_strides(i));
   Row& row = rows_[i];
-  const Layout* const planned = row.layouts ? row.layouts->operand[kGrad] : nullptr;
-  if (!layout.ndim && !planned) return;  // strides that do not matter
-  Layouts table = row.layouts ? *row.layouts : Layouts{};
-  table.operand[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
-  row.layouts = &step_tables_.emplace_back(table);
-  row.in_place = false;
+  if (!layout.ndim && !(row.layouts && row.layouts[kGrad])) return;  // strides that do not matter
+  const std::size_t n_operands = kFirstState + row.kernel->names.states.size();
+  LayoutTable table(n_operands);
+  if (row.layouts) table.assign(row.layouts, row.layouts + n_operands);
+  table[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
+  row.layouts = step_tables_.emplace_back(std::move(table)).data();
 }
 
 bool CpuJob::join_cohort(std::size_t i, Room room) {
   Row& row = rows_[i];
-  const Kernel& kernel = *row.kernel;
-  CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i), {}, {}};
-  for (int k = 0; k < kernel.n_scalars; ++k) {
-    const Counter& counter = counters_[i].of[k];
-    key.before[k] = counter.read();
-    if (room == Room::kForStep && !counter.wide && key.before[k] >= kLastFloatStep) return false;
+  const CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i)};
+  const std::size_t n = cohorts_.size(), at = n * n_scalars_;
+  before_.resize(at + n_scalars_);  // where they belong if the cohort is a new one
+  for (std::size_t k = 0; k < n_scalars_; ++k) {
+    const Counter& counter = counters(i)[k];
+    before_[at + k] = counter.read();
+    if (room == Room::kForStep && !counter.wide && before_[at + k] >= kLastFloatStep) return false;
   }
-  const std::size_t oldest = cohort_keys_.size() > kCohortsSearched ? cohort_keys_.size() - kCohortsSearched : 0;
-  for (std::size_t c = cohort_keys_.size(); c-- > oldest;) {
+  const auto now = before_.begin() + static_cast<std::ptrdiff_t>(at);
+  for (std::size_t c = n; c-- > (n > kCohortsSearched ? n - kCohortsSearched : 0);) {
     const CohortKey& other = cohort_keys_[c];
     if (other.group == key.group && other.new_state == key.new_state &&
-        std::equal(key.before, std::end(key.before), other.before)) {
+        std::equal(now, before_.end(), before_.begin() + static_cast<std::ptrdiff_t>(c * n_scalars_))) {
       row.cohort = static_cast<std::int32_t>(c);
       return true;
     }
   }
   const Group& group = roster_.group(roster_.group_of(i));
-  Cohort cohort = group.common;
-  std::copy(std::begin(key.before), std::end(key.before), key.after);
-  if (kernel.n_scalars) key.after[0] += 1;  // `step` comes first
-  kernel.prepare(group.values + 2, key.after, key.new_state, cohort.coefficients);
-  cohorts_.push_back(cohort);
+  after_.insert(after_.end(), now, before_.end());
+  if (n_scalars_) after_[at] += 1;  // `step` comes first
+  const std::size_t first = coefficients_.size();
+  coefficients_.resize(first + row.kernel->names.coefficients.size());
+  row.kernel->prepare(group.values.data() + 2, after_.data() + at, key.new_state, coefficients_.data() + first);
+  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first});
   cohort_keys_.push_back(key);
-  row.cohort = static_cast<std::int32_t>(cohorts_.size()) - 1;
+  row.cohort = static_cast<std::int32_t>(n);
   return true;
 }
 
@@ -195,10 +201,10 @@ py::tuple CpuJob::launch(const py::capsule& engine, int threads, double inverse_
   job.skip_nonfinite = skip_nonfinite;
   job.squared_norm = squared_norm;
   job.rows = rows_.data();
-  job.items = items_.data();
-  job.bundles = bundles_.data();
-  job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
+  job.shares = shares_.data();
+  job.n_shares = shares_.empty() ? 0 : static_cast<std::int64_t>(shares_.size()) - 1;
   job.cohorts = cohorts_.data();
+  job.coefficients = coefficients_.data();
   job.partials = partials_.data();
   {
     py::gil_scoped_release release;
@@ -211,10 +217,10 @@ py::tuple CpuJob::launch(const py::capsule& engine, int threads, double inverse_
 void CpuJob::advance_counters() {
   stepped_ = true;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
-    if (i + kCountersAhead < rows_.size()) __builtin_prefetch(counters_[i + kCountersAhead].of[0].address, 1);
+    prefetch_counters(i + kCountersAhead);
     if (!rows_[i].active) continue;
-    const CohortKey& key = cohort_keys_[static_cast<std::size_t>(rows_[i].cohort)];
-    for (int k = 0; k < rows_[i].kernel->n_scalars; ++k) counters_[i].of[k].write(key.after[k]);
+    const double* const after = after_.data() + static_cast<std::size_t>(rows_[i].cohort) * n_scalars_;
+    for (std::size_t k = 0; k < n_scalars_; ++k) counters(i)[k].write(after[k]);
     roster_.set_stepped(i);
   }
 }

@@ -1,11 +1,11 @@
-// The job of the CPU engine: a roster's tensors as rows, cut into near-equal items, and the step counters, which the
+// The job of the CPU engine: a roster's tensors as rows, cut into near-equal shares, and the step counters, which the
 // host advances.
 #pragma once
 
 #include <deque>
 #include <vector>
 
-#include "core/job.h"
+#include "cpu/job.h"
 #include "host/roster.h"
 
 namespace fusedopt::host {
@@ -45,18 +45,17 @@ class CpuJob {
     double read() const { return wide ? *static_cast<const double*>(address) : *static_cast<const float*>(address); }
     void write(double value) const;
   };
-  struct Counters {
-    Counter of[kMaxScalars];
-  };
   enum class Room { kAny, kForStep };  // that a counter must have left
   struct CohortKey {
     std::int32_t group;
     bool new_state;
-    double before[kMaxScalars], after[kMaxScalars];
   };
+  using LayoutTable = std::vector<const Layout*>;  // of each operand of a row
 
   void add_row(const Entry& entry);
-  void split_into_items();
+  void cut_into_shares();
+  const Counter* counters(std::size_t i) const { return counters_.data() + i * n_scalars_; }
+  void prefetch_counters(std::size_t i) const;
   void lay_out(std::size_t i);
   bool make_cohorts(Room room);
   bool join_cohort(std::size_t i, Room room);
@@ -66,18 +65,20 @@ class CpuJob {
 
   Roster roster_;
   std::vector<Row> rows_;
-  std::vector<Counters> counters_;
-  std::vector<const Layouts*> planned_layouts_;  // of each row
-  std::vector<bool> planned_in_place_;
-  std::deque<Layout> layouts_;  // of parameters, states and gradients as planned
-  std::deque<Layouts> tables_;
+  std::vector<Operand> operands_;                      // of all rows
+  std::size_t n_scalars_ = 0;                          // of the rule
+  std::vector<Counter> counters_;                      // of all rows
+  std::vector<const Layout* const*> planned_layouts_;  // of each row
+  std::deque<Layout> layouts_;                         // of parameters, states and gradients as planned
+  std::deque<LayoutTable> tables_;
   std::deque<Layout> step_layouts_;  // of this step's other gradients
-  std::deque<Layouts> step_tables_;
-  std::vector<Item> items_;
-  std::vector<std::int64_t> bundles_;
+  std::deque<LayoutTable> step_tables_;
+  std::vector<Share> shares_;  // and where the last one ends
   std::vector<double> partials_;
   std::vector<Cohort> cohorts_;
   std::vector<CohortKey> cohort_keys_;
+  std::vector<double> before_, after_;  // the step, the scalars of each cohort
+  std::vector<double> coefficients_;    // of each cohort
   std::int64_t numel_ = 0;
   bool stepped_ = false;
 };

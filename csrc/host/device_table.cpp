@@ -2,8 +2,11 @@
 
 #include <algorithm>
 #include <bit>
+#include <iterator>
 #include <stdexcept>
 #include <string>
+
+#include "core/device_tables.h"
 
 namespace fusedopt::host {
 namespace {
@@ -54,7 +57,9 @@ bool DeviceTable::has_planned_strides(std::size_t i) const {
 
 bool DeviceTable::write(const py::handle& words) const {
   std::size_t wanted = roster_.size();
-  for (std::size_t g = 0; g < roster_.groups(); ++g) wanted += 2 * roster_.group(g).n_values() + 2;
+  for (std::size_t g = 0; g < roster_.groups(); ++g) {
+    wanted += static_cast<std::size_t>(record_words(static_cast<int>(roster_.group(g).values.size()) - 2));
+  }
   Geometry table;
   const bool fits = torch.is_tensor(words.ptr()) && torch.read(words.ptr(), Access::kWrite, &table) &&
                     table.ndim == 1 && table.shape[0] == static_cast<std::int64_t>(wanted) && table.strides[0] == 1 &&
@@ -73,16 +78,16 @@ bool DeviceTable::write(const py::handle& words) const {
   for (std::size_t i = 0; i < roster_.size(); ++i) {
     const Entry& entry = roster_.entry(i);
     const auto address = reinterpret_cast<std::int64_t>(roster_.gradient_address(i));
-    put(roster_.has_gradient(i) ? (entry.numel ? address : 2) + roster_.has_new_state(i) : 0);
+    put(roster_.has_gradient(i) ? (entry.numel ? address : kNoMemory) + kNewState * roster_.has_new_state(i) : 0);
   }
   for (std::size_t g = 0; g < roster_.groups(); ++g) {
     const Group& group = roster_.group(g);
-    for (std::size_t k = 0; k < group.n_values(); ++k) {
+    for (std::size_t k = 0; k < group.values.size(); ++k) {
       put(std::bit_cast<std::int64_t>(group.values[k]));
       put(group.sources[k]);
     }
-    put(group.is_decoupled);
-    put(group.common.sign < 0 ? -1 : 1);
+    const std::int64_t flags[] = {group.is_decoupled, static_cast<std::int64_t>(group.sign)};  // as GroupFlag
+    std::for_each(std::begin(flags), std::end(flags), put);
   }
   return changed != 0;
 }

@@ -18,9 +18,8 @@ class DeviceTable {
   // See Roster.
   void check(int threads) { roster_.check(threads); }
 
-  // Writes for every row the gradient's address, plus one if its states are new (0: no gradient, 2: one without
-  // elements), then for every group the pairs of a value and a source of its hyperparameters, whether decay is
-  // decoupled, and the sign. `words`: a one-dimensional int64 tensor on the CPU. Returns whether anything changed.
+  // Writes the gradients' words and the groups' records, see core/device_tables.h. `words`: a one-dimensional int64
+  // tensor on the CPU. Returns whether anything changed.
   bool write(const py::handle& words) const;
 
   // What has a gradient was stepped: its states are new no more.

@@ -32,19 +32,12 @@ py::object as_sequence(PyObject* iterable) {
 NamedKernel::NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
                          std::vector<std::string> hyper)
     : rule(std::move(rule)), states(std::move(states)), scalars(std::move(scalars)), hyper(std::move(hyper)), kernel{} {
-  if (this->states.size() > kMaxStates || this->scalars.size() > kMaxScalars || this->hyper.size() > kMaxHyper) {
-    throw std::invalid_argument("rule " + this->rule + " has more names than csrc/core/rule.h allows");
-  }
-  for (const auto* names : {&this->states, &this->scalars, &this->hyper}) {
-    for (const std::string& name : *names) pointers.push_back(name.c_str());
-  }
-  kernel.rule = this->rule.c_str();
-  kernel.n_states = static_cast<int>(this->states.size());
-  kernel.n_scalars = static_cast<int>(this->scalars.size());
-  kernel.n_hyper = static_cast<int>(this->hyper.size());
-  kernel.states = pointers.data();
-  kernel.scalars = kernel.states + kernel.n_states;
-  kernel.hyper = kernel.scalars + kernel.n_scalars;
+  for (const auto* list : {&this->states, &this->scalars, &this->hyper})
+    names.insert(names.end(), list->begin(), list->end());
+  const std::span<const std::string_view> all = names;
+  const std::size_t n_states = this->states.size(), n_scalars = this->scalars.size();
+  kernel.names = {
+      this->rule, all.first(n_states), all.subspan(n_states, n_scalars), all.subspan(n_states + n_scalars), {}};
 }
 
 Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group)) {
@@ -61,7 +54,9 @@ Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group))
     hyper_.push_back(
         {h[0], h[1].cast<Py_ssize_t>(), h[2].cast<Py_ssize_t>(), h[3].cast<double>(), h[4].cast<double>()});
   }
-  if (hyper_.size() != 2 + static_cast<std::size_t>(kernel_->n_hyper)) {
+  values.resize(hyper_.size());
+  sources.resize(hyper_.size());
+  if (hyper_.size() != 2 + kernel_->names.hyper.size()) {
     throw std::logic_error("hyperparameters do not match the kernel");
   }
   for (const py::handle item : py::object(spec[2])) {
@@ -111,12 +106,8 @@ bool Group::read(SourceOf source_of, const void* context) {
   const int maximize = truth(look_up(group_.ptr(), maximize_key));
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);
   if (maximize < 0 || decoupled < 0) return false;
-  const double lr = values[0], weight_decay = values[1];
   is_decoupled = decoupled;
-  common.lr = lr;
-  common.coupled_decay = is_decoupled ? 0 : weight_decay;
-  common.keep = is_decoupled ? 1 - lr * weight_decay : 1;
-  common.sign = maximize ? -1 : 1;
+  sign = maximize ? -1 : 1;
   return true;
 }
 

@@ -6,7 +6,7 @@
 #include <string>
 #include <vector>
 
-#include "core/job.h"
+#include "cpu/job.h"
 
 namespace fusedopt::host {
 
@@ -29,7 +29,7 @@ struct Switch {
 struct NamedKernel {
   std::string rule;
   std::vector<std::string> states, scalars, hyper;
-  std::vector<const char*> pointers;
+  std::vector<std::string_view> names;  // of all three
   Kernel kernel;
   NamedKernel(std::string rule, std::vector<std::string> states, std::vector<std::string> scalars,
               std::vector<std::string> hyper);
@@ -57,11 +57,10 @@ class Group {
   int traverse(visitproc visit, void* arg) const;
 
   // What `read` found.
-  Cohort common = {};                 // without coefficients
-  double values[2 + kMaxHyper] = {};  // lr, weight_decay, then the kernel's
-  std::int64_t sources[2 + kMaxHyper] = {};
+  std::vector<double> values;  // lr, weight_decay, then the kernel's hyperparameters
+  std::vector<std::int64_t> sources;
   bool is_decoupled = false;
-  std::size_t n_values() const { return hyper_.size(); }
+  double sign = 1;  // -1 to maximize
 
  private:
   bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,

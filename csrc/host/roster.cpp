@@ -134,15 +134,13 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
   like_.back() = gradient_of(entry, is);
   add_states(entry, state_items_.size() - 1);
 
-  const Kernel& kernel = groups_[group].kernel();
   const auto is_whole = [](const Member& m) { return m.tensor && m.has_memory; };
   const auto is_here = [&](const Expectation& e) {
     return e.device_type == is.device_type && e.device_index == is.device_index;
   };
   entry.is_steppable =
       is_whole(entry.param) && is_aligned(entry.param.address, entry.param.dtype) &&
-      std::all_of(entry.states, entry.states + kernel.n_states, is_whole) &&
-      std::all_of(entry.scalars, entry.scalars + kernel.n_scalars, is_whole) &&
+      std::all_of(members_.begin() + entry.first, members_.end(), is_whole) &&
       std::all_of(expectations_.begin() + static_cast<std::ptrdiff_t>(first), expectations_.end(), is_here);
   return entry;
 }
@@ -181,7 +179,9 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
 
 // Takes up the states and scalars of entry i, as far as it has them.
 void Roster::add_states(Entry& entry, std::size_t i) {
-  const Kernel& kernel = groups_[static_cast<std::size_t>(entry.group)].kernel();
+  const RuleNames& names = kernel(entry).names;
+  entry.first = static_cast<std::uint32_t>(members_.size());
+  members_.resize(members_.size() + names.states.size() + names.scalars.size());
   const py::object mapping = look_up(state_.ptr(), entry.param.tensor);
   if (!mapping) {
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
@@ -192,9 +192,10 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   items.mapping = mapping.ptr();
   held_.push_back(mapping);
   items.first = static_cast<std::uint32_t>(items_.size());
-  const auto find = [&](const char* const* names, int n, Member* members, const char* key, PyObject* value) {
-    const int k = static_cast<int>(std::find(names, names + n, std::string_view(key)) - names);
-    if (k < n && torch.is_tensor(value)) expect(value, &members[k]);
+  const auto find = [&](std::span<const std::string_view> list, std::size_t first, std::string_view key,
+                        PyObject* value) {
+    const auto k = static_cast<std::size_t>(std::find(list.begin(), list.end(), key) - list.begin());
+    if (k < list.size() && torch.is_tensor(value)) expect(value, &members_[first + k]);
   };
   each_item(mapping.ptr(), [&](PyObject* key, PyObject* value) {
     items_.push_back({key, value});
@@ -203,8 +204,8 @@ void Roster::add_states(Entry& entry, std::size_t i) {
     ++items.count;
     const char* const name = PyUnicode_Check(key) ? PyUnicode_AsUTF8(key) : nullptr;
     if (!name) return !PyErr_Occurred();
-    find(kernel.states, kernel.n_states, entry.states, name, value);
-    find(kernel.scalars, kernel.n_scalars, entry.scalars, name, value);
+    find(names.states, entry.first, name, value);
+    find(names.scalars, entry.first + names.states.size(), name, value);
     return true;
   });
   if (PyErr_Occurred()) throw py::error_already_set();

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <span>
 #include <vector>
 
 #include "host/abi.h"
@@ -36,8 +37,7 @@ struct Entry {
   std::int32_t ndim = 0;
   std::int64_t numel = 0;  // of complex tensors, numbers and not pairs of them
   Member param;
-  Member states[kMaxStates];
-  Member scalars[kMaxScalars];
+  std::uint32_t first = 0;  // of its states, and then its scalars, among the roster's members
   // Of its gradient: as it was when it was planned, else like the parameter.
   DType gradient_dtype = DType::f32;
   std::uint32_t gradient_strides = 0;
@@ -45,8 +45,7 @@ struct Entry {
 };
 
 inline bool is_aligned(const void* address, DType dtype) {
-  constexpr std::uintptr_t sizes[] = {4, 8, 2, 2};  // in the order of DType
-  return reinterpret_cast<std::uintptr_t>(address) % sizes[static_cast<int>(dtype)] == 0;
+  return reinterpret_cast<std::uintptr_t>(address) % kDTypeSizes[static_cast<int>(dtype)] == 0;
 }
 
 class Roster {
@@ -69,6 +68,14 @@ class Roster {
 
   std::size_t size() const { return entries_.size(); }
   const Entry& entry(std::size_t i) const { return entries_[i]; }
+  const Kernel& kernel(const Entry& entry) const { return groups_[static_cast<std::size_t>(entry.group)].kernel(); }
+  std::span<const Member> states(const Entry& entry) const {
+    return std::span(members_).subspan(entry.first, kernel(entry).names.states.size());
+  }
+  std::span<const Member> scalars(const Entry& entry) const {
+    const RuleNames& names = kernel(entry).names;
+    return std::span(members_).subspan(entry.first + names.states.size(), names.scalars.size());
+  }
   const Group& group(std::size_t g) const { return groups_[g]; }
   std::size_t groups() const { return groups_.size(); }
   const std::int64_t* dims(std::uint32_t at) const { return dims_.data() + at; }
@@ -124,6 +131,7 @@ class Roster {
   std::vector<Group> groups_;
   std::vector<bool> has_members_;  // of each group
   std::vector<Entry> entries_;
+  std::vector<Member> members_;          // states and scalars of each entry that is a member
   std::vector<StateItems> state_items_;  // of each entry
   std::vector<Item> items_;
   std::vector<Item> all_states_;  // the optimizer's, in their order

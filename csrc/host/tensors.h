@@ -9,7 +9,7 @@
 
 #include FUSEDOPT_DLPACK_HEADER
 
-#include "core/job.h"
+#include "core/operands.h"
 #include "host/abi.h"
 
 namespace fusedopt::host {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "core/job.h"
+#include "cpu/job.h"
 
 namespace fusedopt::host {
 

@@ -10,23 +10,21 @@ namespace fusedopt {
 template <bool Amsbound>
 struct AdaBound : AdamMoments<Amsbound> {
   static constexpr auto name = "adabound";
-  static constexpr Names<1> scalars{"step"};
-  static constexpr Names<6> hyper{"beta1", "beta2", "eps", "final_lr", "gamma", "base_lr"};
-  struct Hyper {
-    double beta1, beta2, eps, final_lr, gamma, base_lr;
-  };
-  struct Scalars {
-    double step;
-  };
-  template <class T>
-  struct Coefficients {
-    T one_minus_beta1, beta2, one_minus_beta2, scale, low, high, eps;
-  };
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(beta1, beta2, eps, final_lr, gamma, base_lr);
+  FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, scale, low, high, eps);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
-    const double scale = std::sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step);
     const double final = h.final_lr / h.base_lr, growth = h.gamma * s.step;
-    return {1 - h.beta1, h.beta2, 1 - h.beta2, scale, final * (1 - 1 / (growth + 1)), final * (1 + 1 / growth), h.eps};
+    return {
+        .one_minus_beta1 = 1 - h.beta1,
+        .beta2 = h.beta2,
+        .one_minus_beta2 = 1 - h.beta2,
+        .scale = std::sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step),
+        .low = final * (1 - 1 / (growth + 1)),
+        .high = final * (1 + 1 / growth),
+        .eps = h.eps,
+    };
   }
 
   template <class T>

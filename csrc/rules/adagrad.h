@@ -8,21 +8,12 @@ namespace fusedopt {
 struct Adagrad {
   static constexpr auto name = "adagrad";
   static constexpr Names<1> states{"sum"};
-  static constexpr Names<1> scalars{"step"};
-  static constexpr Names<2> hyper{"lr_decay", "eps"};
-  struct Hyper {
-    double lr_decay, eps;
-  };
-  struct Scalars {
-    double step;
-  };
-  template <class T>
-  struct Coefficients {
-    T scale, eps;
-  };
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(lr_decay, eps);
+  FUSEDOPT_COEFFICIENTS(scale, eps);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
-    return {1 / (1 + (s.step - 1) * h.lr_decay), h.eps};
+    return {.scale = 1 / (1 + (s.step - 1) * h.lr_decay), .eps = h.eps};
   }
 
   template <class T>

@@ -8,19 +8,12 @@ namespace fusedopt {
 struct Lion {
   static constexpr auto name = "lion";
   static constexpr Names<1> states{"exp_avg"};
-  static constexpr Names<0> scalars{};
-  static constexpr Names<2> hyper{"beta1", "beta2"};
-  struct Hyper {
-    double beta1, beta2;
-  };
-  struct Scalars {};
-  template <class T>
-  struct Coefficients {
-    T beta1, one_minus_beta1, beta2, one_minus_beta2;
-  };
+  FUSEDOPT_SCALARS();
+  FUSEDOPT_HYPER(beta1, beta2);
+  FUSEDOPT_COEFFICIENTS(beta1, one_minus_beta1, beta2, one_minus_beta2);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool) {
-    return {h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2};
+    return {.beta1 = h.beta1, .one_minus_beta1 = 1 - h.beta1, .beta2 = h.beta2, .one_minus_beta2 = 1 - h.beta2};
   }
 
   template <class T>

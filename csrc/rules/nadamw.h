@@ -7,19 +7,20 @@ namespace fusedopt {
 
 struct NAdamW : AdamRatio<false> {
   static constexpr auto name = "nadamw";
-  static constexpr Names<1> scalars{"step"};
-  static constexpr Names<3> hyper{"beta1", "beta2", "eps"};
-  struct Hyper {
-    double beta1, beta2, eps;
-  };
-  struct Scalars {
-    double step;
-  };
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(beta1, beta2, eps);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
-    const double root_scale = 1 / std::sqrt(bias_correction(h.beta2, s.step));
     const double scale = 1 / bias_correction(h.beta1, s.step);
-    return {1 - h.beta1, h.beta2, 1 - h.beta2, h.beta1 * scale, (1 - h.beta1) * scale, root_scale, h.eps};
+    return {
+        .one_minus_beta1 = 1 - h.beta1,
+        .beta2 = h.beta2,
+        .one_minus_beta2 = 1 - h.beta2,
+        .m_scale = h.beta1 * scale,
+        .g_scale = (1 - h.beta1) * scale,
+        .root_scale = 1 / std::sqrt(bias_correction(h.beta2, s.step)),
+        .eps = h.eps,
+    };
   }
 };
 

@@ -9,18 +9,9 @@ namespace fusedopt {
 
 struct RAdam : AdamMoments<false> {
   static constexpr auto name = "radam";
-  static constexpr Names<1> scalars{"step"};
-  static constexpr Names<3> hyper{"beta1", "beta2", "eps"};
-  struct Hyper {
-    double beta1, beta2, eps;
-  };
-  struct Scalars {
-    double step;
-  };
-  template <class T>
-  struct Coefficients {
-    T one_minus_beta1, beta2, one_minus_beta2, m_scale, rectified, eps;
-  };
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(beta1, beta2, eps);
+  FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, m_scale, rectified, eps);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     const double correction2 = bias_correction(h.beta2, s.step);
@@ -32,7 +23,14 @@ struct RAdam : AdamMoments<false> {
       const double variance = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho);
       m_scale *= std::sqrt(variance * correction2);
     }
-    return {1 - h.beta1, h.beta2, 1 - h.beta2, m_scale, rectified ? 1.0 : 0.0, h.eps};
+    return {
+        .one_minus_beta1 = 1 - h.beta1,
+        .beta2 = h.beta2,
+        .one_minus_beta2 = 1 - h.beta2,
+        .m_scale = m_scale,
+        .rectified = rectified ? 1.0 : 0.0,
+        .eps = h.eps,
+    };
   }
 
   template <class T>

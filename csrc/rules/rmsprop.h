@@ -21,21 +21,12 @@ struct RMSprop {
       return Names<1>{"square_avg"};
     }
   }();
-  static constexpr Names<1> scalars{"step"};
-  static constexpr Names<3> hyper{"alpha", "eps", "momentum"};
-  struct Hyper {
-    double alpha, eps, momentum;
-  };
-  struct Scalars {
-    double step;
-  };
-  template <class T>
-  struct Coefficients {
-    T alpha, one_minus_alpha, eps, momentum;
-  };
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(alpha, eps, momentum);
+  FUSEDOPT_COEFFICIENTS(alpha, one_minus_alpha, eps, momentum);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool) {
-    return {h.alpha, 1 - h.alpha, h.eps, h.momentum};
+    return {.alpha = h.alpha, .one_minus_alpha = 1 - h.alpha, .eps = h.eps, .momentum = h.momentum};
   }
 
   template <class T>

@@ -15,20 +15,18 @@ struct SGD {
       return Names<0>{};
     }
   }();
-  static constexpr Names<0> scalars{};
-  static constexpr Names<3> hyper{"momentum", "dampening", "nesterov"};
-  struct Hyper {
-    double momentum, dampening, nesterov;
-  };
-  struct Scalars {};
-  template <class T>
-  struct Coefficients {
-    T momentum, kept, gain, nesterov;
-  };
+  FUSEDOPT_SCALARS();
+  FUSEDOPT_HYPER(momentum, dampening, nesterov);
+  FUSEDOPT_COEFFICIENTS(momentum, kept, gain, nesterov);
 
   // The first step puts the gradient into the buffer, whatever is there: a parameter given twice has two first steps.
-  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool first) {
-    return {h.momentum, first ? 0 : h.momentum, first ? 1 : 1 - h.dampening, h.nesterov};
+  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool new_state) {
+    return {
+        .momentum = h.momentum,
+        .kept = new_state ? 0 : h.momentum,
+        .gain = new_state ? 1 : 1 - h.dampening,
+        .nesterov = h.nesterov,
+    };
   }
 
   template <class T>

@@ -21,8 +21,8 @@ from multiprocessing import get_context
 import torch
 
 from fusedopt.cli import machine, report
-from fusedopt.engines.tables import TYPES
 from fusedopt.inspection.code import Report
+from fusedopt.operands import PLAIN
 from fusedopt.optimizers import OPTIMIZERS
 
 HELP = "registers, spills and access widths of compiled kernels, without a GPU"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         action="append",
-        choices=list(TYPES.values()),
+        choices=[codec.name for codec in PLAIN],
         help="of the Triton kernels; repeatable; default: fp32, bf16 and fp16. A CUDA kernel steps all",
     )
 

@@ -6,8 +6,8 @@ the parameter's step. ``Plan(optimizer, members, new_state, nth)`` is what one s
 counted through all groups, and how many plans of the same place come before it. ``scan()`` reads what the step needs
 and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()`` measures,
 updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous`` belongs to
-one device, and tells its verdicts in tensors there; others know them when ``run`` returns. One that is ``indivisible``
-has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
+one device, and tells the status of its steps in tensors there; others know it when ``run`` returns. One that is
+``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.rule import Rule
 
-Verdict = tables.Verdict
+StepStatus = tables.StepStatus
 
 # In the order in which "auto" prefers them.
 ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}

@@ -87,44 +87,40 @@ class Plan(DevicePlan):
         chosen = optimizer.members(members)
         device = chosen[0][0].device
         states = {tuple(s.name for s in rule.active_states(group)) for _, group in chosen}
-        choice = extension.Choice(rule.name, sorted(map(list, states)))
+        selection = extension.KernelSelection(rule.name, sorted(map(list, states)))
         index = _index(device)
         with on_device(device):
-            blocks = choice.blocks(index)
+            blocks = selection.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
         super().__init__(optimizer, members, new_state, nth, names, blocks, extension.tile, limit)
-        t, v = self.table, self.verdict
-        self._partials = torch.empty(t.programs, dtype=torch.float64, device=device)
+        t, s = self.table, self.status
+        signatures = [(x.is_strided, list(x.codecs), list(x.states)) for x in t.signatures]
+        words = selection.encode(signatures, len(names[0]))
+        self._signatures = torch.tensor(words or [0], dtype=torch.int64, device=device).to(torch.int32)
         tables = {
             "rows": t.rows,
             "tiles": t.tiles,
             "shares": t.shares,
             "layouts": t.layouts,
-            "live": self.live.on_device,
-            "partials": self._partials,
-            "verdict": v.doubles,
-            "counters": v.counts,
+            "signatures": self._signatures,
+            "step_table": self.step_table.on_device,
+            "partials": self.partials,
+            "numbers": s.numbers,
+            "counts": s.counts,
         }
         addresses = {name: tensor.data_ptr() for name, tensor in tables.items()}
-        kinds = [_parse(kind) for kind in t.kinds.split(";") if kind]
-        words = self.live.words.numel()
+        n_words = self.step_table.words.numel()
         self._launcher = extension.Launcher(
-            choice, addresses, kinds, index, t.programs, t.count, t.width, len(names[0]), words
+            selection, addresses, index, t.programs, t.count, t.n_shares, t.width, len(names[0]), n_words
         )
-        self._words = self.live.words.data_ptr() if self.live.by_value else 0
+        self._words = self.step_table.words.data_ptr() if self.step_table.by_value else 0
 
     def tensors(self) -> list[Tensor]:
         """The device memory that launches of this plan use."""
-        return [*super().tensors(), self._partials]
+        return [*super().tensors(), self._signatures]
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """One launch, cooperative when it does both."""
+        """One launch, cooperative when it does both; two where that does not fit on the device."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         self._launcher.run(self._words, stream, measure, update, grad_scale.data_ptr(), found_inf.data_ptr())
-
-
-def _parse(kind: str) -> tuple[bool, list[str], list[str]]:
-    layout, *operands = kind.split(" ")
-    names, types = zip(*(operand.split("=") for operand in operands), strict=True)
-    return layout == "strided", list(types), list(names[2:])

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
-from fusedopt.engines.tables import HEADER, Live, Rows, is_capturing, refuse_capture
+from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
+from fusedopt.layout import StepWord, record_width
 from fusedopt.rule import LAST_FLOAT_STEP
 from fusedopt.scan import Scan
 
@@ -36,7 +37,7 @@ class DevicePlan:
         names: The rule's states, scalars and hyperparameters, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
-        by_value: How many words of the live table a launch takes by value.
+        by_value: How many words of the step table a launch takes by value.
     """
 
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
@@ -62,10 +63,11 @@ class DevicePlan:
         self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
         with on_device(self.device):
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
-            words = self.table.count + len(self._groups) * (2 * (2 + len(names[2])) + 2)
-            self.live = Live(HEADER + words, self.device, HEADER + words <= by_value)
-            self.verdict = optimizer.verdict(self.device, nth)
-        self._body = self.live.words[HEADER:]
+            words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(len(names[2]))
+            self.step_table = StepTable(words, self.device, words <= by_value)
+            self.status = optimizer.status(self.device, nth)
+            self.partials = torch.empty(self.table.n_shares, dtype=torch.float64, device=self.device)
+        self._body = self.step_table.words[StepWord.GRADS :]
         self._streams: set[int] = set()
         self._launched: set[str] = set()
         self._room = self._steps_left(names[1])
@@ -78,7 +80,7 @@ class DevicePlan:
             return False
         if host.CHECKED and not isinstance(self._scan, Scan):
             host.check_scan(self._scan)
-        self.live.changed(self._scan.write(self._body))
+        self.step_table.changed(self._scan.write(self._body))
         self._room -= 1
         return self._room >= 0
 
@@ -104,7 +106,7 @@ class DevicePlan:
         squared: float | Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
-        verdict = self.verdict
+        status = self.status
         with on_device(self.device):
             parts = {name for name, asked in (("norm", measure), ("step", update)) if asked}
             if is_capturing(self.device):
@@ -112,23 +114,23 @@ class DevicePlan:
             else:
                 self._enter_stream()
                 self._launched |= parts
-            self.live.set_header(max_norm, measure or squared is not None, skip_nonfinite)
-            self.live.send()
+            self.step_table.set_header(max_norm, measure or squared is not None, skip_nonfinite)
+            self.step_table.send()
             if isinstance(squared, Tensor):
-                verdict.squared.copy_(squared, non_blocking=True)
+                status.squared_norm.copy_(squared, non_blocking=True)
             elif squared is not None:
-                verdict.squared.fill_(squared)
-            scale, found_inf = self._here(scaling.grad_scale, verdict.one), self._here(scaling.found_inf, verdict.zero)
+                status.squared_norm.fill_(squared)
+            scale, found_inf = self._here(scaling.grad_scale, status.one), self._here(scaling.found_inf, status.zero)
             if has_modes():  # what torch did since the scan, the user's Python may have seen
                 self.check()
             self.launch(measure, update, scale, found_inf)
             if update:
                 self._scan.commit()
                 self.stepped_members = self.members
-        return verdict.squared, verdict.norm, verdict.skipped
+        return status.squared_norm, status.norm, status.skipped
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch what writes the sum of the gradients' squares to ``verdict.squared``, or the step, or both.
+        """Launch what writes the sum of the gradients' squares to ``status.squared_norm``, or the step, or both.
 
         Args:
             measure: Whether to do the first.
@@ -154,10 +156,9 @@ class DevicePlan:
 
     def tensors(self) -> list[Tensor]:
         """The device memory that launches of this plan use."""
-        t = self.table
-        live = [] if self.live.by_value else [self.live.on_device]
-        v = self.verdict
-        return [t.rows, t.tiles, t.shares, t.layouts, v.doubles, v.counts, v.one, v.zero, *live]
+        t, s = self.table, self.status
+        step_table = [] if self.step_table.by_value else [self.step_table.on_device]
+        return [t.rows, t.tiles, t.shares, t.layouts, self.partials, s.numbers, s.counts, s.one, s.zero, *step_table]
 
     def _here(self, value: Tensor | None, default: Tensor) -> Tensor:
         if value is None:
@@ -175,4 +176,4 @@ class DevicePlan:
                     f"{labels[i]} has no gradient while a CUDA graph is captured, and no replay would step it; capture "
                     "the backward pass with the step, or keep gradients with zero_grad(set_to_none=False)"
                 )
-        self._optimizer.keep(self)
+        self._optimizer.retain(self)

@@ -100,11 +100,8 @@ class Plan:
     ) -> tuple[float, float, bool]:
         """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
         squared = float(self._squared_norm()) if measure else squared or 0.0
-        norm = math.sqrt(squared) * scaling.inverse
-        skipped = skip_nonfinite and not math.isfinite(norm)
+        factor, norm, skipped = _decide(squared, scaling.inverse, max_norm, skip_nonfinite)
         if update and not skipped:
-            clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
-            factor = scaling.inverse * (1.0 if clip > 1 else clip)
             for i, p, group in self._with_gradients():
                 self.stepped_members.append(i)
                 with torch.set_grad_enabled(bool(group["differentiable"])):
@@ -125,7 +122,10 @@ class Plan:
         return total
 
     def _update(self, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
-        """One parameter's step, in the order that all engines keep."""
+        """One parameter's step, in the order of every engine.
+
+        Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
+        """
         rule, state = self.optimizer.rule, self.optimizer.state[p]
         for t in (p, p.grad, *state.values()):  # torch's operations don't look
             if isinstance(t, Tensor) and (short := memory.shortage(t)):
@@ -137,19 +137,15 @@ class Plan:
             s.step += 1
         c = rule.prepare(h, s, new_state)
 
+        gradient_factor, coupled_decay, decay_factor, lr = _engine_scalars(rule, group, factor)
+        names = [spec.name for spec in rule.active_states(group)]
         value = _real(p).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
         assert p.grad is not None
-        g = _real(p.grad).to(compute) * (-factor if group["maximize"] else factor)
-        lr, weight_decay = group["lr"], float(group["weight_decay"])
-        if not group["differentiable"]:
-            lr = float(lr)
-        decoupled = rule.is_decoupled(group)
-        if weight_decay and not decoupled:
-            g = g + weight_decay * value
-        names = [spec.name for spec in rule.active_states(group)]
+        g = _real(p.grad).to(compute) * gradient_factor
+        if coupled_decay:
+            g = g + coupled_decay * value
         d, new = rule.direction(value, g, {name: _real(state[name]).to(compute) for name in names}, c)
-        keep = 1 - lr * weight_decay if decoupled else 1.0
-        _write(p, keep * value - lr * d)
+        _write(p, decay_factor * value - lr * d)
 
         for name in names:
             if group["differentiable"]:
@@ -159,6 +155,29 @@ class Plan:
         for name in rule.scalars:
             with torch.no_grad():
                 state[name].fill_(getattr(s, name))
+
+
+def _decide(
+    squared_norm: float, inverse_scale: float, max_norm: float, skip_nonfinite: bool
+) -> tuple[float, float, bool]:
+    """What becomes of a step: the gradients' factor, 1 / loss scale * clip; the norm; and whether it is skipped.
+
+    Clips as torch.nn.utils.clip_grad_norm_ does: min(1, max_norm / (norm + 1e-6)), and NaN stays NaN.
+    """
+    norm = math.sqrt(squared_norm) * inverse_scale
+    clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
+    return inverse_scale * (1.0 if clip > 1 else clip), norm, skip_nonfinite and not math.isfinite(norm)
+
+
+def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
+    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr.
+
+    The last two are tensors where lr is one and the step is differentiable.
+    """
+    lr = group["lr"] if group["differentiable"] else float(group["lr"])
+    weight_decay, decoupled = float(group["weight_decay"]), rule.is_decoupled(group)
+    gradient_factor = -factor if group["maximize"] else factor
+    return gradient_factor, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0, lr
 
 
 def _place(g: Tensor | None) -> list[tuple[Any, ...]]:

@@ -1,25 +1,26 @@
-"""The tables of a plan in the memory of a device.
+"""The tables of a plan in the memory of a device, which fusedopt/layout.py describes.
 
-A launch finds everything in two tables: ``rows``, which stands as long as the plan, and ``live``, which is
-composed on the host in every scan and sent when it differs from what the device has. The words of both are
-described in triton_kernels/walk.py.
+Those of :class:`Rows` stand as long as the plan; the step table is composed on the host in every scan and sent when it
+differs from what the device has.
 """
 
 from __future__ import annotations
 
 import struct
 from bisect import bisect_right
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory
+from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, row_width
+from fusedopt.operands import Signature
 
-HEADER = 3  # words of `live` before the rows: max_norm, whether the norm was measured, whether it may skip
-ROW = 5  # words of a row besides its states and scalars: numel, kind, layout, group, the parameter's address
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+# Shares of the tiles, as many as programs of each size, from the first tile to the last, in 1/120 of what a program has
+# to do on average. Updates claim the last first, so that programs which are done early take the small ones over.
+SHARE_SIZES = (1, 2, 4, 8, 105)
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -39,25 +40,35 @@ def refuse_capture(device: torch.device, why: str) -> None:
         )
 
 
-class Verdict:
-    """What launches tell: on the device, so that nobody waits for it. It belongs to an optimizer, not to a plan.
+def partition(n_tiles: int, programs: int) -> list[int]:
+    """The first tile of each share: a fraction of the tiles that depends on neither tensors nor who computes it."""
+    sizes = SHARE_SIZES if n_tiles >= sum(SHARE_SIZES) * programs else (1,)
+    n = max(1, min(programs, n_tiles))
+    bounds = [0, *accumulate(size for size in sizes for _ in range(n))]
+    return [n_tiles * bound // bounds[-1] for bound in bounds[:-1]]
+
+
+class StepStatus:
+    """What launches tell of steps: on the device, so that nobody waits for it. It belongs to an optimizer, not a plan.
 
     Attributes:
-        squared, norm: float64, of the gradients: as they are, and after unscaling.
-        skipped_steps, skipped: int32: how many steps were skipped, and whether the last one was.
+        numbers: float64, by StatusNumber.
+        counts: int32, by StatusCount.
+        squared_norm, norm, skipped_steps, skipped: Elements of them.
+        one, zero: float32, of launches without a GradScaler.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.doubles = torch.zeros(2, dtype=torch.float64, device=device)
-        self.counts = torch.zeros(3, dtype=torch.int32, device=device)
-        self.squared, self.norm = self.doubles.unbind()
-        _, self.skipped_steps, self.skipped = self.counts.unbind()
+        self.numbers = torch.zeros(len(StatusNumber), dtype=torch.float64, device=device)
+        self.counts = torch.zeros(len(StatusCount), dtype=torch.int32, device=device)
+        self.squared_norm, self.norm = self.numbers[StatusNumber.SQUARED_NORM], self.numbers[StatusNumber.NORM]
+        self.skipped_steps, self.skipped = self.counts[StatusCount.SKIPPED_STEPS], self.counts[StatusCount.SKIPPED]
         self.one = torch.ones((), dtype=torch.float32, device=device)
         self.zero = torch.zeros_like(self.one)
 
 
-class Live:
-    """The table that changes from step to step: its words on the host, and their copy on the device.
+class StepTable:
+    """What changes from step to step: its words on the host, and their copy on the device.
 
     A copy that a graph records reads host memory of its own, which is never written again.
 
@@ -73,10 +84,10 @@ class Live:
     def __init__(self, words: int, device: torch.device, by_value: bool) -> None:
         self.words = torch.zeros(words, dtype=torch.int64, device="cpu")
         self.on_device = self.words
-        self.device, self.captured, self._stale = device, [], True
+        self.device, self.captured, self._is_stale = device, [], True
         self.by_value = by_value
-        self._copied = device.type != "cpu" and not by_value
-        if self._copied:
+        self._is_copied = device.type != "cpu" and not by_value
+        if self._is_copied:
             self.on_device = torch.zeros(words, dtype=torch.int64, device=device)
             module = torch.get_device_module(device)
             self._slots = [(self._pinned(), module.Event()) for _ in range(self.SLOTS)]
@@ -89,17 +100,17 @@ class Live:
     def set_header(self, max_norm: float, measured: bool, skip_nonfinite: bool) -> None:
         """What the step, not the optimizer's tensors, decides."""
         header = [struct.unpack("<q", struct.pack("<d", max_norm))[0], int(measured), int(skip_nonfinite)]
-        if self.words[:HEADER].tolist() != header:
-            self.words[:HEADER] = torch.tensor(header, device="cpu")
-            self._stale = True
+        if self.words[: StepWord.GRADS].tolist() != header:
+            self.words[: StepWord.GRADS] = torch.tensor(header, device="cpu")
+            self._is_stale = True
 
     def changed(self, yes: bool) -> None:
         """The words were written; yes if any is another now."""
-        self._stale |= yes
+        self._is_stale |= yes
 
     def send(self) -> None:
         """Bring the device's copy up to date, in the order of the current stream."""
-        if not self._copied:
+        if not self._is_copied:
             return
         if is_capturing(self.device):
             if not self._spares:
@@ -110,18 +121,18 @@ class Live:
             self.captured.append(slot)
             return
         self._spares += [self._pinned() for _ in range(self.SPARES - len(self._spares))]
-        if self._stale or self.captured:  # a graph's replay may have put its own words there
+        if self._is_stale or self.captured:  # a graph's replay may have put its own words there
             slot, event = self._slots[self._next]
             self._next = (self._next + 1) % self.SLOTS
             event.synchronize()
             slot.copy_(self.words)
             self.on_device.copy_(slot, non_blocking=True)
             event.record()
-            self._stale = False
+            self._is_stale = False
 
 
 class Rows:
-    """The table that stands: where everything is, and how it is shared among programs.
+    """The tables that stand: where everything is, and how it is shared among programs.
 
     Args:
         optimizer: Whose parameters.
@@ -130,6 +141,13 @@ class Rows:
         names: The rule's states, and its scalars, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
+
+    Attributes:
+        rows, tiles, shares, layouts: On the device.
+        width: Words of a row.
+        count, n_shares: How many rows and shares.
+        programs: How many to launch.
+        signatures: Of the rows; a row has its number among them.
     """
 
     def __init__(
@@ -141,8 +159,8 @@ class Rows:
         programs: int,
         tile: int,
     ) -> None:
-        self.width = ROW + len(names[0]) + len(names[1])
-        self._names, self._kinds = names, {}
+        self.width = row_width(len(names[0]), len(names[1]))
+        self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
         which = set(members)
         everyone = [(g, group, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
@@ -150,21 +168,18 @@ class Rows:
             (self._row(optimizer, p, group, g) if i in which else None) or [0] * self.width
             for i, (g, group, p) in enumerate(everyone)
         ]
-        tiles = [0]
-        for row in rows:
-            tiles.append(tiles[-1] + -(-row[0] // tile))
-        self.programs = max(1, min(programs, tiles[-1]))
-        begins = [tiles[-1] * k // self.programs for k in range(self.programs)]
-        shares = [(begin, min(bisect_right(tiles, begin) - 1, len(rows) - 1)) for begin in begins]
-        shares.append((tiles[-1], len(rows) - 1))
+        tiles = [0, *accumulate(-(-row[RowWord.NUMEL] // tile) for row in rows)]
+        shares = [(begin, min(bisect_right(tiles, begin), len(rows)) - 1) for begin in partition(tiles[-1], programs)]
+        self.count, self.n_shares = len(rows), len(shares)
+        self.programs = min(programs, self.n_shares)
 
         def on_device(values: Any) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
-        self.count = len(rows)
-        self.rows, self.tiles, self.shares = on_device(rows), on_device(tiles), on_device(shares)
+        self.rows, self.tiles = on_device(rows), on_device(tiles)
+        self.shares = on_device([*shares, (tiles[-1], len(rows) - 1)])
         self.layouts = on_device(self._layouts or [0])
-        self.kinds = ";".join(self._kinds)
+        self.signatures = tuple(self._signatures)
 
     def _row(self, optimizer: Any, p: Tensor, group: Any, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
@@ -172,19 +187,23 @@ class Rows:
         active = [s.name for s in optimizer.rule.active_states(group)]
         if any(state.get(name) is None for name in (*active, *self._names[1])):
             return None
-        operands = {"param": p, "grad": p if p.grad is None else memory.resolved(p.grad)}
-        operands.update({name: state[name] for name in active})
-        dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
-        types = " ".join(f"{name}={TYPES[_part(t.dtype)]}" for name, t in operands.items())
-        kind = self._kinds.setdefault(f"{'dense' if dense else 'strided'} {types}", len(self._kinds))
-        layout = 0 if dense else self._layout(p, list(operands.values()))
-        addresses = [state[name].data_ptr() for name in active]
-        addresses += [0] * (len(self._names[0]) - len(addresses))
         scalars = [state[name] for name in self._names[1]]
         if any(t.device != p.device for t in scalars):
             return None  # without a gradient yet; it is planned anew before it is stepped
-        counters = [t.data_ptr() | (t.dtype == torch.float64) for t in scalars]
-        return [p.numel() * (2 if p.is_complex() else 1), kind, layout, number, p.data_ptr(), *addresses, *counters]
+        operands = {"param": p, "grad": p if p.grad is None else memory.resolved(p.grad)}
+        operands.update({name: state[name] for name in active})
+        is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
+        signature = Signature.of(not is_dense, operands.items())
+        words = [0] * self.width
+        words[RowWord.NUMEL] = p.numel() * (2 if p.is_complex() else 1)
+        words[RowWord.SIGNATURE] = self._signatures.setdefault(signature, len(self._signatures))
+        words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, list(operands.values()))
+        words[RowWord.GROUP] = number
+        for k, t in enumerate([p, *(state[name] for name in active)]):
+            words[RowWord.OPERAND_ADDRESSES + ADDRESSES * k] = t.data_ptr()
+        for k, t in enumerate(scalars):
+            words[k - len(scalars)] = t.data_ptr() | (t.dtype == torch.float64)
+        return words
 
     def _layout(self, p: Tensor, operands: list[Tensor]) -> int:
         """Enter sizes and strides, innermost first; complex numbers are pairs. Returns where."""
@@ -192,9 +211,5 @@ class Rows:
         parts = 2 if p.is_complex() else 1
         dims = [[2, *[1] * len(operands)]] if p.is_complex() else []
         dims += [[p.shape[d], *(t.stride(d) * parts for t in operands)] for d in reversed(range(p.dim()))]
-        self._layouts += [len(dims), *(word for dim in dims for word in dim)]
+        self._layouts += [len(dims), 1 + len(operands), *(word for dim in dims for word in dim)]
         return at
-
-
-def _part(dtype: torch.dtype) -> torch.dtype:
-    return PARTS.get(dtype, dtype)

@@ -5,7 +5,7 @@ With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
-from fusedopt.engines.tables import ROW
+from fusedopt.layout import row_width
+from fusedopt.operands import Signature
 from fusedopt.rule import Rule
 
 WARPS = 4
@@ -76,11 +77,12 @@ def _rules() -> dict[str, Any]:
     return rules.by_name()
 
 
-def constants(rule: type[Rule], kinds: str, tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def constants(rule: type[Rule], signatures: Iterable[Signature], tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the norm and the step kernel are specialised to."""
     ours = _rules()[rule.name]
-    shared = {"KINDS": kinds, "WIDTH": ROW + len(ours.states) + len(ours.scalars), "TILE": tile}
-    counts = {"N_STATES": len(ours.states), "N_SCALARS": len(ours.scalars), "N_HYPER": len(ours.hyper)}
+    n_states, n_scalars = len(ours.states), len(ours.scalars)
+    shared = {"SIGNATURES": ";".join(map(str, signatures)), "WIDTH": row_width(n_states, n_scalars), "TILE": tile}
+    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper)}
     return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
 
 
@@ -106,31 +108,21 @@ class Plan(DevicePlan):
         tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
         programs = INTERPRETED_PROGRAMS if interpreted else _programs(device)
         super().__init__(optimizer, members, new_state, nth, (ours.states, ours.scalars, ours.hyper), programs, tile)
-        for_norm, for_step = constants(optimizer.rule, self.table.kinds, tile)
+        for_norm, for_step = constants(optimizer.rule, self.table.signatures, tile)
         extra = {} if interpreted else options(backend_of(device))
         launch = _quietly if interpreted else lambda kernel: kernel
         grid = (self.table.programs,)
         self._norm, self._step = launch(norm.norm[grid]), launch(step.step[grid])
         self._for_norm, self._for_step = for_norm | extra, for_step | extra
-        self._partials = torch.empty(self.table.programs, dtype=torch.float64, device=device)
-
-    def tensors(self) -> list[Tensor]:
-        """The device memory that launches of this plan use."""
-        return [*super().tensors(), self._partials]
 
     def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Launch the norm kernel, the step kernel, or both."""
-        t, v = self.table, self.verdict
+        t, s = self.table, self.status
+        tables = t.rows, t.tiles, t.shares, t.layouts, self.step_table.on_device
         if measure:
-            self._norm(
-                t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, self._partials, v.doubles, v.counts,
-                t.count, **self._for_norm,
-            )  # fmt: skip
+            self._norm(*tables, self.partials, s.numbers, s.counts, t.n_shares, **self._for_norm)
         if update:
-            self._step(
-                t.rows, t.tiles, t.shares, t.layouts, self.live.on_device, v.doubles, v.counts, grad_scale, found_inf,
-                t.count, **self._for_step,
-            )  # fmt: skip
+            self._step(*tables, s.numbers, s.counts, grad_scale, found_inf, t.count, t.n_shares, **self._for_step)
 
 
 def _quietly(kernel: Any) -> Any:

@@ -1,21 +1,16 @@
-"""The optimizers: every :class:`FusedOptimizer` in this folder's modules, found by name."""
-
-from importlib import import_module
-from pkgutil import iter_modules
+"""The optimizers, by name."""
 
 from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizers.adabound import AdaBound
+from fusedopt.optimizers.adagrad import Adagrad
+from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.nadam import NAdam
+from fusedopt.optimizers.nadamw import NAdamW
+from fusedopt.optimizers.radam import RAdam
+from fusedopt.optimizers.rmsprop import RMSprop
+from fusedopt.optimizers.sgd import SGD
 
+__all__ = ["SGD", "AdaBound", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "NAdamW", "RAdam", "RMSprop"]
 
-def _discover() -> dict[str, type[FusedOptimizer]]:
-    modules = [import_module(m.name) for m in iter_modules(__path__, f"{__name__}.")]
-    return {
-        name: value
-        for module in modules
-        for name, value in vars(module).items()
-        if isinstance(value, type) and issubclass(value, FusedOptimizer) and value.__module__ == module.__name__
-    }
-
-
-OPTIMIZERS = _discover()
-globals().update(OPTIMIZERS)
-__all__ = sorted(OPTIMIZERS)  # pyright: ignore[reportUnsupportedDunderAll]
+OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in sorted(__all__)}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
 
@@ -32,7 +32,7 @@ class AdaBoundRule(Rule):
     scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         final, growth = h.final_lr / h.base_lr, h.gamma * s.step
         return SimpleNamespace(
             one_minus_beta1=1 - h.beta1,
@@ -104,22 +104,7 @@ class AdaBound(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "final_lr": final_lr,
-            "gamma": gamma,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsbound": amsbound,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group; its ``base_lr`` is its lr, unless it says otherwise.

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.rule import EPS, Hyper, Rule, State
 from fusedopt.state import initial_state
 
@@ -22,7 +22,7 @@ class AdagradRule(Rule):
     decoupled = False
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         return SimpleNamespace(scale=1 / (1 + (s.step - 1) * h.lr_decay), eps=h.eps)
 
     @staticmethod
@@ -77,19 +77,7 @@ class Adagrad(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))
         for group in self.param_groups:
             for p in group["params"]:
                 self.state[p] = initial_state(self.rule, p, group)

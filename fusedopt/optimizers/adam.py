@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
 
@@ -23,6 +23,12 @@ def update_moments(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> t
     return v, new
 
 
+def ratio(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
+    """The Adam family's direction, ``(m_scale m + g_scale g) / (root_scale sqrt(w) + eps)``, and the new state."""
+    w, new = update_moments(g, state, c)
+    return (c.m_scale * new["exp_avg"] + c.g_scale * g) / (c.root_scale * w.sqrt() + c.eps), new
+
+
 class AdamRule(Rule):
     """``d = m / (1 - b1^t) / (sqrt(w) / sqrt(1 - b2^t) + eps)``, w the second moment or its running maximum."""
 
@@ -32,20 +38,18 @@ class AdamRule(Rule):
     scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         return SimpleNamespace(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
-            scale=1 / bias_correction(h.beta1, s.step),
+            m_scale=1 / bias_correction(h.beta1, s.step),
+            g_scale=0.0,
             root_scale=1 / math.sqrt(bias_correction(h.beta2, s.step)),
             eps=h.eps,
         )
 
-    @staticmethod
-    def direction(p, g, state, c):
-        w, new = update_moments(g, state, c)
-        return c.scale * new["exp_avg"] / (c.root_scale * w.sqrt() + c.eps), new
+    direction = staticmethod(ratio)
 
 
 class Adam(FusedOptimizer):
@@ -97,20 +101,7 @@ class Adam(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))
 
 
 class AdamW(FusedOptimizer):
@@ -156,20 +147,7 @@ class AdamW(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": True,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals(), decoupled_weight_decay=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.rule import BETAS, Rule, State
 
 
@@ -19,7 +19,7 @@ class LionRule(Rule):
     decoupled = True
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         return SimpleNamespace(beta1=h.beta1, one_minus_beta1=1 - h.beta1, beta2=h.beta2, one_minus_beta2=1 - h.beta2)
 
     @staticmethod
@@ -71,14 +71,4 @@ class Lion(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

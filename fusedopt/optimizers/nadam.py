@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
-from fusedopt.optimizers.adam import update_moments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizers.adam import ratio
 from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
 
 
@@ -24,7 +24,7 @@ class NAdamRule(Rule):
     scalars = {"step": 0.0, "mu_product": 1.0}
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay)) for t in (s.step, s.step + 1))
         s.mu_product *= mu
         return SimpleNamespace(
@@ -37,10 +37,7 @@ class NAdamRule(Rule):
             eps=h.eps,
         )
 
-    @staticmethod
-    def direction(p, g, state, c):
-        v, new = update_moments(g, state, c)
-        return (c.g_scale * g + c.m_scale * new["exp_avg"]) / (c.root_scale * v.sqrt() + c.eps), new
+    direction = staticmethod(ratio)
 
 
 class NAdam(FusedOptimizer):
@@ -91,17 +88,4 @@ class NAdam(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

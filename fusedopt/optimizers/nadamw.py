@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
-from fusedopt.optimizers.adam import update_moments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizers.adam import ratio
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
 
@@ -22,7 +22,7 @@ class NAdamWRule(Rule):
     decoupled = True
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         scale = 1 / bias_correction(h.beta1, s.step)
         return SimpleNamespace(
             one_minus_beta1=1 - h.beta1,
@@ -34,10 +34,7 @@ class NAdamWRule(Rule):
             eps=h.eps,
         )
 
-    @staticmethod
-    def direction(p, g, state, c):
-        v, new = update_moments(g, state, c)
-        return (c.m_scale * new["exp_avg"] + c.g_scale * g) / (c.root_scale * v.sqrt() + c.eps), new
+    direction = staticmethod(ratio)
 
 
 class NAdamW(FusedOptimizer):
@@ -85,15 +82,4 @@ class NAdamW(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
@@ -21,27 +21,27 @@ class RAdamRule(Rule):
     scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         correction2 = bias_correction(h.beta2, s.step)
         limit = 2 / (1 - h.beta2) - 1
         rho = limit - 2 * s.step * (1 - correction2) / correction2
-        scale = 1 / bias_correction(h.beta1, s.step)
+        m_scale = 1 / bias_correction(h.beta1, s.step)
         if rectified := rho > 5:
             variance = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
-            scale *= math.sqrt(variance * correction2)
+            m_scale *= math.sqrt(variance * correction2)
         return SimpleNamespace(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
-            scale=scale,
-            rectified=rectified,
+            m_scale=m_scale,
+            rectified=float(rectified),
             eps=h.eps,
         )
 
     @staticmethod
     def direction(p, g, state, c):
         v, new = update_moments(g, state, c)
-        d = c.scale * new["exp_avg"]
+        d = c.m_scale * new["exp_avg"]
         return (d / (v.sqrt() + c.eps) if c.rectified else d), new
 
 
@@ -92,16 +92,4 @@ class RAdam(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.rule import EPS, Hyper, Rule, State
 
 
@@ -25,7 +25,7 @@ class RMSpropRule(Rule):
     decoupled = False
 
     @staticmethod
-    def prepare(h, s, first):
+    def prepare(h, s, new_state):
         return SimpleNamespace(alpha=h.alpha, one_minus_alpha=1 - h.alpha, eps=h.eps, momentum=h.momentum)
 
     @staticmethod
@@ -89,17 +89,4 @@ class RMSprop(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

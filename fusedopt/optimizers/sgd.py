@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT
+from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
 from fusedopt.rule import Hyper, Rule, State
 
 
@@ -25,8 +25,8 @@ class SGDRule(Rule):
         return None
 
     @staticmethod
-    def prepare(h, s, first):
-        kept, gain = (0.0, 1.0) if first else (h.momentum, 1 - h.dampening)
+    def prepare(h, s, new_state):
+        kept, gain = (0.0, 1.0) if new_state else (h.momentum, 1 - h.dampening)
         return SimpleNamespace(momentum=h.momentum, kept=kept, gain=gain, nesterov=h.nesterov)
 
     @staticmethod
@@ -85,17 +85,4 @@ class SGD(FusedOptimizer):
         skip_nonfinite: bool = False,
         engine: str = "auto",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-            "capturable": capturable,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, max_grad_norm, skip_nonfinite, engine)
+        super().__init__(params, **arguments(locals()))

@@ -36,5 +36,6 @@ def build():
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
     module.device_type = "cpu"
-    module.fail_next_launch = ctypes.CDLL(str(target)).fail_next_launch
+    for name in ("fail_next_launch", "refuse_next_cooperative_launch", "set_disorder"):
+        setattr(module, name, getattr(ctypes.CDLL(str(target)), name))
     return module

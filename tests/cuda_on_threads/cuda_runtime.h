@@ -8,8 +8,10 @@
 #include <atomic>
 #include <barrier>
 #include <bit>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <map>
 #include <memory>
@@ -70,6 +72,10 @@ struct Block {
 };
 
 inline thread_local Block* block = nullptr;
+
+// Whether blocks are held up where they count, so that they claim what there is to do in any order.
+inline bool disorder = false;
+extern "C" __attribute__((visibility("default"), used)) inline void set_disorder(bool on) { disorder = on; }
 
 inline void yield() { swapcontext(&block->lanes[block->current].context, &block->scheduler); }
 
@@ -181,7 +187,10 @@ T __shfl_down_sync(unsigned, T value, int offset) {
 }
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
-inline int atomicAdd(int* place, int value) { return std::atomic_ref<int>(*place).fetch_add(value); }
+inline int atomicAdd(int* place, int value) {
+  if (on_threads::disorder) std::this_thread::sleep_for(std::chrono::microseconds(std::rand() % 200));
+  return std::atomic_ref<int>(*place).fetch_add(value);
+}
 inline int atomicMax(int* place, int value) {
   const int before = *place;
   *place = std::max(before, value);  // only of shared memory: a block is one host thread
@@ -194,6 +203,7 @@ T __ldcg(const T* p) {
 }
 inline void* __cvta_global_to_generic(std::size_t address) { return reinterpret_cast<void*>(address); }
 inline double __longlong_as_double(long long bits) { return std::bit_cast<double>(bits); }
+inline long long __double_as_longlong(double value) { return std::bit_cast<long long>(value); }
 inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
 inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
 inline double __drcp_rn(double x) { return 1 / x; }
@@ -210,7 +220,8 @@ enum cudaError_t {
   cudaErrorLaunchFailure,
   cudaErrorNoKernelImageForDevice,
   cudaErrorInvalidDeviceFunction,
-  cudaErrorUnsupportedPtxVersion
+  cudaErrorUnsupportedPtxVersion,
+  cudaErrorCooperativeLaunchTooLarge
 };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor };
 struct cudaFuncAttributes {};
@@ -229,10 +240,13 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs;
 };
 
-// What the next launch returns instead of running; for tests of error paths.
-inline cudaError_t next_launch = cudaSuccess;
+// What the next launch, or the next cooperative one, returns instead of running; for tests of error paths.
+inline cudaError_t next_launch = cudaSuccess, next_cooperative_launch = cudaSuccess;
 extern "C" __attribute__((visibility("default"), used)) inline void fail_next_launch() {
   next_launch = cudaErrorLaunchFailure;
+}
+extern "C" __attribute__((visibility("default"), used)) inline void refuse_next_cooperative_launch() {
+  next_cooperative_launch = cudaErrorCooperativeLaunchTooLarge;
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -258,6 +272,9 @@ inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, co
 template <class Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), Arguments& arguments) {
   if (next_launch != cudaSuccess) return std::exchange(next_launch, cudaSuccess);
+  if (config->attrs->val.cooperative && next_cooperative_launch != cudaSuccess) {
+    return std::exchange(next_cooperative_launch, cudaSuccess);
+  }
   struct Call {
     void (*kernel)(Arguments);
     Arguments& arguments;

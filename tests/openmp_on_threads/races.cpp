@@ -25,22 +25,19 @@ using Bytes = std::vector<std::byte>;
 constexpr int kThreads = 4;
 constexpr double kUnclipped = std::numeric_limits<double>::infinity();
 
-[[noreturn]] void fail(const char* what, std::int64_t tile = 0) {
-  std::fprintf(stderr, "%s (tiles of %lld)\n", what, static_cast<long long>(tile));
+[[noreturn]] void fail(const char* what, std::int64_t size = 0) {
+  std::fprintf(stderr, "%s (shares of %lld)\n", what, static_cast<long long>(size));
   std::exit(1);
 }
 
-const Kernel& kernel(std::string_view rule, int n_states) {
+const Kernel& kernel(std::string_view rule, std::size_t n_states) {
   for (const Kernel& k : cpu::kernels()) {
-    if (k.rule == rule && k.n_states == n_states) return k;
+    if (k.names.rule == rule && k.names.states.size() == n_states) return k;
   }
   fail("a kernel is missing");
 }
 
-std::int64_t size_of(DType dtype) {
-  constexpr std::int64_t sizes[] = {4, 8, 2, 2};  // in the order of DType
-  return sizes[static_cast<int>(dtype)];
-}
+std::int64_t size_of(DType dtype) { return kDTypeSizes[static_cast<int>(dtype)]; }
 
 // Rows and their memory. Worlds made alike hold the same values.
 class World {
@@ -52,7 +49,7 @@ class World {
     rows_.reserve(64);
     Row& first = dense(sgd, 9001, f32, f32, f32);
     Row& second = dense(sgd, 9001, f32, f32, f32);
-    if (plant) second.data[kParam] = first.data[kParam];
+    if (plant) at(second, kParam) = at(first, kParam);
     dense(adam, 5003, f64, f64, f64);
     dense(amsgrad, 2999, f16, f16, f32);
     dense(lion, 4097, f32, bf16, bf16);
@@ -63,8 +60,8 @@ class World {
     Row& left = dense(adam, 3001, bf16, bf16, bf16);
     Row& right = dense(adam, 1501, bf16, bf16, bf16);
     for (const int k : {kParam, kFirstState, kFirstState + 1}) {
-      left.data[k] = fill(bf16, left.numel + right.numel);
-      right.data[k] = static_cast<std::byte*>(left.data[k]) + left.numel * size_of(bf16);
+      at(left, k) = fill(bf16, left.numel + right.numel);
+      at(right, k) = static_cast<std::byte*>(at(left, k)) + left.numel * size_of(bf16);
     }
 
     // One in the gaps of the other.
@@ -80,33 +77,40 @@ class World {
     cohorts_.resize(rows_.size());
   }
 
-  // The tables for one step; `tile` is how many elements make an item.
-  Job job(int threads, std::int64_t tile) {
-    items_.clear();
-    bundles_.clear();
+  // The tables for one step; `size` is how many elements make a share.
+  Job job(int threads, std::int64_t size) {
+    shares_.clear();
+    coefficients_.clear();
     ++step_;
+    std::int64_t room = 0;
     for (std::size_t r = 0; r < rows_.size(); ++r) {
-      for (std::int64_t begin = 0; begin < rows_[r].numel; begin += tile) {
-        // Some bundles have two items, as those of small tensors have.
-        if (items_.size() % 5 != 1) bundles_.push_back(static_cast<std::int64_t>(items_.size()));
-        const std::int64_t count = std::min(tile, rows_[r].numel - begin);
-        items_.push_back({static_cast<std::int32_t>(r), static_cast<std::int32_t>(count), begin});
+      for (std::int64_t begin = 0; begin < rows_[r].numel;) {
+        if (!room) {
+          shares_.push_back({static_cast<std::int32_t>(r), begin});
+          room = size;
+        }
+        const std::int64_t count = std::min(room, rows_[r].numel - begin);
+        begin += count;
+        room -= count;
       }
       // Betas of Adam and Lion; as momentum, dampening and Nesterov's switch they serve SGD too.
-      const double hyper[kMaxHyper] = {0.9, 0.99, 1e-8};
-      double scalars[kMaxScalars] = {step_};
+      const double hyper[] = {0.9, 0.99, 1e-8};
+      double scalars[] = {step_};
+      const Kernel& kernel = *rows_[r].kernel;
+      const std::size_t first = coefficients_.size();
+      coefficients_.resize(first + kernel.names.coefficients.size());
+      kernel.prepare(hyper, scalars, step_ == 1, coefficients_.data() + first);
       rows_[r].cohort = static_cast<std::int32_t>(r);
-      cohorts_[r] = {0.1, r % 2 ? 0.01 : 0.0, r % 2 ? 1.0 : 0.99, r % 3 ? 1.0 : -1.0, {}};
-      rows_[r].kernel->prepare(hyper, scalars, step_ == 1, cohorts_[r].coefficients);
+      cohorts_[r] = {0.1, 0.01, r % 3 ? 1.0 : -1.0, r % 2 == 0, first};
     }
-    bundles_.push_back(static_cast<std::int64_t>(items_.size()));
-    partials_.assign(bundles_.size(), 0);
+    shares_.push_back({static_cast<std::int32_t>(rows_.size()) - 1, rows_.back().numel});
+    partials_.assign(shares_.size(), 0);
     Job job{};
     job.rows = rows_.data();
-    job.items = items_.data();
-    job.bundles = bundles_.data();
-    job.n_bundles = static_cast<std::int64_t>(bundles_.size()) - 1;
+    job.shares = shares_.data();
+    job.n_shares = static_cast<std::int64_t>(shares_.size()) - 1;
     job.cohorts = cohorts_.data();
+    job.coefficients = coefficients_.data();
     job.partials = partials_.data();
     job.threads = threads;
     job.measure = job.update = true;
@@ -115,38 +119,39 @@ class World {
     return job;
   }
 
-  void spoil_a_gradient() { *static_cast<float*>(rows_.front().data[kGrad]) = std::nanf(""); }
+  void spoil_a_gradient() { *static_cast<float*>(at(rows_.front(), kGrad)) = std::nanf(""); }
 
   const std::deque<Bytes>& memory() const { return memory_; }
 
  private:
+  static void*& at(Row& row, int operand) { return row.operands[operand].address[0]; }
+
   Row& dense(const Kernel& kernel, std::int64_t numel, DType param, DType grad, DType state) {
     Row row{};
     row.numel = numel;
     row.kernel = &kernel;
     row.active = true;
-    const DType compute = param == DType::f64 ? DType::f64 : DType::f32;
-    row.in_place = true;
-    for (int k = 0; k < kFirstState + kernel.n_states; ++k) {
-      row.dtype[k] = k == kParam ? param : k == kGrad ? grad : state;
-      row.data[k] = fill(row.dtype[k], numel);
-      row.in_place &= row.dtype[k] == compute;
+    std::vector<Operand>& operands = operands_.emplace_back();
+    for (std::size_t k = 0; k < kFirstState + kernel.names.states.size(); ++k) {
+      const DType dtype = k == kParam ? param : k == kGrad ? grad : state;
+      operands.push_back({{fill(dtype, numel)}, plain(dtype)});
     }
+    row.operands = operands.data();
     return rows_.emplace_back(row);
   }
 
   // Lays an operand out as a matrix with rows of `inner` elements.
-  void lay(Row& row, int operand, std::byte* at, std::int64_t inner, std::array<std::int64_t, 2> strides) {
+  void lay(Row& row, int operand, std::byte* address, std::int64_t inner, std::array<std::int64_t, 2> strides) {
     Layout& layout = layouts_.emplace_back();
     layout.ndim = 2;
     layout.shape[0] = row.numel / inner;
     layout.shape[1] = inner;
     std::copy(strides.begin(), strides.end(), layout.stride);
-    Layouts& table = tables_.emplace_back(row.layouts ? *row.layouts : Layouts{});
-    table.operand[operand] = &layout;
-    row.layouts = &table;
-    row.data[operand] = at;
-    row.in_place = false;
+    std::vector<const Layout*>& table = tables_.emplace_back(kFirstState + row.kernel->names.states.size());
+    if (row.layouts) std::copy_n(row.layouts, table.size(), table.begin());
+    table[static_cast<std::size_t>(operand)] = &layout;
+    row.layouts = table.data();
+    at(row, operand) = address;
   }
 
   // Memory for elements between 0.1 and 1.9, which second moments can be as well.
@@ -166,11 +171,12 @@ class World {
 
   std::deque<Bytes> memory_;
   std::deque<Layout> layouts_;
-  std::deque<Layouts> tables_;
+  std::deque<std::vector<const Layout*>> tables_;
+  std::deque<std::vector<Operand>> operands_;
   std::vector<Row> rows_;
   std::vector<Cohort> cohorts_;
-  std::vector<Item> items_;
-  std::vector<std::int64_t> bundles_;
+  std::vector<double> coefficients_;
+  std::vector<Share> shares_;
   std::vector<double> partials_;
   std::int64_t made_ = 0;
   double step_ = 0;
@@ -178,29 +184,29 @@ class World {
 
 // Takes the same step in two worlds, one with one thread, and compares them.
 template <class Change>
-void step(World& alone, World& together, std::int64_t tile, bool skips, Change change) {
+void step(World& alone, World& together, std::int64_t size, bool skips, Change change) {
   const std::deque<Bytes> before = alone.memory();
-  Job jobs[] = {alone.job(1, tile), together.job(kThreads, tile)};
+  Job jobs[] = {alone.job(1, size), together.job(kThreads, size)};
   for (Job& job : jobs) {
     change(job);
     cpu::run(job);
   }
-  if (jobs[0].n_bundles <= 2 * kThreads) fail("the job is too small for its threads", tile);
-  if (jobs[0].skipped != skips || jobs[1].skipped != skips) fail("what to skip is decided otherwise", tile);
-  if (std::memcmp(&jobs[0].squared_norm, &jobs[1].squared_norm, sizeof(double))) fail("the norms differ", tile);
-  if (jobs[0].measure && jobs[0].squared_norm == 0) fail("nothing was measured", tile);
-  if (alone.memory() != together.memory()) fail("the results differ", tile);
-  if ((alone.memory() == before) != (skips || !jobs[0].update)) fail("a step was taken or not, unexpectedly", tile);
+  if (jobs[0].n_shares <= 2 * kThreads) fail("the job is too small for its threads", size);
+  if (jobs[0].skipped != skips || jobs[1].skipped != skips) fail("what to skip is decided otherwise", size);
+  if (std::memcmp(&jobs[0].squared_norm, &jobs[1].squared_norm, sizeof(double))) fail("the norms differ", size);
+  if (jobs[0].measure && jobs[0].squared_norm == 0) fail("nothing was measured", size);
+  if (alone.memory() != together.memory()) fail("the results differ", size);
+  if ((alone.memory() == before) != (skips || !jobs[0].update)) fail("a step was taken or not, unexpectedly", size);
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
   const bool plant = argc > 1 && std::string_view(argv[1]) == "--plant";
-  // Items of less than one of the engine's stages, of one, and of more.
-  for (const std::int64_t tile : {501, 1024, 2500}) {
+  // Shares of less than one of the engine's tiles, of one, and of more.
+  for (const std::int64_t size : {501, 1024, 2500}) {
     World alone(plant), together(plant);
-    const auto take = [&](bool skips, auto change) { step(alone, together, tile, skips, change); };
+    const auto take = [&](bool skips, auto change) { step(alone, together, size, skips, change); };
     for (int i = 0; i < 3; ++i) take(false, [](Job& job) { job.max_norm = 1; });
     take(false, [](Job& job) { job.update = false; });
     take(false, [](Job& job) {

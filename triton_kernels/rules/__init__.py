@@ -1,9 +1,9 @@
 """One file per rule. Each has names, as its eager rule has them, and two functions on values.
 
-``name, states, scalars, hyper``: ``states`` are all that the rule may have, in order.
-``prepare(h, s, first) -> c, s``: hyperparameters and scalars, as doubles in the order of their names, to the
-coefficients of a step and the scalars after it. ``step``, if there, is first and already counts this step;
-``first`` is true when the state was created for it. Values may be scalars or blocks.
+``name, states, scalars, hyper, coefficients``: ``states`` are all that the rule may have, in order.
+``prepare(h, s, new_state) -> c, s``: hyperparameters and scalars, as doubles in the order of their names, to the
+coefficients of a step, in the order of theirs, and the scalars after it. ``step``, if there, is first and already
+counts this step; ``new_state`` is true when the state was created for it. Values may be scalars or blocks.
 ``direction(p, g, state, c, STATES) -> d, state``: elementwise, of the compute type; ``state`` holds the
 states that the parameter has, and STATES (constexpr) their names, joined by commas.
 """

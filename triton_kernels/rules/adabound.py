@@ -14,10 +14,11 @@ name = "adabound"
 states = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 scalars = ("step",)
 hyper = ("beta1", "beta2", "eps", "final_lr", "gamma", "base_lr")
+coefficients = ("one_minus_beta1", "beta2", "one_minus_beta2", "scale", "low", "high", "eps")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``."""
     beta1, beta2, eps, final_lr, gamma, base_lr = h
     scale = tl.sqrt(bias_correction(beta2, s[0])) / bias_correction(beta1, s[0])

@@ -9,10 +9,11 @@ name = "adagrad"
 states = ("sum",)
 scalars = ("step",)
 hyper = ("lr_decay", "eps")
+coefficients = ("scale", "eps")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``."""
     lr_decay, eps = h
     return (1 / (1 + (s[0] - 1) * lr_decay), eps), s

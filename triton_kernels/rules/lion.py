@@ -9,10 +9,11 @@ name = "lion"
 states = ("exp_avg",)
 scalars = ()
 hyper = ("beta1", "beta2")
+coefficients = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``."""
     beta1, beta2 = h
     return (beta1, 1 - beta1, beta2, 1 - beta2), s

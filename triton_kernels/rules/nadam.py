@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.math import bias_correction, power
-from fusedopt.triton_kernels.moments import ratio
+from fusedopt.triton_kernels.moments import ratio, ratio_coefficients
 
 name = "nadam"
 states = ("exp_avg", "exp_avg_sq")
 scalars = ("step", "mu_product")
 hyper = ("beta1", "beta2", "eps", "momentum_decay")
+coefficients = ratio_coefficients
 direction = ratio
 
 
@@ -23,7 +24,7 @@ def mu(beta1, decay, t):
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``ratio``; advances the product."""
     beta1, beta2, eps, decay = h
     step, product = s

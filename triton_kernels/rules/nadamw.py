@@ -4,17 +4,18 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.math import bias_correction
-from fusedopt.triton_kernels.moments import ratio
+from fusedopt.triton_kernels.moments import ratio, ratio_coefficients
 
 name = "nadamw"
 states = ("exp_avg", "exp_avg_sq")
 scalars = ("step",)
 hyper = ("beta1", "beta2", "eps")
+coefficients = ratio_coefficients
 direction = ratio
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``ratio``."""
     beta1, beta2, eps = h
     scale = 1 / bias_correction(beta1, s[0])

@@ -14,10 +14,11 @@ name = "radam"
 states = ("exp_avg", "exp_avg_sq")
 scalars = ("step",)
 hyper = ("beta1", "beta2", "eps")
+coefficients = ("one_minus_beta1", "beta2", "one_minus_beta2", "m_scale", "rectified", "eps")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``; ``rectified`` is 0 or 1."""
     beta1, beta2, eps = h
     correction2 = bias_correction(beta2, s[0])

@@ -8,16 +8,17 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.math import div, lerp, sqrt
-from fusedopt.triton_kernels.variants import has, index
+from fusedopt.triton_kernels.signatures import has, index
 
 name = "rmsprop"
 states = ("square_avg", "momentum_buffer", "grad_avg")
 scalars = ("step",)
 hyper = ("alpha", "eps", "momentum")
+coefficients = ("alpha", "one_minus_alpha", "eps", "momentum")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``."""
     alpha, eps, momentum = h
     return (alpha, 1 - alpha, eps, momentum), s

@@ -7,13 +7,14 @@ name = "sgd"
 states = ("momentum_buffer",)
 scalars = ()
 hyper = ("momentum", "dampening", "nesterov")
+coefficients = ("momentum", "kept", "gain", "nesterov")
 
 
 @triton.jit
-def prepare(h, s, first):
+def prepare(h, s, new_state):
     """Coefficients of ``direction``. The first step puts the gradient into the buffer, whatever is there."""
     momentum, dampening, nesterov = h
-    return (momentum, tl.where(first, 0.0, momentum), tl.where(first, 1.0, 1 - dampening), nesterov), s
+    return (momentum, tl.where(new_state, 0.0, momentum), tl.where(new_state, 1.0, 1 - dampening), nesterov), s
 
 
 @triton.jit

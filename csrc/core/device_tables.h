@@ -1,0 +1,28 @@
+// The tables that engines on a device read, word by word. fusedopt/layout.py describes them; a test compares.
+#pragma once
+
+#include <cstdint>
+
+#include "core/fields.h"
+
+// An enumeration from 0 on, and the array of its names.
+#define FUSEDOPT_WORDS(Enum, names, ...) \
+  enum Enum : int { __VA_ARGS__ };       \
+  constexpr auto names = FUSEDOPT_NAMES(__VA_ARGS__)
+
+namespace fusedopt {
+
+FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kOperandAddresses);
+FUSEDOPT_WORDS(StepWord, step_words, kMaxNorm, kMeasured, kSkipNonfinite, kGrads);
+FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign);
+FUSEDOPT_WORDS(StatusNumber, status_numbers, kSquaredNorm, kNorm);
+FUSEDOPT_WORDS(StatusCount, status_counts, kDone, kSkippedSteps, kSkipped, kSharesMeasured, kSharesUpdated);
+
+// A group's record in the step table: pairs of lr, weight decay and the hyperparameters, then its flags.
+constexpr int record_words(int n_hyper) { return 2 * (2 + n_hyper) + static_cast<int>(group_flags.size()); }
+
+// Of a gradient's word: its states are new; it has no memory (the rest of the word is its address, 0 without one).
+constexpr std::int64_t kNewState = 1;
+constexpr std::int64_t kNoMemory = 2;
+
+}  // namespace fusedopt

@@ -1,0 +1,58 @@
+// Fields and their names, of one list.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <string_view>
+
+namespace fusedopt {
+
+template <std::size_t N>
+using Names = std::array<std::string_view, N>;
+
+constexpr std::size_t count_fields(std::string_view list) {
+  std::size_t n = !list.empty();
+  for (const char c : list) n += c == ',';
+  return n;
+}
+
+// The names in a list such as "beta1, beta2, eps".
+template <std::size_t N>
+constexpr Names<N> split_fields(std::string_view list) {
+  Names<N> names{};
+  std::size_t begin = 0;
+  for (std::string_view& name : names) {
+    while (list[begin] == ' ') ++begin;
+    const std::size_t end = list.find(',', begin);
+    name = list.substr(begin, end == list.npos ? end : end - begin);
+    begin = end + 1;
+  }
+  return names;
+}
+
+}  // namespace fusedopt
+
+#define FUSEDOPT_NAMES(...) \
+  ::fusedopt::split_fields<::fusedopt::count_fields(#__VA_ARGS__)>(std::string_view(#__VA_ARGS__))
+
+// Inside a rule: struct Hyper of double, and the array `hyper` of its fields' names.
+#define FUSEDOPT_HYPER(...)         \
+  struct Hyper {                    \
+    __VA_OPT__(double __VA_ARGS__;) \
+  };                                \
+  static constexpr auto hyper = FUSEDOPT_NAMES(__VA_ARGS__)
+
+// The same for Scalars and `scalars`.
+#define FUSEDOPT_SCALARS(...)       \
+  struct Scalars {                  \
+    __VA_OPT__(double __VA_ARGS__;) \
+  };                                \
+  static constexpr auto scalars = FUSEDOPT_NAMES(__VA_ARGS__)
+
+// The same for Coefficients<T>, of T, and `coefficients`.
+#define FUSEDOPT_COEFFICIENTS(...) \
+  template <class T>               \
+  struct Coefficients {            \
+    T __VA_ARGS__;                 \
+  };                               \
+  static constexpr auto coefficients = FUSEDOPT_NAMES(__VA_ARGS__)

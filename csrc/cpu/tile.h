@@ -1,0 +1,66 @@
+// The unit of work: some operands' elements, fetched as values of the compute type, and put back.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/codec.h"
+
+namespace fusedopt::cpu {
+
+constexpr std::int64_t kTile = 1024;  // elements of a tile that passes through buffers: six of 4 KiB stay in L1
+
+// N operands of a row, from First on. One that is dense and of type T is used where it is; others pass through buffers.
+template <class T, int First, int N>
+class Tile {
+ public:
+  explicit Tile(const Row& row) : row_(row) {
+    for (int k = 0; k < N; ++k) {
+      in_place_[k] = operand(k).codec == kInPlace && !layout(k);
+      all_in_place_ &= in_place_[k];
+    }
+  }
+
+  // How many elements to fetch at a time.
+  std::int64_t size() const { return all_in_place_ ? kAnySize : kTile; }
+
+  // The values of elements [begin, begin + count), operand by operand.
+  T* const* fetch(std::int64_t begin, std::int64_t count) {
+    for (int k = 0; k < N; ++k) {
+      values_[k] = in_place_[k] ? static_cast<T*>(operand(k).address[0]) + begin : buffers_[k];
+      if (!in_place_[k]) decode(buffers_[k], operand(k), layout(k), begin, count);
+    }
+    return values_;
+  }
+
+  // Rounds them into the operands; gradients stay as they are.
+  void put(std::int64_t begin, std::int64_t count) const {
+    for (int k = 0; k < N; ++k) {
+      if (!in_place_[k] && First + k != kGrad) encode(buffers_[k], operand(k), layout(k), begin, count);
+    }
+  }
+
+ private:
+  static constexpr Codec kInPlace = std::is_same_v<T, float> ? Codec::f32 : Codec::f64;
+  static constexpr std::int64_t kAnySize = INT64_MAX;
+
+  const Operand& operand(int k) const { return row_.operands[First + k]; }
+  const Layout* layout(int k) const { return row_.layouts ? row_.layouts[First + k] : nullptr; }
+
+  const Row& row_;
+  bool in_place_[N];
+  bool all_in_place_ = true;
+  T* values_[N];
+  T buffers_[N][kTile];
+};
+
+// Calls body(begin, count) for each tile of a segment.
+template <class Body>
+inline void each_tile(const Segment& segment, std::int64_t size, Body body) {
+  for (std::int64_t begin = segment.begin; begin < segment.end;) {
+    const std::int64_t count = segment.end - begin < size ? segment.end - begin : size;
+    body(begin, count);
+    begin += count;
+  }
+}
+
+}  // namespace fusedopt::cpu

@@ -1,0 +1,89 @@
+"""The tables that engines on a device read, word by word: what writes and what reads them takes its places from here.
+
+=============  ==========================  =============================================================================
+table          dtype, shape                what it holds
+=============  ==========================  =============================================================================
+``rows``       int64 (n_rows, width)       what stands as long as a plan, see :class:`RowWord`
+``tiles``      int64 (n_rows + 1)          the number of tiles before each row; at the end, of all
+``shares``     int64 (n_shares + 1, 2)     the first tile of each share, and its row; at the end, the number of tiles
+                                           and the last row
+``layouts``    int64                       of each strided row the number of dimensions, the words of each, and of each,
+                                           innermost first, its size and every operand's stride
+``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each
+                                           row, and a record for each group
+``partials``   float64 (n_shares)          sums of the gradients' squares
+``numbers``    float64, `StatusNumber`     what a launch tells of the step
+``counts``     int32, `StatusCount`        the same; what counts a launch's progress is 0 between launches
+=============  ==========================  =============================================================================
+
+csrc/core/device_tables.h has the same places for C++, and a test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+ADDRESSES = 2  # of an operand: how many its codec may have
+NEW_STATE = 1  # added to a gradient's word: the row's states were made for this step
+NO_MEMORY = 2  # a gradient's word where the gradient has no elements; without a gradient it is 0
+
+
+class RowWord(IntEnum):
+    """Of a row of ``rows``.
+
+    After the last come ADDRESSES of the parameter and of each of the rule's states, then the address of each of its
+    scalars, whose bit 0 is set when it is a double, not a float.
+    """
+
+    NUMEL = 0  # of complex tensors, real numbers
+    SIGNATURE = 1  # its number among the plan's
+    LAYOUT = 2  # where in ``layouts`` it begins
+    GROUP = 3
+    OPERAND_ADDRESSES = 4
+
+
+class StepWord(IntEnum):
+    """Of ``step_table``.
+
+    After the gradients' words come the groups' records: for lr, weight decay and each of the rule's hyperparameters the
+    bits of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double), then GroupFlag.
+    """
+
+    MAX_NORM = 0  # the bits of a double
+    MEASURED = 1  # whether the status has the squared norm
+    SKIP_NONFINITE = 2
+    GRADS = 3
+
+
+class GroupFlag(IntEnum):
+    """At the end of a group's record."""
+
+    DECOUPLED = 0
+    SIGN = 1  # -1 to maximize
+
+
+class StatusNumber(IntEnum):
+    """Of ``numbers``."""
+
+    SQUARED_NORM = 0  # of the gradients as they are
+    NORM = 1  # after unscaling
+
+
+class StatusCount(IntEnum):
+    """Of ``counts``."""
+
+    DONE = 0  # programs
+    SKIPPED_STEPS = 1
+    SKIPPED = 2  # whether the last step was
+    SHARES_MEASURED = 3  # claimed
+    SHARES_UPDATED = 4
+
+
+def row_width(n_states: int, n_scalars: int) -> int:
+    """Words of a row."""
+    return RowWord.OPERAND_ADDRESSES + ADDRESSES * (1 + n_states) + n_scalars
+
+
+def record_width(n_hyper: int) -> int:
+    """Words of a group's record."""
+    return 2 * (2 + n_hyper) + len(GroupFlag)

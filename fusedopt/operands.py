@@ -1,0 +1,95 @@
+"""How the operands of a step are stored.
+
+An operand has a role (the parameter, its gradient, a state of the rule) and a codec, which says how its elements become
+values of the compute type, and values elements. The list of a row's codecs is its signature: kernels are specialised to
+signatures, and know roles by their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """A way to store an operand.
+
+    Attributes:
+        name: As engines call it.
+        dtypes: Of the real tensor at each of its addresses, of which layout.ADDRESSES are the most.
+        block: How many elements are encoded together, at most 256, which lie inside slices of dimension 0.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    block: int = 1
+
+
+FP32 = Codec("fp32", (torch.float32,))
+FP64 = Codec("fp64", (torch.float64,))
+BF16 = Codec("bf16", (torch.bfloat16,))
+FP16 = Codec("fp16", (torch.float16,))
+
+# The value, rounded to nearest. In the order of DType in csrc/core/operands.h.
+PLAIN = (FP32, FP64, BF16, FP16)
+
+# What each role may be stored as. An exact state keeps what float32 can hold.
+LEGAL = {"param": PLAIN, "grad": PLAIN, "state": PLAIN, "exact state": (FP32, FP64)}
+
+# Complex numbers are pairs of real ones.
+PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
+
+FLOATING = tuple(codec.dtypes[0] for codec in PLAIN)
+COMPLEX = tuple(PARTS)
+
+_BY_DTYPE = {codec.dtypes[0]: codec for codec in PLAIN}
+
+
+def plain(dtype: torch.dtype) -> Codec | None:
+    """The codec of a tensor that is an operand as it is; None if there is none."""
+    return _BY_DTYPE.get(PARTS.get(dtype, dtype))
+
+
+def illegal(role: str, dtype: torch.dtype) -> str | None:
+    """Why an operand cannot be stored in a dtype, and what it may be; None if it can."""
+    codec = plain(dtype)
+    if codec in LEGAL[role]:
+        return None
+    return f"{dtype}; it may be {', '.join(str(c.dtypes[0]).removeprefix('torch.') for c in LEGAL[role])}"
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """What kernels are specialised to.
+
+    Attributes:
+        is_strided: Whether some operand is not dense in the parameter's order.
+        operands: (name, codec) of the parameter, the gradient, and the states that the row has.
+    """
+
+    is_strided: bool
+    operands: tuple[tuple[str, Codec], ...]
+
+    @classmethod
+    def of(cls, is_strided: bool, tensors: Iterable[tuple[str, Tensor]]) -> Signature:
+        """That of plain operands, which have passed the checks."""
+        named = ((name, plain(t.dtype)) for name, t in tensors)
+        return cls(is_strided, tuple((name, codec) for name, codec in named if codec))
+
+    @property
+    def states(self) -> tuple[str, ...]:
+        """The names of the states."""
+        return tuple(name for name, _ in self.operands[2:])
+
+    @property
+    def codecs(self) -> tuple[str, ...]:
+        """The names of the codecs."""
+        return tuple(codec.name for _, codec in self.operands)
+
+    def __str__(self) -> str:
+        operands = " ".join(f"{name}={codec.name}" for name, codec in self.operands)
+        return f"{'strided' if self.is_strided else 'dense'} {operands}"
