@@ -1,7 +1,9 @@
 #include "cpu/codec.h"
 
 #include <bit>
+#include <cstddef>
 #include <type_traits>
+#include <vector>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -124,10 +126,10 @@ inline void with_type(Codec codec, Call call) {
 }  // namespace
 
 template <class T>
-void decode(T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count) {
-  with_type(operand.codec, [&](auto element) {
+void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count) {
+  with_type(codec, [&](auto element) {
     using S = decltype(element);
-    const S* source = static_cast<const S*>(operand.address[0]);
+    const S* source = static_cast<const S*>(address);
     if (!layout) return decode_run(values, source + begin, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
       for (std::int64_t i = 0; i < n; ++i) values[at + i] = value_of<T>(source[offset + i * stride]);
@@ -136,10 +138,10 @@ void decode(T* values, const Operand& operand, const Layout* layout, std::int64_
 }
 
 template <class T>
-void encode(const T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count) {
-  with_type(operand.codec, [&](auto element) {
+void encode(const T* values, void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count) {
+  with_type(codec, [&](auto element) {
     using D = decltype(element);
-    D* target = static_cast<D*>(operand.address[0]);
+    D* target = static_cast<D*>(address);
     if (!layout) return encode_run(target + begin, values, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
       for (std::int64_t i = 0; i < n; ++i) target[offset + i * stride] = stored<D>(values[at + i]);
@@ -147,9 +149,15 @@ void encode(const T* values, const Operand& operand, const Layout* layout, std::
   });
 }
 
-template void decode<float>(float*, const Operand&, const Layout*, std::int64_t, std::int64_t);
-template void decode<double>(double*, const Operand&, const Layout*, std::int64_t, std::int64_t);
-template void encode<float>(const float*, const Operand&, const Layout*, std::int64_t, std::int64_t);
-template void encode<double>(const double*, const Operand&, const Layout*, std::int64_t, std::int64_t);
+void* scratch(std::size_t bytes) {
+  thread_local std::vector<std::byte> memory;
+  if (memory.size() < bytes) memory.resize(bytes);
+  return memory.data();
+}
+
+template void decode<float>(float*, const void*, Codec, const Layout*, std::int64_t, std::int64_t);
+template void decode<double>(double*, const void*, Codec, const Layout*, std::int64_t, std::int64_t);
+template void encode<float>(const float*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
+template void encode<double>(const double*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
 
 }  // namespace fusedopt::cpu

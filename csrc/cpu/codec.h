@@ -7,9 +7,12 @@ namespace fusedopt::cpu {
 
 // Elements [begin, begin + count) of an operand, in its row's order. A null layout means dense.
 template <class T>
-void decode(T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count);
+void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count);
 
 template <class T>
-void encode(const T* values, const Operand& operand, const Layout* layout, std::int64_t begin, std::int64_t count);
+void encode(const T* values, void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count);
+
+// Memory for values, of this thread's, until it asks again.
+void* scratch(std::size_t bytes);
 
 }  // namespace fusedopt::cpu

@@ -59,7 +59,7 @@ void each_segment(const Job& job, std::int64_t share, Body body) {
 double norm(const Job& job, std::int64_t share) {
   double sum = 0;
   each_segment(job, share, [&](const Segment& segment) {
-    const bool is_wide = segment.row.operands[kGrad].codec == Codec::f64;
+    const bool is_wide = segment.row.codecs[kGrad] == Codec::f64;
     sum += (is_wide ? norm_as<double> : norm_as<float>)(segment);
   });
   return sum;

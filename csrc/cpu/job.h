@@ -17,11 +17,6 @@ struct Layout {
   std::int64_t stride[kMaxDims];
 };
 
-struct Operand {
-  void* address[kAddresses];
-  Codec codec;
-};
-
 struct Segment;
 
 struct Kernel {
@@ -40,7 +35,8 @@ struct Cohort {
 struct Row {
   std::int64_t numel;
   const Kernel* kernel;
-  Operand* operands;             // in the order of their roles
+  void** addresses;              // of each operand, in the order of their roles; second ones behind all first ones
+  const Codec* codecs;           // of each operand: the row's signature, which rows share
   const Layout* const* layouts;  // of each operand, null where it is dense; null when all are
   std::int32_t cohort;
   bool active;  // has a gradient in this step

@@ -52,7 +52,7 @@ void update_as(const Segment& segment, const EngineScalars<double>& engine, cons
 // The body of the pass that steps.
 template <class Rule>
 void update(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients) {
-  const bool is_wide = segment.row.operands[kParam].codec == Codec::f64;
+  const bool is_wide = segment.row.codecs[kParam] == Codec::f64;
   (is_wide ? update_as<Rule, double> : update_as<Rule, float>)(segment, engine, coefficients);
 }
 

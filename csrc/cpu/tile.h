@@ -15,9 +15,10 @@ class Tile {
  public:
   explicit Tile(const Row& row) : row_(row) {
     for (int k = 0; k < N; ++k) {
-      in_place_[k] = operand(k).codec == kInPlace && !layout(k);
+      in_place_[k] = codec(k) == kInPlace && !layout(k);
       all_in_place_ &= in_place_[k];
     }
+    if (!all_in_place_) buffers_ = static_cast<T*>(scratch(sizeof(T) * N * kTile));
   }
 
   // How many elements to fetch at a time.
@@ -26,8 +27,8 @@ class Tile {
   // The values of elements [begin, begin + count), operand by operand.
   T* const* fetch(std::int64_t begin, std::int64_t count) {
     for (int k = 0; k < N; ++k) {
-      values_[k] = in_place_[k] ? static_cast<T*>(operand(k).address[0]) + begin : buffers_[k];
-      if (!in_place_[k]) decode(buffers_[k], operand(k), layout(k), begin, count);
+      values_[k] = in_place_[k] ? static_cast<T*>(address(k)) + begin : buffers_ + k * kTile;
+      if (!in_place_[k]) decode(values_[k], address(k), codec(k), layout(k), begin, count);
     }
     return values_;
   }
@@ -35,7 +36,7 @@ class Tile {
   // Rounds them into the operands; gradients stay as they are.
   void put(std::int64_t begin, std::int64_t count) const {
     for (int k = 0; k < N; ++k) {
-      if (!in_place_[k] && First + k != kGrad) encode(buffers_[k], operand(k), layout(k), begin, count);
+      if (!in_place_[k] && First + k != kGrad) encode(values_[k], address(k), codec(k), layout(k), begin, count);
     }
   }
 
@@ -43,14 +44,15 @@ class Tile {
   static constexpr Codec kInPlace = std::is_same_v<T, float> ? Codec::f32 : Codec::f64;
   static constexpr std::int64_t kAnySize = INT64_MAX;
 
-  const Operand& operand(int k) const { return row_.operands[First + k]; }
+  void* address(int k) const { return row_.addresses[First + k]; }
+  Codec codec(int k) const { return row_.codecs[First + k]; }
   const Layout* layout(int k) const { return row_.layouts ? row_.layouts[First + k] : nullptr; }
 
   const Row& row_;
   bool in_place_[N];
   bool all_in_place_ = true;
   T* values_[N];
-  T buffers_[N][kTile];
+  T* buffers_ = nullptr;
 };
 
 // Calls body(begin, count) for each tile of a segment.

@@ -37,7 +37,7 @@ CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state
   for (std::size_t i = 0; i < roster_.size(); ++i) {
     n_operands += kFirstState + roster_.kernel(roster_.entry(i)).names.states.size();
   }
-  operands_.reserve(n_operands);  // rows point into it
+  addresses_.reserve(n_operands);  // rows point into it
   for (std::size_t i = 0; i < roster_.size(); ++i) add_row(roster_.entry(i));
   cut_into_shares();
 }
@@ -48,11 +48,13 @@ void CpuJob::add_row(const Entry& entry) {
   counters_.resize(counters_.size() + n_scalars_);
   if (entry.is_member && entry.is_steppable) {
     row.kernel = &roster_.kernel(entry);
-    row.operands = operands_.data() + operands_.size();
+    row.addresses = addresses_.data() + addresses_.size();
+    std::vector<Codec> signature;
     const std::int64_t* const shape = roster_.dims(entry.param.dims);
     const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex);
     const auto take = [&](DType dtype, void* address, const std::int64_t* strides) {
-      operands_.push_back({{address}, plain(dtype)});
+      addresses_.push_back(address);
+      signature.push_back(plain(dtype));
       const Layout layout = order.layout_of(strides);
       layouts.push_back(layout.ndim ? &layouts_.emplace_back(layout) : nullptr);
     };
@@ -62,6 +64,7 @@ void CpuJob::add_row(const Entry& entry) {
     for (const Member& state : roster_.states(entry)) {
       take(state.dtype, state.address, roster_.dims(state.dims) + entry.ndim);
     }
+    row.codecs = signatures_.insert(std::move(signature)).first->data();
     Counter* counter = counters_.data() + counters_.size() - n_scalars_;
     for (const Member& scalar : roster_.scalars(entry)) *counter++ = {scalar.address, scalar.dtype == DType::f64};
   }
@@ -119,7 +122,7 @@ bool CpuJob::make_cohorts(Room room) {
     Row& row = rows_[i];
     row.active = roster_.has_gradient(i);
     if (!row.active) continue;
-    row.operands[kGrad].address[0] = const_cast<void*>(roster_.gradient_address(i));
+    row.addresses[kGrad] = const_cast<void*>(roster_.gradient_address(i));
     if (roster_.gradient_strides(i)) lay_out(i);
     if (!join_cohort(i, room)) return false;
   }

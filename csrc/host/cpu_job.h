@@ -3,6 +3,7 @@
 #pragma once
 
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "cpu/job.h"
@@ -65,7 +66,8 @@ class CpuJob {
 
   Roster roster_;
   std::vector<Row> rows_;
-  std::vector<Operand> operands_;                      // of all rows
+  std::vector<void*> addresses_;                       // of all rows' operands
+  std::set<std::vector<Codec>> signatures_;            // of all rows
   std::size_t n_scalars_ = 0;                          // of the rule
   std::vector<Counter> counters_;                      // of all rows
   std::vector<const Layout* const*> planned_layouts_;  // of each row

@@ -124,19 +124,22 @@ class World {
   const std::deque<Bytes>& memory() const { return memory_; }
 
  private:
-  static void*& at(Row& row, int operand) { return row.operands[operand].address[0]; }
+  static void*& at(Row& row, int operand) { return row.addresses[operand]; }
 
   Row& dense(const Kernel& kernel, std::int64_t numel, DType param, DType grad, DType state) {
     Row row{};
     row.numel = numel;
     row.kernel = &kernel;
     row.active = true;
-    std::vector<Operand>& operands = operands_.emplace_back();
+    std::vector<void*>& addresses = addresses_.emplace_back();
+    std::vector<Codec>& codecs = codecs_.emplace_back();
     for (std::size_t k = 0; k < kFirstState + kernel.names.states.size(); ++k) {
       const DType dtype = k == kParam ? param : k == kGrad ? grad : state;
-      operands.push_back({{fill(dtype, numel)}, plain(dtype)});
+      addresses.push_back(fill(dtype, numel));
+      codecs.push_back(plain(dtype));
     }
-    row.operands = operands.data();
+    row.addresses = addresses.data();
+    row.codecs = codecs.data();
     return rows_.emplace_back(row);
   }
 
@@ -172,7 +175,8 @@ class World {
   std::deque<Bytes> memory_;
   std::deque<Layout> layouts_;
   std::deque<std::vector<const Layout*>> tables_;
-  std::deque<std::vector<Operand>> operands_;
+  std::deque<std::vector<void*>> addresses_;
+  std::deque<std::vector<Codec>> codecs_;
   std::vector<Row> rows_;
   std::vector<Cohort> cohorts_;
   std::vector<double> coefficients_;
