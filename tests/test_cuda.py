@@ -239,10 +239,12 @@ def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
         set_programs(monkeypatch, n)
         optimizer = fusedopt.SGD(ps, lr=0.0, engine="cuda", max_grad_norm=1.0)
         ENGINE.set_disorder(True)
-        for _ in range(3):
-            optimizer.step()
-            norms.add(float(optimizer._plans[0].status.norm))
-        ENGINE.set_disorder(False)
+        try:
+            for _ in range(3):
+                optimizer.step()
+                norms.add(float(optimizer._plans[0].status.norm))
+        finally:
+            ENGINE.set_disorder(False)
         table = optimizer._plans[0].table
         assert (table.programs, table.n_shares) == (n, 20)
     assert len(norms) == 1

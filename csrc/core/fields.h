@@ -35,19 +35,15 @@ constexpr Names<N> split_fields(std::string_view list) {
 #define FUSEDOPT_NAMES(...) \
   ::fusedopt::split_fields<::fusedopt::count_fields(#__VA_ARGS__)>(std::string_view(#__VA_ARGS__))
 
-// Inside a rule: struct Hyper of double, and the array `hyper` of its fields' names.
-#define FUSEDOPT_HYPER(...)         \
-  struct Hyper {                    \
-    __VA_OPT__(double __VA_ARGS__;) \
-  };                                \
-  static constexpr auto hyper = FUSEDOPT_NAMES(__VA_ARGS__)
+// Inside a rule: a struct of double, and the array of its fields' names.
+#define FUSEDOPT_FIELDS(Struct, names, ...) \
+  struct Struct {                           \
+    __VA_OPT__(double __VA_ARGS__;)         \
+  };                                        \
+  static constexpr auto names = FUSEDOPT_NAMES(__VA_ARGS__)
 
-// The same for Scalars and `scalars`.
-#define FUSEDOPT_SCALARS(...)       \
-  struct Scalars {                  \
-    __VA_OPT__(double __VA_ARGS__;) \
-  };                                \
-  static constexpr auto scalars = FUSEDOPT_NAMES(__VA_ARGS__)
+#define FUSEDOPT_HYPER(...) FUSEDOPT_FIELDS(Hyper, hyper, __VA_ARGS__)
+#define FUSEDOPT_SCALARS(...) FUSEDOPT_FIELDS(Scalars, scalars, __VA_ARGS__)
 
 // The same for Coefficients<T>, of T, and `coefficients`.
 #define FUSEDOPT_COEFFICIENTS(...) \

@@ -22,10 +22,9 @@ constexpr std::string_view kDTypeNames[kDTypes] = {"fp32", "fp64", "bf16", "fp16
 constexpr int kDTypeSizes[kDTypes] = {4, 8, 2, 2};
 
 // How an operand's elements are stored. Plain ones are a DType each, in its order, at one address. Others have up to
-// kAddresses, and may hold blocks of up to kLargestBlock elements, which lie inside slices of dimension 0.
+// kAddresses, and may hold blocks of up to 256 elements, which lie inside slices of dimension 0.
 enum class Codec : std::uint8_t { f32, f64, bf16, f16 };
 constexpr int kAddresses = 2;
-constexpr int kLargestBlock = 256;
 
 constexpr Codec plain(DType dtype) { return static_cast<Codec>(dtype); }
 

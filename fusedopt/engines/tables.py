@@ -41,7 +41,7 @@ def refuse_capture(device: torch.device, why: str) -> None:
 
 
 def partition(n_tiles: int, programs: int) -> list[int]:
-    """The first tile of each share: a fraction of the tiles that depends on neither tensors nor who computes it."""
+    """The first tile of each share, for a launch of up to ``programs``; how many compute them, and which, is free."""
     sizes = SHARE_SIZES if n_tiles >= sum(SHARE_SIZES) * programs else (1,)
     n = max(1, min(programs, n_tiles))
     bounds = [0, *accumulate(size for size in sizes for _ in range(n))]
