@@ -14,10 +14,7 @@ template <class T, int First, int N>
 class Tile {
  public:
   explicit Tile(const Row& row) : row_(row) {
-    for (int k = 0; k < N; ++k) {
-      in_place_[k] = codec(k) == kInPlace && !layout(k);
-      all_in_place_ &= in_place_[k];
-    }
+    for (int k = 0; k < N; ++k) all_in_place_ &= in_place(k);
     if (!all_in_place_) buffers_ = static_cast<T*>(scratch(sizeof(T) * N * kTile));
   }
 
@@ -27,16 +24,18 @@ class Tile {
   // The values of elements [begin, begin + count), operand by operand.
   T* const* fetch(std::int64_t begin, std::int64_t count) {
     for (int k = 0; k < N; ++k) {
-      values_[k] = in_place_[k] ? static_cast<T*>(address(k)) + begin : buffers_ + k * kTile;
-      if (!in_place_[k]) decode(values_[k], address(k), codec(k), layout(k), begin, count);
+      values_[k] = static_cast<T*>(address(k)) + begin;
+      if (all_in_place_ || in_place(k)) continue;
+      values_[k] = buffers_ + k * kTile;
+      decode(values_[k], address(k), codec(k), layout(k), begin, count);
     }
     return values_;
   }
 
   // Rounds them into the operands; gradients stay as they are.
   void put(std::int64_t begin, std::int64_t count) const {
-    for (int k = 0; k < N; ++k) {
-      if (!in_place_[k] && First + k != kGrad) encode(values_[k], address(k), codec(k), layout(k), begin, count);
+    for (int k = 0; k < N && !all_in_place_; ++k) {
+      if (!in_place(k) && First + k != kGrad) encode(values_[k], address(k), codec(k), layout(k), begin, count);
     }
   }
 
@@ -46,10 +45,10 @@ class Tile {
 
   void* address(int k) const { return row_.addresses[First + k]; }
   Codec codec(int k) const { return row_.codecs[First + k]; }
+  bool in_place(int k) const { return codec(k) == kInPlace && !layout(k); }
   const Layout* layout(int k) const { return row_.layouts ? row_.layouts[First + k] : nullptr; }
 
   const Row& row_;
-  bool in_place_[N];
   bool all_in_place_ = true;
   T* values_[N];
   T* buffers_ = nullptr;

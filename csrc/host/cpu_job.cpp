@@ -149,34 +149,37 @@ void CpuJob::lay_out(std::size_t i) {
 }
 
 bool CpuJob::join_cohort(std::size_t i, Room room) {
-  Row& row = rows_[i];
-  const CohortKey key{static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i)};
-  const std::size_t n = cohorts_.size(), at = n * n_scalars_;
-  before_.resize(at + n_scalars_);  // where they belong if the cohort is a new one
   for (std::size_t k = 0; k < n_scalars_; ++k) {
     const Counter& counter = counters(i)[k];
-    before_[at + k] = counter.read();
-    if (room == Room::kForStep && !counter.wide && before_[at + k] >= kLastFloatStep) return false;
+    if (room == Room::kForStep && !counter.wide && counter.read() >= kLastFloatStep) return false;
   }
-  const auto now = before_.begin() + static_cast<std::ptrdiff_t>(at);
-  for (std::size_t c = n; c-- > (n > kCohortsSearched ? n - kCohortsSearched : 0);) {
-    const CohortKey& other = cohort_keys_[c];
-    if (other.group == key.group && other.new_state == key.new_state &&
-        std::equal(now, before_.end(), before_.begin() + static_cast<std::ptrdiff_t>(c * n_scalars_))) {
-      row.cohort = static_cast<std::int32_t>(c);
-      return true;
-    }
-  }
-  const Group& group = roster_.group(roster_.group_of(i));
-  after_.insert(after_.end(), now, before_.end());
-  if (n_scalars_) after_[at] += 1;  // `step` comes first
-  const std::size_t first = coefficients_.size();
-  coefficients_.resize(first + row.kernel->names.coefficients.size());
-  row.kernel->prepare(group.values.data() + 2, after_.data() + at, key.new_state, coefficients_.data() + first);
-  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first});
-  cohort_keys_.push_back(key);
-  row.cohort = static_cast<std::int32_t>(n);
+  const std::size_t n = cohorts_.size(), oldest = n > kCohortsSearched ? n - kCohortsSearched : 0;
+  std::size_t c = n;
+  while (c > oldest && !is_in(c - 1, i)) --c;
+  if (c == oldest) add_cohort(i);
+  rows_[i].cohort = static_cast<std::int32_t>(c == oldest ? n : c - 1);
   return true;
+}
+
+bool CpuJob::is_in(std::size_t cohort, std::size_t i) const {
+  const CohortKey& key = cohort_keys_[cohort];
+  bool same = key.group == static_cast<std::int32_t>(roster_.group_of(i)) && key.new_state == roster_.has_new_state(i);
+  for (std::size_t k = 0; k < n_scalars_; ++k) same &= before_[cohort * n_scalars_ + k] == counters(i)[k].read();
+  return same;
+}
+
+// A cohort of row i, and of those after it that advance with it.
+void CpuJob::add_cohort(std::size_t i) {
+  const Group& group = roster_.group(roster_.group_of(i));
+  for (std::size_t k = 0; k < n_scalars_; ++k) before_.push_back(counters(i)[k].read());
+  const std::size_t scalars = after_.size(), first = coefficients_.size();
+  after_.insert(after_.end(), before_.end() - static_cast<std::ptrdiff_t>(n_scalars_), before_.end());
+  if (n_scalars_) after_[scalars] += 1;  // `step` comes first
+  coefficients_.resize(first + rows_[i].kernel->names.coefficients.size());
+  const bool new_state = roster_.has_new_state(i);
+  rows_[i].kernel->prepare(group.values.data() + 2, after_.data() + scalars, new_state, coefficients_.data() + first);
+  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first});
+  cohort_keys_.push_back({static_cast<std::int32_t>(roster_.group_of(i)), new_state});
 }
 
 py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,

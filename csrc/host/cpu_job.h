@@ -60,6 +60,8 @@ class CpuJob {
   void lay_out(std::size_t i);
   bool make_cohorts(Room room);
   bool join_cohort(std::size_t i, Room room);
+  bool is_in(std::size_t cohort, std::size_t i) const;
+  void add_cohort(std::size_t i);
   py::tuple launch(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                    bool update, bool skip_nonfinite, double squared_norm);
   void advance_counters();
