@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt import checks, engines, memory
-from fusedopt.state import Counters, initial_state
+from fusedopt.state import StepCounters, initial_state
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
 Assigned = list[tuple[str, Tensor, dict[str, Any]]]  # the engine that steps a parameter, the parameter, its group
@@ -36,10 +36,10 @@ def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
     new = {i for i, _, _ in new_state}
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
-        which.setdefault((waves[i], name, engines.place(name, p)), []).append(i)
+        which.setdefault((waves[i], name, engines.plan_device(name, p)), []).append(i)
     plans = []
-    for (_, name, place), members in sorted(which.items(), key=lambda item: item[0][0]):
-        nth = sum(plan.device == place for plan in plans)
+    for (_, name, device), members in sorted(which.items(), key=lambda item: item[0][0]):
+        nth = sum(plan.device == device for plan in plans)
         plans.append(engines.plan(name, optimizer, members, sorted(new & set(members)), nth))
     return plans, shard
 
@@ -87,25 +87,25 @@ def _used(p: Tensor, state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
 def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> None:
     """Make the states that parameters with gradients lack; mend all counters."""
     rule, all_states = optimizer.rule, optimizer.state
-    counters = Counters((all_states.get(p, {}) for _, p, _ in assigned), rule.scalars)
+    counters = StepCounters((all_states.get(p, {}) for _, p, _ in assigned), rule.scalars)
     made: dict[int, tuple[str, ...]] = {}
     for i, (engine, p, group) in enumerate(assigned):
         if id(p) in made:  # given twice: a first step both times, as torch's is
             new_state.append((i, p, made[id(p)]))
             continue
-        place, has = engines.counters(engine, p), all_states.get(p, {})
+        device, has = engines.step_device(engine, p), all_states.get(p, {})
         names = [spec.name for spec in rule.active_states(group)]
         new: dict[str, Any] = {}
         if p.grad is not None and any(has.get(name) is None for name in (*names, *rule.scalars)):
             initial = initial_state(rule, p, group)
             new = {name: value for name, value in initial.items() if has.get(name) is None}
         scalars = {name: new.get(name, has.get(name)) for name in rule.scalars}
-        unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, place)}
+        unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, device)}
         if new:
             made[id(p)] = tuple(new)
             new_state.append((i, p, made[id(p)]))  # before they are there: whatever comes, they are taken back
         if new or unfit:
             all_states.setdefault(p, {}).update(new)
         for name, value in unfit.items():
-            counters.want(all_states[p], name, value, place)
+            counters.want(all_states[p], name, value, device)
     counters.make()

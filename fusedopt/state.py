@@ -44,26 +44,26 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def unfit(counter: Any, place: torch.device, value: float | None = None) -> bool:
+def unfit(counter: Any, device: torch.device, value: float | None = None) -> bool:
     """Whether a scalar state is not a float there, or a float32 at the end of its exact range.
 
     Args:
         counter: The state.
-        place: Where the engine keeps counters.
+        device: Where the engine keeps counters.
         value: What it is, if that is known; a device need not be waited for then.
     """
-    if not isinstance(counter, Tensor) or counter.device != place or counter.dim():
+    if not isinstance(counter, Tensor) or counter.device != device or counter.dim():
         return True
     if counter.dtype != torch.float32:
         return counter.dtype != torch.float64
     return (float(counter) if value is None else value) >= LAST_FLOAT_STEP
 
 
-def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], place: torch.device) -> bool:
+def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], device: torch.device) -> bool:
     """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
     tensors = (spec.name for spec in rule.active_states(group))
     scalars = [state.get(name) for name in rule.scalars]
-    return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, place) for s in scalars)
+    return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, device) for s in scalars)
 
 
 def is_far(t: Any) -> bool:
@@ -84,7 +84,7 @@ def _made(number: float, wide: bool) -> Tensor:
     return torch.tensor(number, dtype=dtype, device="cpu")
 
 
-class Counters:
+class StepCounters:
     """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
 
     def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
@@ -100,32 +100,32 @@ class Counters:
         }
         self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
 
-    def unfit(self, value: Any, place: torch.device) -> bool:
+    def unfit(self, value: Any, device: torch.device) -> bool:
         """Whether it cannot count there."""
-        return unfit(value, place, self._read.get(id(value)))
+        return unfit(value, device, self._read.get(id(value)))
 
-    def want(self, state: dict[str, Any], name: str, value: Any, place: torch.device) -> None:
+    def want(self, state: dict[str, Any], name: str, value: Any, device: torch.device) -> None:
         """One is to be made of a value, there."""
         wide = isinstance(value, Tensor) and value.dtype == torch.float64
         number = self._read[id(value)] if id(value) in self._read else float(value)
-        self._wanted[place].append((state, name, _made(number, wide)))
+        self._wanted[device].append((state, name, _made(number, wide)))
 
     def make(self) -> None:
         """Make them."""
-        for place, wanted in self._wanted.items():
+        for device, wanted in self._wanted.items():
             made = [counter for _, _, counter in wanted]
-            if place.type != "cpu":
-                made = _moved(made, place)
+            if device.type != "cpu":
+                made = _moved(made, device)
             for (state, name, _), counter in zip(wanted, made, strict=True):
                 state[name] = counter
 
 
-def _moved(counters: list[Tensor], place: torch.device) -> list[Tensor]:
+def _moved(counters: list[Tensor], device: torch.device) -> list[Tensor]:
     """The same numbers on a device: as parts of one tensor for each dtype."""
     made: dict[int, Tensor] = {}
     for dtype in {c.dtype for c in counters}:
         chosen = [i for i, c in enumerate(counters) if c.dtype == dtype]
-        made.update(zip(chosen, torch.stack([counters[i] for i in chosen]).to(place).unbind(), strict=True))
+        made.update(zip(chosen, torch.stack([counters[i] for i in chosen]).to(device).unbind(), strict=True))
     return [made[i] for i in range(len(counters))]
 
 

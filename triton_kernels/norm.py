@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.signatures import compute, count
-from fusedopt.triton_kernels.tile import PARTS, fetch, places, whole_tiles
+from fusedopt.triton_kernels.tile import PARTS, fetch, locate, whole_tiles
 from fusedopt.triton_kernels.walk import NUMEL, SHARES_MEASURED, claim, is_last, row_of, segment, share_of
 
 # Tiles that are added up in single precision before they join the double precision sum.
@@ -17,7 +17,7 @@ def _squares(
     SIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """The squares of SIZE of the gradient's elements."""
-    at = places(words, layouts, start, numel, SIGNATURES, K, SIZE)
+    at = locate(words, layouts, start, numel, SIGNATURES, K, SIZE)
     g = fetch(grad, at, SIGNATURES, K, 1, FULL).to(T)
     return g * g
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from fusedopt.layout import GroupFlag, StatusNumber
 from fusedopt.triton_kernels.signatures import compute, count, n_states, states, widest
-from fusedopt.triton_kernels.tile import PARTS, fetch, places, put, whole_tiles
+from fusedopt.triton_kernels.tile import PARTS, fetch, locate, put, whole_tiles
 from fusedopt.triton_kernels.walk import (
     ADDRESSES,
     GRADS,
@@ -71,7 +71,7 @@ def _step(
     Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
     """
     gradient_factor, coupled_decay, decay_factor, lr = engine
-    at = places(words, layouts, start, numel, SIGNATURES, K, SIZE)
+    at = locate(words, layouts, start, numel, SIGNATURES, K, SIZE)
     p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
     g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * gradient_factor
     state = ()

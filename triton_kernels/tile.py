@@ -12,7 +12,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def places(words, layouts, start, numel, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+def locate(words, layouts, start, numel, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
     """Where SIZE elements of a row from ``start`` on are: a base, their offsets from it in each operand, and a mask."""
     lanes = tl.arange(0, SIZE)
     mask = start + lanes < numel

@@ -1,13 +1,13 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
 ``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for, ``accepts(p,
-group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``counters(p) -> device`` where it keeps
-the parameter's step. ``Plan(optimizer, members, new_state, nth)`` is what one step runs on: two lists of parameters,
-counted through all groups, and how many plans of the same place come before it. ``scan()`` reads what the step needs
-and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()`` measures,
-updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous`` belongs to
-one device, and tells the status of its steps in tensors there; others know it when ``run`` returns. One that is
-``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
+group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it
+keeps the parameter's step. ``Plan(optimizer, members, new_state, nth)`` is what one step runs on: two lists of
+parameters, counted through all groups, and how many plans of the same device come before it. ``scan()`` reads what the
+step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()``
+measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous``
+belongs to one device, and tells the status of its steps in tensors there; others know it when ``run`` returns. One that
+is ``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def choose(
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
 
 
-def counters(name: str, p: Tensor) -> torch.device:
+def step_device(name: str, p: Tensor) -> torch.device:
     """Where an engine keeps a parameter's step."""
-    return ENGINES[name].counters(p)
+    return ENGINES[name].step_device(p)
 
 
-def place(name: str, p: Tensor) -> torch.device | None:
+def plan_device(name: str, p: Tensor) -> torch.device | None:
     """The device that a plan of the engine with this parameter belongs to; None if one plan serves all."""
     return p.device if ENGINES[name].Plan.asynchronous else None
 

@@ -71,7 +71,7 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def counters(p: Tensor) -> torch.device:
+def step_device(p: Tensor) -> torch.device:
     """Where the engine keeps a parameter's step."""
     return torch.device("cpu")
 

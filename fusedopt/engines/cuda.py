@@ -51,7 +51,7 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
     return checks.unsteppable(p, group, rule, state)
 
 
-def counters(p: Tensor) -> torch.device:
+def step_device(p: Tensor) -> torch.device:
     """Where the engine keeps a parameter's step."""
     return p.device
 

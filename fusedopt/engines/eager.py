@@ -32,7 +32,7 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def counters(p: Tensor) -> torch.device:
+def step_device(p: Tensor) -> torch.device:
     """Where the engine keeps a parameter's step."""
     return torch.device("cpu")
 
@@ -84,7 +84,7 @@ class Plan:
                         return False
                 state = optimizer.state.get(p, {})
                 checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
-                if lacks_state(optimizer.rule, state, group, counters(p)):
+                if lacks_state(optimizer.rule, state, group, step_device(p)):
                     return False
                 if self._choice(p, group, labels[i]) != self.choices.get(i, "eager"):
                     return False

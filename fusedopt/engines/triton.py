@@ -66,7 +66,7 @@ def home() -> torch.device:
     return torch.device(next(kind for kind in GPUS if getattr(torch, kind).is_available()))
 
 
-def counters(p: Tensor) -> torch.device:
+def step_device(p: Tensor) -> torch.device:
     """Where the engine keeps a parameter's step."""
     return p.device
 
