@@ -24,6 +24,12 @@ def fill_gradients(parameters):
         p.grad = torch.randn_like(p)
 
 
+def fill_growing_gradients(parameters, decades):
+    """Sums of their squares have other bits in another order; of like addends, exponents and so bits stay the same."""
+    for p in parameters:
+        p.grad = torch.randn_like(p) * torch.logspace(0, decades, p.numel()).view_as(p)
+
+
 def snapshot(optimizer):
     """Everything a step may change, as independent copies."""
     state = [

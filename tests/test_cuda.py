@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, BY_NAME, close, fill_gradients, params
+from helpers import ALL, BY_NAME, close, fill_gradients, fill_growing_gradients, params
 
 import fusedopt
 from fusedopt.engines import cuda, tables
@@ -233,8 +233,8 @@ def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
     """The shares of four programs, computed by any number of them, which claim them in any order."""
     monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, 4))
     ps = params((100_001,), (3, 100), (60_001,), *[(7,)] * 50)
-    fill_gradients(ps)
-    norms = set()
+    fill_growing_gradients(ps, 6)
+    squares = set()
     for n in (1, 2, 3, 7, 20):
         set_programs(monkeypatch, n)
         optimizer = fusedopt.SGD(ps, lr=0.0, engine="cuda", max_grad_norm=1.0)
@@ -242,12 +242,12 @@ def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
         try:
             for _ in range(3):
                 optimizer.step()
-                norms.add(float(optimizer._plans[0].status.norm))
+                squares.add(float(optimizer._plans[0].status.squared_norm))
         finally:
             ENGINE.set_disorder(False)
         table = optimizer._plans[0].table
         assert (table.programs, table.n_shares) == (n, 20)
-    assert len(norms) == 1
+    assert len(squares) == 1
 
 
 # ------------------------------------------------------------------------------------- the built extension
