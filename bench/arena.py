@@ -101,7 +101,7 @@ class Arena:
         self._bench, self._workload, self._sweep = bench, workload, sweep
         self._device = torch.device(workload.device)
         self._tensors = Tensors(workload)
-        self._watch = Stopwatch(self._device, workload.cache)
+        self._watch = Stopwatch(self._device, workload.cache, self._renewal(self._tensors))
         self._footprint, self._bytes = footprint, footprint.tensor_bytes(workload)
         self._moved = footprint.moved(workload)
         self._limits = limits.limits(workload.kind, self._moved, len(footprint.states))
@@ -117,6 +117,9 @@ class Arena:
         self._limits.clear()
         del self._tensors, self._watch
         torch.compiler.reset()  # compiled steps of other optimizers count against the compiler's limit for one function
+
+    def _renewal(self, tensors: Tensors) -> Step | None:
+        return tensors.renew if self._workload.gradients == "fresh" else None
 
     def _built(self, contenders: list[Contender]) -> list[Running]:
         """Those whose optimizer can be made and does a step, which makes its states and compiles what there is to."""
@@ -187,6 +190,7 @@ class Arena:
             clip=w.clip,
             amp=w.amp,
             cache=w.cache,
+            gradients=w.gradients,
             variant=variant,
             version=version,
             storage="full",
@@ -265,7 +269,7 @@ class Arena:
         On a GPU, until the call returns. On a CPU, those of a step that has next to nothing to move; None for what is
         compiled, which would have to be compiled again for such tensors.
         """
-        step = one.step
+        step, tensors = one.step, self._tensors
         if self._device.type == "cpu":
             if one.contender.peer and one.contender.peer.compiles:
                 return None
@@ -273,9 +277,10 @@ class Arena:
             step = step_of(one.contender.build(tensors.groups()), tensors.params, self._workload)
         for _ in range(2):
             step()
-        taken: list[float] = []
+        renew, taken = self._renewal(tensors) or (lambda: None), list[float]()
         end = time.perf_counter() + HOST_SECONDS
         while len(taken) < HOST_ROUNDS and (not taken or time.perf_counter() < end):
+            renew()
             self._synchronize()
             start = time.perf_counter()
             step()
@@ -290,4 +295,5 @@ class Arena:
         words += ["--groups", str(len(grouped.groups))] if grouped != suites.find(grouped.name) else []
         words += ["--clip", str(w.clip)] if w.clip is not None else []
         words += ["--amp"] if w.amp else []
+        words += [f"--{w.gradients}-grads"] if w.gradients != "kept" else []
         return shlex.join([*words, "--repeats", str(self._bench.repeats)])

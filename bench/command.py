@@ -72,6 +72,7 @@ def _peers(asked: list[str] | None) -> tuple[str, ...]:
 def _is_standard(args: argparse.Namespace) -> bool:
     """Whether nothing in particular was asked for."""
     asked = (args.suite, args.optimizer, args.sweep, args.dtype, args.clip, args.groups, args.cache, args.storage)
+    asked += (args.gradients,)
     return not args.amp and all(option is None for option in asked)
 
 
@@ -91,6 +92,7 @@ def _entries(args: argparse.Namespace, device: torch.device) -> list[Entry]:
     if args.amp and dtype == "fp16":
         raise report.CommandError("--amp with --dtype fp16: torch's GradScaler does not unscale fp16 gradients")
     options = {"dtype": dtype, "device": str(device), "clip": args.clip, "amp": args.amp, "cache": args.cache or "cold"}
+    options["gradients"] = args.gradients or "kept"
     storages, entries = tuple(args.storage or ["full"]), []
     cases = [optimizers.CASES[name] for name in args.optimizer or ["AdamW"]]
     if args.suite or not args.sweep:

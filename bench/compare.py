@@ -69,7 +69,7 @@ def missing(first: Result, second: Result, chosen: Iterable[str] = ()) -> list[R
 
 def matches(word: str, row: Row) -> bool:
     """Whether a word is one of those that describe a row."""
-    words = {row.suite, row.optimizer, row.dtype, row.device, row.variant, row.cache, row.storage}
+    words = {row.suite, row.optimizer, row.dtype, row.device, row.variant, row.cache, row.storage, row.gradients}
     words |= {"fusedopt"} if row.ours else set()
     words |= {"clip"} if row.clip else set()
     words |= {"amp"} if row.amp else set()

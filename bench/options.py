@@ -29,6 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--amp", action="store_true", help="step through a GradScaler")
     parser.add_argument("--groups", type=_positive, metavar="N", help="param groups (default: the suite's own)")
     parser.add_argument("--cache", choices=workload.CACHES, help="state of the caches before a step (default: cold)")
+    grads = parser.add_mutually_exclusive_group()
+    for kind, about in workload.GRADIENTS.items():
+        if about:
+            grads.add_argument(f"--{kind}-grads", dest="gradients", action="store_const", const=kind, help=about)
     parser.add_argument(
         "--storage",
         action="append",
@@ -61,8 +65,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only",
         action="append",
         metavar="WORD",
-        help="rows of a suite, optimizer, dtype, variant, device, cache or storage; clip, amp, or fusedopt for all "
-        "of ours; repeatable: rows that are all of it",
+        help="rows of a suite, optimizer, dtype, variant, device, cache, storage or gradients; clip, amp, or fusedopt "
+        "for all of ours; repeatable: rows that are all of it",
     )
     pair.add_argument(
         "--bound",

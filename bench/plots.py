@@ -76,7 +76,7 @@ def _limits(rows: list[Row], colors: dict[str, str]) -> Figure | None:
     alike: dict[tuple[object, ...], list[list[Row]]] = {}
     for group in groups:
         r = group[0]
-        alike.setdefault((r.suite, r.groups, r.dtype, r.device, r.clip, r.amp, r.cache), []).append(group)
+        alike.setdefault((r.suite, r.groups, r.dtype, r.device, r.clip, r.amp, r.cache, r.gradients), []).append(group)
     chosen = max(alike.values(), key=len)
     bars = [[row for row in group if row.limit and (row.ours or row.peer)] for group in chosen]
     figure = Figure(

@@ -18,7 +18,7 @@ from fusedopt.cli import machine
 FORMAT = 1
 OURS = "fusedopt-"  # and an engine: what our variants are called
 LIMIT, COPY = "limit", "device-copy"
-KEY = ("suite", "groups", "optimizer", "dtype", "device", "clip", "amp", "cache", "variant")
+KEY = ("suite", "groups", "optimizer", "dtype", "device", "clip", "amp", "cache", "gradients", "variant")
 
 
 @dataclass
@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         suite, tensors, numel, groups: What was stepped: a suite's name, tensors, elements and param groups.
-        optimizer, dtype, device, clip, amp, cache: How; see :class:`~fusedopt.bench.workload.Workload`.
+        optimizer, dtype, device, clip, amp, cache, gradients: How; see :class:`~fusedopt.bench.workload.Workload`.
         variant: Who did the step: ``fusedopt-`` and an engine, a peer, ``limit``, or on GPUs ``device-copy``.
         version: Of its package; how a limit touches memory.
         storage: How it keeps its states: ``full``, ``8bit`` or ``4bit``.
@@ -74,6 +74,7 @@ class Row:
     rounds: int
     bytes: int
     gbps: float
+    gradients: str = "kept"
     limit: float | None = None
     ratio: float | None = None
     ratio_q1: float | None = None

@@ -72,6 +72,7 @@ def standard(device: str) -> list[Entry]:
         _entry(device, "gpt2", "AdamW", few, dtype="bf16"),
         *(_entry(device, "1000x1000", "AdamW", MULTI_TENSOR, cache=cache) for cache in CACHES),
         *(_entry(device, "10000x64", "AdamW", MULTI_TENSOR, cache=cache) for cache in CACHES),
+        *(_entry(device, suite, "AdamW", FUSED, gradients="fresh") for suite in ("1000x1000", "10000x64")),
     ]
     for sweep in SWEEPS:
         entries += swept(sweep, device)
@@ -83,6 +84,8 @@ def standard(device: str) -> list[Entry]:
     ]
     if not on_cpu:
         entries.append(_entry(device, "resnet50", "SGD", QUICK))
+        entries.append(_entry(device, "gpt2", "AdamW", FUSED, gradients="misaligned"))
+        entries.append(_entry(device, "1x1", "AdamW", FUSED))  # what a step costs at least
     return entries
 
 

@@ -41,6 +41,7 @@ def short_title(row: Row) -> str:
         "clip" if row.clip else "",
         "AMP" if row.amp else "",
         "warm" if row.cache == "warm" else "",
+        f"{row.gradients} grads" if row.gradients != "kept" else "",
     )
     return " ".join(filter(None, parts))
 

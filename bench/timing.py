@@ -79,10 +79,11 @@ class Stopwatch:
     Args:
         device: Where the step does its work.
         cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
+        renew: What is to be made anew for each step, if anything is.
     """
 
-    def __init__(self, device: torch.device, cache: str) -> None:
-        self._warm = cache == "warm"
+    def __init__(self, device: torch.device, cache: str, renew: Step | None = None) -> None:
+        self._warm, self._renew = cache == "warm", renew or (lambda: None)
         self._gpu = None if device.type == "cpu" else torch.get_device_module(device)
         self._flushed: Tensor | None = None
         if self._gpu or not self._warm:
@@ -91,11 +92,15 @@ class Stopwatch:
 
     def __call__(self, step: Step) -> float:
         """Seconds of a step."""
+        if not self._warm:
+            self._renew()
         if self._flushed is not None:
             self._flushed.mul_(1)
+            self._flushed.sum()  # a flush that ends with a read: what it wrote is not the step's to write back
         if self._warm:
             for _ in range(WARM_STEPS):
                 step()
+            self._renew()
         if self._gpu is None:
             start = time.perf_counter()
             step()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from fusedopt.bench.suites import Suite
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 POOL = 2**20 + 1  # random values
 CACHES = ("cold", "warm")
+# Kinds, and how to say it.
+GRADIENTS = {"kept": "", "fresh": "new gradients every step", "misaligned": "gradients off 16-byte bounds"}
 
 Step = Callable[[], object]
 
@@ -33,6 +36,8 @@ class Workload:
         amp: Whether the step goes through a ``GradScaler``.
         cache: ``cold``: much other memory was touched before each step, as a backward pass does; ``warm``: the same
             step was done three times before.
+        gradients: A key of ``GRADIENTS``. ``kept``: the same tensors in every step; ``fresh``: others, made before each
+            step as a backward pass makes them; ``misaligned``: kept, and none begins at a multiple of 16 bytes.
     """
 
     suite: Suite
@@ -42,6 +47,7 @@ class Workload:
     clip: float | None = None
     amp: bool = False
     cache: str = "cold"
+    gradients: str = "kept"
 
     @property
     def kind(self) -> str:
@@ -58,7 +64,7 @@ def described(how: Any, suite: str, optimizer: str, tensors: int, numel: int, gr
     """What is stepped, and how, in one line.
 
     Args:
-        how: Has ``dtype``, ``clip``, ``amp``, ``cache`` and ``device`` as a workload has.
+        how: Has ``dtype``, ``clip``, ``amp``, ``gradients``, ``cache`` and ``device`` as a workload has.
         suite: Its name.
         optimizer: The case's name.
         tensors: Their number.
@@ -71,6 +77,7 @@ def described(how: Any, suite: str, optimizer: str, tensors: int, numel: int, gr
         how.dtype,
         f"clip {how.clip:g}" if how.clip else "",
         "AMP" if how.amp else "",
+        GRADIENTS[how.gradients],
         how.cache,
         how.device,
     )
@@ -89,6 +96,7 @@ class Tensors:
     def __init__(self, workload: Workload, *, single: bool = False, seed: int = 0) -> None:
         device, dtype = torch.device(workload.device), DTYPES[workload.dtype]
         values = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+        self._values, self._offset = values, int(workload.gradients == "misaligned")
         self.params: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
         case = workload.case
@@ -96,7 +104,7 @@ class Tensors:
             made = []
             for shape in shapes:
                 p = torch.nn.Parameter(_filled((1,) if single else shape, values))
-                p.grad = _filled(p.shape, values).mul_(0.01)
+                p.grad = self._gradient(p)
                 made.append(p)
             # Each group with options of its own, or they could be stepped as one.
             factor = 1 + k / 1024
@@ -107,10 +115,23 @@ class Tensors:
         """Param groups, a fresh list each time."""
         return [dict(group) for group in self._groups]
 
+    def renew(self) -> None:
+        """Give every parameter a new gradient tensor, of the same values, as ``zero_grad`` and a backward pass do."""
+        for p in self.params:
+            p.grad = None
+        for p in self.params:
+            p.grad = self._gradient(p)
 
-def _filled(shape: Sequence[int], values: Tensor) -> Tensor:
-    """A tensor of a shape with random values, which repeat in a large one: drawing them all would take longest."""
-    made = torch.empty(shape, device=values.device, dtype=values.dtype)
+    def _gradient(self, p: Tensor) -> Tensor:
+        return _filled(p.shape, self._values, self._offset).mul_(0.01)
+
+
+def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:
+    """A tensor of a shape with random values, which repeat in a large one: drawing them all would take longest.
+
+    It begins ``offset`` elements behind where an allocation does.
+    """
+    made = torch.empty(math.prod(shape) + offset, device=values.device, dtype=values.dtype)[offset:].view(shape)
     flat, count = made.view(-1), len(values)
     for start in range(0, made.numel(), count):
         part = flat[start : start + count]

@@ -78,6 +78,7 @@ def test_every_row_can_be_measured_again_by_its_command(tmp_path, capsys):
     path, again = tmp_path / "a.json", tmp_path / "again.json"
     arguments = ["--suite", "40x300", "--groups", "4", "--optimizer", "AdamW", "--optimizer", "Lion", "--engine", "cpu"]
     arguments += ["--clip", "0.5", "--amp", "--dtype", "bf16", "--cache", "warm", "--repeats", "2", "--device", "cpu"]
+    arguments += ["--fresh-grads"]
     arguments += [word for name in ("torch-fused", "torch-foreach", "lion-pytorch") for word in ("--peer", name)]
     assert main(["bench", *arguments, "--json", str(path)]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
