@@ -74,7 +74,9 @@ class Ninja:
 
     def compile(self, source: Path, name: str, flags: str) -> str:
         out = f"{name}.o"
-        self.lines += [f"build {out}: compile {self.escape(source)}", f"  flags = {flags}"]
+        build = f"build {out}: compile {self.escape(source)}"
+        if build not in self.lines:  # several targets may have it
+            self.lines += [build, f"  flags = {flags}"]
         return out
 
     def compile_together(self, sources: list[Path], name: str, flags: str) -> str:
@@ -93,15 +95,14 @@ class Ninja:
     def escape(path: Path) -> str:
         return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-    def run(self) -> None:
+    def run(self, keep_going: bool = False) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         jobs = os.environ.get("MAX_JOBS")
-        result = subprocess.run(
-            [*command, "-C", str(self.folder), *(["-j", jobs] if jobs else [])], capture_output=True, text=True
-        )
+        options = [*(["-j", jobs] if jobs else []), *(["-k", "0"] if keep_going else [])]
+        result = subprocess.run([*command, "-C", str(self.folder), *options], capture_output=True, text=True)
         if result.returncode:
             raise RuntimeError((result.stdout + result.stderr).strip()[-2000:])
 
@@ -207,22 +208,42 @@ class BuildExtensions(build_ext):
     def build_cuda(self) -> None:
         if sanitizers():
             raise RuntimeError("FUSEDOPT_SANITIZE is set, which is for the host and the CPU engine")
-        nvcc = find_nvcc()
-        flags = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden {gencode(nvcc)}"
-        ninja = Ninja(nvcc, Path(self.build_temp).resolve() / "cuda", "-shared -cudart static")
-        objects = [
-            ninja.compile(CSRC / "cuda" / "rule_unit.cu", rule.stem, f"{flags} {define(rule)}") for rule in RULES
-        ]
-        for source in ("launch", "module"):
-            module = f"{flags} {python_includes()} -DFUSEDOPT_MODULE=_cuda"
-            objects.append(ninja.compile(CSRC / "cuda" / f"{source}.cpp", f"{source}_", module))
-        ninja.link(objects, self.target("fusedopt._cuda"))
+        ninja = cuda_ninja(Path(self.build_temp).resolve() / "cuda")
+        add_cuda_engine(ninja, self.target("fusedopt._cuda"), RULES)
         ninja.run()
 
     def target(self, name: str) -> Path:
         path = Path(self.get_ext_fullpath(name)).resolve()
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
+
+
+def cuda_ninja(folder: Path) -> Ninja:
+    """For builds of the CUDA engine."""
+    return Ninja(find_nvcc(), folder, "-shared -cudart static")
+
+
+def add_cuda_engine(ninja: Ninja, target: Path, rules: list[Path], prefix: str = "", options: str = "") -> None:
+    """Adds a build of the CUDA engine with kernels of some rules.
+
+    Args:
+        ninja: Of ``cuda_ninja``; several builds may be in one.
+        target: The extension; its name is ``_cuda``.
+        rules: Headers.
+        prefix: Tells its objects from those of other builds.
+        options: What sets other choices than csrc/cuda/policy.h does.
+    """
+    common = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
+    common = f"{common} {gencode(find_nvcc())}"
+    flags = f"{common} {options}".rstrip()
+    objects = [
+        ninja.compile(CSRC / "cuda" / "rule_unit.cu", f"{prefix}{rule.stem}", f"{flags} {define(rule)}")
+        for rule in rules
+    ]
+    objects.append(ninja.compile(CSRC / "cuda" / "launch.cpp", f"{prefix}launch_", flags))
+    module = f"{common} {python_includes()} -DFUSEDOPT_MODULE=_cuda"  # the same for all: it makes no such choice
+    objects.append(ninja.compile(CSRC / "cuda" / "module.cpp", "module_", module))
+    ninja.link(objects, target)
 
 
 def define(rule: Path) -> str:

@@ -44,14 +44,14 @@ def limits(kind: str, nbytes: int, states: int) -> dict[str, Limit]:
         states: How many the optimizer has.
     """
     if kind == "cpu":
-        return {LIMIT: _threads(nbytes, states) if cpu.available() is None else _copy(kind, nbytes)}
-    copy = _copy(kind, nbytes)
+        return {LIMIT: _threads(nbytes, states) if cpu.available() is None else copy(kind, nbytes)}
+    plain = copy(kind, nbytes)
     try:
         streams = _triton(kind, nbytes, states)
         streams.step()  # compiles
     except Exception:  # no triton, or no compiler for its launcher
-        return {LIMIT: copy}
-    return {LIMIT: streams, COPY: copy}
+        return {LIMIT: plain}
+    return {LIMIT: streams, COPY: plain}
 
 
 def resident_bytes(kind: str, nbytes: int, states: int) -> int:
@@ -92,7 +92,8 @@ def _triton(kind: str, nbytes: int, states: int) -> Limit:
     return Limit("streams", lambda: touch(updated, gradient), FLOAT * numel * passes)
 
 
-def _copy(kind: str, nbytes: int) -> Limit:
+def copy(kind: str, nbytes: int) -> Limit:
+    """A plain copy of as many bytes, or of the longest stream."""
     numel = _length(kind, nbytes, 2)
     source, target = _stream(kind, numel), _stream(kind, numel)
     return Limit("copy", lambda: target.copy_(source), 2 * FLOAT * numel)

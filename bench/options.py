@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusedopt import engines
-from fusedopt.bench import compare, optimizers, peers, standard, suites, workload
+from fusedopt.bench import compare, optimizers, peers, standard, suites, tune, workload
 
 EPILOG = """\
 Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw plots into a folder")
 
-    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report", title="commands")
+    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report | tune", title="commands")
     pair = commands.add_parser("compare", help="two results side by side", description="Two results side by side.")
     pair.add_argument("before", type=Path, metavar="A.json")
     pair.add_argument("after", type=Path, metavar="B.json")
@@ -75,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="exit with status 1 if a ratio is less than this, or a row is missing",
     )
     pair.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
+    choices = commands.add_parser("tune", help="the GPU engines' choices", description="Which choices are the fastest.")
+    choices.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
+    tune.add_arguments(choices)
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
     page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")
 

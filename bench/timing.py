@@ -80,10 +80,11 @@ class Stopwatch:
         device: Where the step does its work.
         cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
         renew: What is to be made anew for each step, if anything is.
+        hold: Cycles for which a GPU is kept from starting a step, so that no host work is in its time.
     """
 
-    def __init__(self, device: torch.device, cache: str, renew: Step | None = None) -> None:
-        self._warm, self._renew = cache == "warm", renew or (lambda: None)
+    def __init__(self, device: torch.device, cache: str, renew: Step | None = None, hold: int = 0) -> None:
+        self._warm, self._renew, self._hold = cache == "warm", renew or (lambda: None), hold
         self._gpu = None if device.type == "cpu" else torch.get_device_module(device)
         self._flushed: Tensor | None = None
         if self._gpu or not self._warm:
@@ -106,6 +107,8 @@ class Stopwatch:
             step()
             return time.perf_counter() - start
         first, last = (self._gpu.Event(enable_timing=True) for _ in range(2))
+        if self._hold:
+            torch.cuda._sleep(self._hold)
         first.record()
         step()
         last.record()

@@ -54,16 +54,9 @@ __device__ __forceinline__ void count_step(const Arguments<Words>& a) {
   }
 }
 
-// Blocks on a processor: as many as leave enough registers that nothing is spilled. More states are more loads under
-// way in each warp, so that fewer warps do.
-template <class Rule, class... More>
-constexpr int kResidentBlocks = sizeof...(More)     ? 2
-                                : kStates<Rule> > 1 ? 3
-                                                    : 4;
-
 // One launch for measuring and updating is cooperative; either alone need not be.
 template <int Words, class Rule, class... More>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<Rule, More...>)
+__global__ void __launch_bounds__(kThreads, resident_blocks(1 + sizeof...(More), kStates<Rule>))
     step(const __grid_constant__ Arguments<Words> a) {
   const Tables& t = a.tables;
   double squared_norm = t.measure ? 0 : t.numbers[kSquaredNorm];

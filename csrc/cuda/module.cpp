@@ -87,12 +87,13 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   m.def("words_by_value", &words_by_value, py::arg("device"), "How long a step table may be to go by value.");
   m.attr("tile") = kTile;
   m.attr("device_type") = "cuda";
-  py::class_<KernelSelection>(m, "KernelSelection")
+  // Local, so that several builds can be imported side by side.
+  py::class_<KernelSelection>(m, "KernelSelection", py::module_local())
       .def(py::init<const std::string&, const std::vector<std::vector<std::string>>&>(), py::arg("rule"),
            py::arg("states"))
       .def("blocks", &KernelSelection::blocks, py::arg("device"), "How many blocks a device holds at once.")
       .def("encode", &encode, py::arg("signatures"), py::arg("n_states"), "The words of the table of signatures.");
-  py::class_<Launcher>(m, "Launcher")
+  py::class_<Launcher>(m, "Launcher", py::module_local())
       .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("device"), py::arg("blocks"),
            py::arg("rows"), py::arg("shares"), py::arg("width"), py::arg("n_states"), py::arg("words"))
       .def_readwrite("in_one_launch", &Launcher::in_one_launch)

@@ -5,9 +5,6 @@
 
 namespace fusedopt::cuda {
 
-// Whole tiles whose loads are under way at once.
-constexpr int kNormTiles = 4;
-
 __device__ __forceinline__ double square(float x) { return static_cast<double>(x) * x; }
 
 // The squares of a lane's elements of a whole tile.

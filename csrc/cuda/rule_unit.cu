@@ -10,11 +10,15 @@ void add_entry() {
       {{names_of<Rule>, names_of<More>...}, &step<kSmall, Rule, More...>, &step<kLarge, Rule, More...>});
 }
 
-// A kernel for each variant, and where there are several, one that steps them all in one launch.
-template <class... Rules>
+// A kernel for each variant, and where there are several, one that steps them all in one launch. Builds that are only
+// compared with one another have the first alone.
+template <class First, class... More>
 bool add_entries() {
-  (add_entry<Rules>(), ...);
-  if constexpr (sizeof...(Rules) > 1) add_entry<Rules...>();
+  add_entry<First>();
+#if !defined(FUSEDOPT_FIRST_VARIANT)
+  (add_entry<More>(), ...);
+  if constexpr (sizeof...(More) > 0) add_entry<First, More...>();
+#endif
   return true;
 }
 

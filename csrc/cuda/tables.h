@@ -4,11 +4,11 @@
 #include "core/device_tables.h"
 #include "core/operands.h"
 #include "core/rule.h"
+#include "cuda/policy.h"
 
 namespace fusedopt::cuda {
 
-constexpr int kTile = 256;     // elements that a warp steps at a time, 8 for each lane
-constexpr int kThreads = 128;  // of a block
+constexpr int kTile = 256;  // elements that a warp steps at a time, 8 for each lane
 constexpr int kWarps = kThreads / 32;
 
 // A signature is a word of flags, then words of codecs, four bits each.

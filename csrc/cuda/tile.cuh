@@ -31,8 +31,11 @@ struct Whole {
   std::int64_t first;  // of the lane
   int stride;          // from one half of its elements to the other
 
-  __device__ __forceinline__ Whole(std::int64_t start, bool halves)
-      : first(start + lane_id() * (halves ? kCount : kCount / 2)), stride(halves ? kCount / 2 : kTile / 2) {}
+  __device__ __forceinline__ Whole(std::int64_t start, bool halves) {
+    const bool together = halves && !kHalvesInTwo;
+    first = start + lane_id() * (together ? kCount : kCount / 2);
+    stride = together ? kCount / 2 : kTile / 2;
+  }
 
   // Issues the loads; nothing waits for them here.
   __device__ __forceinline__ void fetch(Raw& raw, std::int64_t address, Codec codec, int) const {
@@ -40,6 +43,10 @@ struct Whole {
       const float* p = global<const float>(address) + first;
       raw.half[0] = *reinterpret_cast<const uint4*>(p);
       raw.half[1] = *reinterpret_cast<const uint4*>(p + stride);
+    } else if constexpr (kHalvesInTwo) {
+      const unsigned short* p = global<const unsigned short>(address) + first;
+      const uint2 a = *reinterpret_cast<const uint2*>(p), b = *reinterpret_cast<const uint2*>(p + stride);
+      raw.half[0] = {a.x, a.y, b.x, b.y};
     } else {
       raw.half[0] = *reinterpret_cast<const uint4*>(global<const unsigned short>(address) + first);
     }
@@ -47,10 +54,23 @@ struct Whole {
   __device__ __forceinline__ void put(const Raw& raw, std::int64_t address, Codec codec, int) const {
     if (codec == Codec::f32) {
       float* p = global<float>(address) + first;
-      *reinterpret_cast<uint4*>(p) = raw.half[0];
-      *reinterpret_cast<uint4*>(p + stride) = raw.half[1];
+      store(p, raw.half[0]);
+      store(p + stride, raw.half[1]);
+    } else if constexpr (kHalvesInTwo) {
+      unsigned short* p = global<unsigned short>(address) + first;
+      store(p, uint2{raw.half[0].x, raw.half[0].y});
+      store(p + stride, uint2{raw.half[0].z, raw.half[0].w});
     } else {
-      *reinterpret_cast<uint4*>(global<unsigned short>(address) + first) = raw.half[0];
+      store(global<unsigned short>(address) + first, raw.half[0]);
+    }
+  }
+
+  template <class Words>
+  static __device__ __forceinline__ void store(void* address, Words words) {
+    if constexpr (kStreamingStores) {
+      __stcs(static_cast<Words*>(address), words);
+    } else {
+      *static_cast<Words*>(address) = words;
     }
   }
 
@@ -74,11 +94,11 @@ __device__ __forceinline__ std::int64_t quotient(std::int64_t element, std::int6
   return rest < 0 ? q - 1 : rest >= size ? q + 1 : q;
 }
 
-// Elements 32 apart of N operands from First on: four of dense ones without doubles, whose loads are all under way
-// before the first value is needed, or one of any operands, for whose offsets there would not be registers.
+// Elements 32 apart of N operands from First on: kMaskedElements of dense ones without doubles, whose loads are all
+// under way before the first value is needed, or one of any operands, for whose offsets there would not be registers.
 template <int First, int N, bool Any>
 struct Masked {
-  static constexpr int kCount = Any ? 1 : 4;
+  static constexpr int kCount = Any ? 1 : kMaskedElements;
   static constexpr int kAll = 32 * kCount;  // of a warp
   struct Raw {
     std::conditional_t<Any, unsigned long long, unsigned> element[kCount];  // or narrower

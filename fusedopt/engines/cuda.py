@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -13,15 +14,33 @@ from fusedopt import checks, host
 from fusedopt.engines.device import DevicePlan, on_device
 from fusedopt.rule import Rule
 
+WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
-@cache
+_other_builds: list[Any] = []
+
+
 def load() -> Any:
     """The extension.
 
     Raises:
         ImportError: With the real reason.
     """
+    return _other_builds[-1] if _other_builds else _installed()
+
+
+@cache
+def _installed() -> Any:
     return host.extension("_cuda", "cuda")
+
+
+@contextmanager
+def build(extension: Any) -> Iterator[None]:
+    """Plans that are made meanwhile are another build's, which has the kernels that they need."""
+    _other_builds.append(extension)
+    try:
+        yield
+    finally:
+        _other_builds.pop()
 
 
 def available() -> str | None:
@@ -90,7 +109,7 @@ class Plan(DevicePlan):
         selection = extension.KernelSelection(rule.name, sorted(map(list, states)))
         index = _index(device)
         with on_device(device):
-            blocks = selection.blocks(index)
+            blocks = WAVES * selection.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
         super().__init__(optimizer, members, new_state, nth, names, blocks, extension.tile, limit)

@@ -1,0 +1,217 @@
+"""``fusedopt bench tune``: which choices of the GPU engines are the fastest, on which workloads.
+
+JSON::
+
+    {"arch": compute capability, "device": name or null, "commit", "versions",
+     "variants": [{"name", "engine", "compiled": whether, "reason": why not, or null}],
+     "workloads": [names],
+     "rows": [{"variant", "engine", "workload", "median", "q1", "q3" (seconds on the device), "of_copy": GB/s over those
+               of a copy in the same round, "ratio", "ratio_q1", "ratio_q3": time over the default's}],
+     "winners": [{"workload", "engine", "variant", "ratio", "ratio_q3"}]}
+
+After ``--dry-run`` rows and winners are empty.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+
+import fusedopt
+from fusedopt.bench import limits, suites, timing
+from fusedopt.bench.optimizers import CASES
+from fusedopt.bench.rows import COPY, facts
+from fusedopt.bench.variants import VARIANTS, Variant, build
+from fusedopt.bench.workload import Footprint, Step, Tensors, Workload, ours, step_of
+from fusedopt.cli import report
+from fusedopt.launch import Scaling
+
+DEFAULT, DEFAULT_ARCH = "default", "90"
+ROUNDS, WARMUP = 20, 3
+HOLD = 20_000_000  # cycles for which the device is held before a step, so that the host is ahead of it: 10 ms
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Case:
+    """What variants are compared on.
+
+    Attributes:
+        name: In the table.
+        suite: Of tensors.
+        more: Of the workload.
+        measures_only: Whether it is the norm alone.
+    """
+
+    name: str
+    suite: str
+    more: dict[str, Any]
+    measures_only: bool = False
+
+    def workload(self, device: str) -> Workload:
+        """What is stepped."""
+        return Workload(suites.find(self.suite), CASES["AdamW"], device=device, **self.more)
+
+
+WORKLOADS = (
+    Case("gpt2", "gpt2", {}),
+    Case("gpt2 clip", "gpt2", {"clip": 1.0}),
+    Case("gpt2 norm only", "gpt2", {"clip": 1.0}, measures_only=True),
+    Case("gpt2 bf16", "gpt2", {"dtype": "bf16"}),
+    Case("gpt2 misaligned", "gpt2", {"gradients": "misaligned"}),
+    Case("1000x1000", "1000x1000", {}),
+    Case("10000x64", "10000x64", {}),
+    Case("one element", "1x1", {}),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add this command's options."""
+    parser.add_argument("--dry-run", action="store_true", help="compile the variants, without a GPU, and time nothing")
+    engines = sorted({v.engine for v in VARIANTS})
+    parser.add_argument("--engine", action="append", choices=engines, default=argparse.SUPPRESS, help="(default: both)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="timed rounds (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compile the variants, time them, print the table and who wins."""
+    there = torch.cuda.is_available()
+    if not there and not args.dry_run:
+        raise report.CommandError("tune needs a GPU; with --dry-run it compiles the variants without one")
+    arch = "{}{}".format(*torch.cuda.get_device_capability()) if there else DEFAULT_ARCH
+    chosen = [v for v in VARIANTS if v.engine in (args.engine or (v.engine,))]
+    reasons = compiled(chosen, arch)
+    document: dict[str, Any] = {
+        "arch": arch,
+        **{k: v for k, v in facts(torch.device("cuda" if there else "cpu"), []).items() if k != "machine"},
+        "variants": [
+            {"name": v.name, "engine": v.engine, "compiled": reasons[str(v)] is None, "reason": reasons[str(v)]}
+            for v in chosen
+        ],
+        "workloads": [case.name for case in WORKLOADS],
+        "rows": [],
+        "winners": [],
+    }
+    if not args.dry_run:
+        for case in WORKLOADS:
+            document["rows"] += raced(case, [v for v in chosen if reasons[str(v)] is None], args.rounds)
+            document["winners"] = winners(document["rows"])
+            report.write_json(args.json, document)
+    _show(document)
+    report.write_json(args.json, document)
+    return int(any(reasons.values()))
+
+
+def compiled(chosen: list[Variant], arch: str) -> dict[str, str | None]:
+    """Compiles variants; CUDA's beside Triton's.
+
+    Returns:
+        Why one does not compile, by engine and name; None if it does.
+    """
+    own, theirs = ([v for v in chosen if v.engine == engine] for engine in ("cuda", "triton"))
+    with ThreadPoolExecutor(1) as aside, ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+        builds = aside.submit(build, own, arch) if own else None
+        names = [v.name for v in theirs]
+        reasons = {str(v): found for v, found in zip(theirs, pool.map(_ahead, names, repeat(arch)), strict=True)}
+        built = builds.result() if builds else {}
+    return reasons | {str(v): built[v.name] for v in own}
+
+
+def _ahead(name: str, arch: str) -> str | None:
+    """Why the Triton engine's kernels of a variant do not compile; None if they do."""
+    from fusedopt.inspection.triton import unavailable
+
+    if reason := unavailable(arch):
+        return reason
+    from fusedopt.triton_kernels.ahead import compiled, specialised  # pyright: ignore[reportMissingImports]
+
+    (variant,) = (v for v in VARIANTS if (v.engine, v.name) == ("triton", name))
+    try:
+        with variant.applied():
+            for kernel in specialised([fusedopt.AdamW.rule], ["fp32"], arch)[:2]:
+                compiled(kernel, arch)
+    except Exception as error:  # whatever the compiler raises
+        return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    return None
+
+
+def raced(case: Case, chosen: list[Variant], rounds: int, device: str = "cuda") -> list[dict[str, Any]]:
+    """Rows of variants that take turns on a workload, beside a copy of as many bytes."""
+    what = case.workload(device)
+    tensors, footprint = Tensors(what), Footprint.of(what)
+    nbytes = what.suite.numel * footprint.param if case.measures_only else footprint.moved(what)
+    copy = limits.copy(device, nbytes)
+    steps: dict[str, Step] = {COPY: copy.step}
+    for variant in chosen:
+        steps[str(variant)] = _step(variant, what, tensors, case.measures_only)
+    with report.progress_bar() as bar:
+        task = bar.add_task(case.name, total=WARMUP + rounds)
+        watch = timing.Stopwatch(torch.device(device), "cold", hold=HOLD)
+        timings = timing.interleave(steps, watch, rounds, WARMUP, lambda: bar.advance(task))
+    rows = []
+    for variant in chosen:
+        name, default = str(variant), f"{variant.engine} {DEFAULT}"
+        if {name, default} & timings.failed.keys():
+            report.console.print(f"{case.name}: {name}: {timings.failed.get(name)}", markup=False)
+            continue
+        seconds, ratio = timings.seconds(name), timings.ratio(name, default)
+        rows.append(
+            {"variant": variant.name, "engine": variant.engine, "workload": case.name}
+            | {"median": seconds.median, "q1": seconds.q1, "q3": seconds.q3}
+            | {"of_copy": timings.ratio(COPY, name).median * nbytes / copy.nbytes}
+            | {"ratio": ratio.median, "ratio_q1": ratio.q1, "ratio_q3": ratio.q3}
+        )
+    return rows
+
+
+def _step(variant: Variant, what: Workload, tensors: Tensors, measures_only: bool) -> Step:
+    with variant.applied():
+        optimizer = ours(what, tensors.groups(), variant.engine)
+        optimizer.step()
+    (plan,) = optimizer._plans
+    if not variant.one_launch:
+        plan._launcher.in_one_launch = False
+
+    def measure() -> None:
+        plan.scan()
+        plan.run(Scaling(), math.inf, True, False, False, None)
+        plan.finish()
+
+    return measure if measures_only else step_of(optimizer, tensors.params, what)
+
+
+def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The fastest variant of each engine on each workload; the default, unless it is beaten in three rounds of four."""
+    found = []
+    for key in dict.fromkeys((row["workload"], row["engine"]) for row in rows):
+        alike = [row for row in rows if (row["workload"], row["engine"]) == key]
+        best = min(alike, key=lambda row: row["ratio"])
+        if best["ratio_q3"] >= 1:
+            best = next(row for row in alike if row["variant"] == DEFAULT)
+        found.append({name: best[name] for name in ("workload", "engine", "variant", "ratio", "ratio_q3")})
+    return found
+
+
+def _show(document: dict[str, Any]) -> None:
+    """Print what compiles, microseconds and fractions of the copy, and who wins."""
+    rows, names = document["rows"], document["workloads"]
+    title = f"Microseconds (of the copy's bandwidth) on sm_{document['arch']}"
+    made = report.table(title if rows else f"For sm_{document['arch']}", "variant", "", *(names if rows else ()))
+    cells = {(r["engine"], r["variant"], r["workload"]): f"{r['median'] * 1e6:.0f} ({r['of_copy']:.2f})" for r in rows}
+    for v in document["variants"]:
+        key = v["engine"], v["name"]
+        state = "" if rows and v["compiled"] else "compiles" if v["compiled"] else v["reason"]
+        made.add_row(" ".join(key), state, *(cells.get((*key, name), "") for name in (names if rows else ())))
+    report.console.print(made)
+    if not rows:
+        report.console.print(f"To be timed on: {', '.join(names)}", markup=False)
+    for w in document["winners"]:
+        won = f"{w['variant']} wins by {1 - w['ratio']:.1%}" if w["variant"] != DEFAULT else "nothing beats the default"
+        report.console.print(f"{w['engine']}, {w['workload']}: {won}", markup=False)

@@ -1,0 +1,51 @@
+// Choices that only a GPU can make, with the measurement that made each, or "untested". A build of its own may set any
+// of them, as -DFUSEDOPT_THREADS=256: `fusedopt bench tune` compares such builds.
+#pragma once
+
+#if !defined(FUSEDOPT_THREADS)
+#define FUSEDOPT_THREADS 128
+#endif
+#if !defined(FUSEDOPT_RESIDENT_THREADS)
+#define FUSEDOPT_RESIDENT_THREADS 0
+#endif
+#if !defined(FUSEDOPT_NORM_TILES)
+#define FUSEDOPT_NORM_TILES 4
+#endif
+#if !defined(FUSEDOPT_MASKED_ELEMENTS)
+#define FUSEDOPT_MASKED_ELEMENTS 4
+#endif
+#if !defined(FUSEDOPT_HALVES_IN_TWO)
+#define FUSEDOPT_HALVES_IN_TWO 0
+#endif
+#if !defined(FUSEDOPT_STREAMING_STORES)
+#define FUSEDOPT_STREAMING_STORES 0
+#endif
+
+namespace fusedopt::cuda {
+
+// Of a block. Untested.
+constexpr int kThreads = FUSEDOPT_THREADS;
+
+// Threads on a processor that registers are left for; 0: as many as let nothing be spilled, by machine code of sm_90:
+// 512 for rules with one state at most, 384 with more, and 256 where one kernel steps several variants. Untested.
+constexpr int kResidentThreads = FUSEDOPT_RESIDENT_THREADS;
+constexpr int resident_blocks(int n_variants, int n_states) {
+  const int threads = kResidentThreads ? kResidentThreads : n_variants > 1 ? 256 : n_states > 1 ? 384 : 512;
+  return (threads + kThreads - 1) / kThreads;
+}
+
+// Whole tiles whose loads are under way at once in the norm: with one, a warp has 1 KiB under way, which by reading is
+// half of what it takes. Untested.
+constexpr int kNormTiles = FUSEDOPT_NORM_TILES;
+
+// Elements of a lane whose loads are under way at once where tiles are not whole. Untested.
+constexpr int kMaskedElements = FUSEDOPT_MASKED_ELEMENTS;
+
+// Read and write 8 elements of 2 bytes in two halves, so that those of 4 bytes beside them are dense in each access of
+// a warp. Untested.
+constexpr bool kHalvesInTwo = FUSEDOPT_HALVES_IN_TWO;
+
+// Store past the caches. Untested.
+constexpr bool kStreamingStores = FUSEDOPT_STREAMING_STORES;
+
+}  // namespace fusedopt::cuda

@@ -1,0 +1,91 @@
+"""What `fusedopt bench tune` compares, and that it says which wins."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import AVAILABLE
+
+from fusedopt.bench import suites, timing, tune, variants, workload
+from fusedopt.bench.variants import VARIANTS
+from fusedopt.cli import main
+from fusedopt.engines import cuda
+
+POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
+by_name = {str(v): v for v in VARIANTS}
+
+
+def test_every_choice_has_a_variant_that_makes_it_otherwise():
+    made = dict(re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text()))
+    varied = {name for v in VARIANTS for name in v.defines}
+    assert varied == made.keys() and len(by_name) == len(VARIANTS)
+    assert all(str(value) != made[name] for v in VARIANTS for name, value in v.defines.items())
+    assert all(getattr(module, name) != value for v in VARIANTS for module, name, value in v.settings)
+
+
+def test_a_choice_is_made_for_plans_made_meanwhile_alone(monkeypatch):
+    monkeypatch.setattr(variants, "imported", lambda folder: folder)
+    monkeypatch.setattr(cuda, "_installed", lambda: "installed")
+    before = cuda.WAVES
+    with pytest.raises(ZeroDivisionError), by_name["cuda waves-4"].applied():
+        assert cuda.WAVES == 4 and cuda._other_builds[-1].name == "default"
+        with by_name["cuda threads-256"].applied():
+            assert cuda._other_builds[-1].name == "threads-256"
+        1 / 0  # noqa: B018
+    assert cuda.WAVES == before and not cuda._other_builds
+
+
+def test_without_a_gpu_it_says_what_is_possible(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["bench", "tune"]) == 2
+    assert "--dry-run" in capsys.readouterr().err
+
+
+def test_a_variant_that_does_not_compile_is_told(monkeypatch, tmp_path, capsys):
+    def compiled(chosen, arch):
+        return {str(v): "too many registers" if v.name == "threads-512" else None for v in chosen}
+
+    monkeypatch.setattr(tune, "compiled", compiled)
+    path = tmp_path / "tune.json"
+    assert main(["bench", "tune", "--dry-run", "--engine", "cuda", "--json", str(path)]) == 1
+    document = json.loads(path.read_text())
+    failed = [v for v in document["variants"] if not v["compiled"]]
+    assert failed == [{"name": "threads-512", "engine": "cuda", "compiled": False, "reason": "too many registers"}]
+    assert "gpt2 norm only" in document["workloads"] and document["rows"] == []
+    assert "too many registers" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE or torch.cuda.is_available(), reason="needs the interpreter")
+@pytest.mark.parametrize("measures_only", [False, True])
+def test_variants_take_turns_on_a_workload(monkeypatch, measures_only):
+    monkeypatch.setattr(workload, "POOL", 2**8 + 1)
+    monkeypatch.setattr(timing, "FLUSHED", {"cpu": 2**8, "cuda": 2**8})
+    monkeypatch.setattr(suites, "find", lambda name, find=suites.find: find("2x50"))
+    case = tune.Case("tiny", "gpt2", {"clip": 1.0}, measures_only)
+    rows = tune.raced(case, [by_name["triton default"], by_name["triton programs-4"]], 3, "cpu")
+    assert [row["variant"] for row in rows] == ["default", "programs-4"]
+    assert rows[0]["ratio"] == 1 and all(row["q1"] <= row["median"] <= row["q3"] and row["of_copy"] > 0 for row in rows)
+
+
+def test_the_default_stays_unless_it_is_beaten_most_of_the_time():
+    def row(variant, ratio, q3):
+        return {"workload": "gpt2", "engine": "cuda", "variant": variant, "ratio": ratio, "ratio_q3": q3}
+
+    rows = [row("default", 1, 1), row("often", 0.97, 0.99), row("once", 0.9, 1.05)]
+    assert [w["variant"] for w in tune.winners(rows)] == ["default"]
+    assert [w["variant"] for w in tune.winners(rows[:2])] == ["often"]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
+def test_all_variants_compile(tmp_path):
+    path = tmp_path / "tune.json"
+    command = [sys.executable, "-m", "fusedopt", "bench", "tune", "--dry-run", "--json", str(path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert sum(v["compiled"] for v in json.loads(path.read_text())["variants"]) >= 20
