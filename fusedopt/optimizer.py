@@ -67,8 +67,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
     On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
-    step of a parameter, and steps that need a plan. Steps can be captured in a CUDA graph, once one step was done
-    outside of it; whatever is a tensor on the device, such as lr, can change between replays.
+    step of a parameter, steps that need a plan, and a step that is more than four ahead of the device after as many in
+    which gradients or hyperparameters were others. Steps can be captured in a CUDA graph, once one step was done
+    outside of it; whatever is a tensor on the device, such as lr, can change between replays. A graph must not outlive
+    its optimizer, whose tables it reads; and replays do not count float32 steps beyond 2**24.
+
+    ``grad_norm`` has the same bits every time on one device with one build, not on another.
 
     States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.
 
