@@ -141,9 +141,13 @@ def find_nvcc() -> str:
     return found
 
 
-def gencode(nvcc: str) -> str:
-    """What to compile for: those of CUDA_ARCHS that this nvcc knows, or what FUSEDOPT_CUDA_ARCHS lists."""
-    asked = os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").split()
+def asked_archs() -> list[str]:
+    """What FUSEDOPT_CUDA_ARCHS lists."""
+    return os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").split()
+
+
+def gencode(nvcc: str, asked: list[str]) -> str:
+    """What to compile for: what was asked for, or those of CUDA_ARCHS that this nvcc knows."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
     archs = sorted(asked, key=int) or [str(a) for a in CUDA_ARCHS if f"compute_{a}" in known]
     code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
@@ -209,7 +213,7 @@ class BuildExtensions(build_ext):
         if sanitizers():
             raise RuntimeError("FUSEDOPT_SANITIZE is set, which is for the host and the CPU engine")
         ninja = cuda_ninja(Path(self.build_temp).resolve() / "cuda")
-        add_cuda_engine(ninja, self.target("fusedopt._cuda"), RULES)
+        add_cuda_engine(ninja, self.target("fusedopt._cuda"), RULES, asked_archs())
         ninja.run()
 
     def target(self, name: str) -> Path:
@@ -223,18 +227,21 @@ def cuda_ninja(folder: Path) -> Ninja:
     return Ninja(find_nvcc(), folder, "-shared -cudart static")
 
 
-def add_cuda_engine(ninja: Ninja, target: Path, rules: list[Path], prefix: str = "", options: str = "") -> None:
+def add_cuda_engine(
+    ninja: Ninja, target: Path, rules: list[Path], archs: list[str], prefix: str = "", options: str = ""
+) -> None:
     """Adds a build of the CUDA engine with kernels of some rules.
 
     Args:
         ninja: Of ``cuda_ninja``; several builds may be in one.
         target: The extension; its name is ``_cuda``.
         rules: Headers.
+        archs: Compute capabilities; empty for all.
         prefix: Tells its objects from those of other builds.
         options: What sets other choices than csrc/cuda/policy.h does.
     """
     common = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
-    common = f"{common} {gencode(find_nvcc())}"
+    common = f"{common} {gencode(find_nvcc(), archs)}"
     flags = f"{common} {options}".rstrip()
     objects = [
         ninja.compile(CSRC / "cuda" / "rule_unit.cu", f"{prefix}{rule.stem}", f"{flags} {define(rule)}")

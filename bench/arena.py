@@ -101,7 +101,7 @@ class Arena:
         self._bench, self._workload, self._sweep = bench, workload, sweep
         self._device = torch.device(workload.device)
         self._tensors = Tensors(workload)
-        self._watch = Stopwatch(self._device, workload.cache, self._renewal(self._tensors))
+        self._watch = Stopwatch(self._device, workload.cache, self._tensors.renew)
         self._footprint, self._bytes = footprint, footprint.tensor_bytes(workload)
         self._moved = footprint.moved(workload)
         self._limits = limits.limits(workload.kind, self._moved, len(footprint.states))
@@ -117,9 +117,6 @@ class Arena:
         self._limits.clear()
         del self._tensors, self._watch
         torch.compiler.reset()  # compiled steps of other optimizers count against the compiler's limit for one function
-
-    def _renewal(self, tensors: Tensors) -> Step | None:
-        return tensors.renew if self._workload.gradients == "fresh" else None
 
     def _built(self, contenders: list[Contender]) -> list[Running]:
         """Those whose optimizer can be made and does a step, which makes its states and compiles what there is to."""
@@ -277,10 +274,10 @@ class Arena:
             step = step_of(one.contender.build(tensors.groups()), tensors.params, self._workload)
         for _ in range(2):
             step()
-        renew, taken = self._renewal(tensors) or (lambda: None), list[float]()
+        taken: list[float] = []
         end = time.perf_counter() + HOST_SECONDS
         while len(taken) < HOST_ROUNDS and (not taken or time.perf_counter() < end):
-            renew()
+            tensors.renew()
             self._synchronize()
             start = time.perf_counter()
             step()

@@ -77,7 +77,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pair.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
     choices = commands.add_parser("tune", help="the GPU engines' choices", description="Which choices are the fastest.")
     choices.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
-    tune.add_arguments(choices)
+    choices.add_argument("--dry-run", action="store_true", help="compile the variants, without a GPU, and time nothing")
+    choices.add_argument(
+        "--engine",
+        action="append",
+        choices=("cuda", "triton"),
+        default=argparse.SUPPRESS,
+        help="repeatable (default: both)",
+    )
+    choices.add_argument(
+        "--rounds", type=_positive, default=tune.ROUNDS, metavar="N", help="timed rounds (default: %(default)s)"
+    )
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
     page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")
 

@@ -79,12 +79,12 @@ class Stopwatch:
     Args:
         device: Where the step does its work.
         cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
-        renew: What is to be made anew for each step, if anything is.
+        renew: Makes anew what each step needs so.
         hold: Cycles for which a GPU is kept from starting a step, so that no host work is in its time.
     """
 
-    def __init__(self, device: torch.device, cache: str, renew: Step | None = None, hold: int = 0) -> None:
-        self._warm, self._renew, self._hold = cache == "warm", renew or (lambda: None), hold
+    def __init__(self, device: torch.device, cache: str, renew: Step = lambda: None, hold: int = 0) -> None:
+        self._warm, self._renew, self._hold = cache == "warm", renew, hold
         self._gpu = None if device.type == "cpu" else torch.get_device_module(device)
         self._flushed: Tensor | None = None
         if self._gpu or not self._warm:

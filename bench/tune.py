@@ -72,14 +72,6 @@ WORKLOADS = (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add this command's options."""
-    parser.add_argument("--dry-run", action="store_true", help="compile the variants, without a GPU, and time nothing")
-    engines = sorted({v.engine for v in VARIANTS})
-    parser.add_argument("--engine", action="append", choices=engines, default=argparse.SUPPRESS, help="(default: both)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, metavar="N", help="timed rounds (default: %(default)s)")
-
-
 def run(args: argparse.Namespace) -> int:
     """Compile the variants, time them, print the table and who wins."""
     there = torch.cuda.is_available()
@@ -99,13 +91,13 @@ def run(args: argparse.Namespace) -> int:
         "rows": [],
         "winners": [],
     }
+    report.write_json(args.json, document)
     if not args.dry_run:
         for case in WORKLOADS:
             document["rows"] += raced(case, [v for v in chosen if reasons[str(v)] is None], args.rounds)
             document["winners"] = winners(document["rows"])
             report.write_json(args.json, document)
     _show(document)
-    report.write_json(args.json, document)
     return int(any(reasons.values()))
 
 
@@ -201,17 +193,18 @@ def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _show(document: dict[str, Any]) -> None:
     """Print what compiles, microseconds and fractions of the copy, and who wins."""
-    rows, names = document["rows"], document["workloads"]
+    rows = document["rows"]
+    names = document["workloads"] if rows else []
     title = f"Microseconds (of the copy's bandwidth) on sm_{document['arch']}"
-    made = report.table(title if rows else f"For sm_{document['arch']}", "variant", "", *(names if rows else ()))
+    made = report.table(title if rows else f"For sm_{document['arch']}", "variant", "", *names)
     cells = {(r["engine"], r["variant"], r["workload"]): f"{r['median'] * 1e6:.0f} ({r['of_copy']:.2f})" for r in rows}
     for v in document["variants"]:
         key = v["engine"], v["name"]
         state = "" if rows and v["compiled"] else "compiles" if v["compiled"] else v["reason"]
-        made.add_row(" ".join(key), state, *(cells.get((*key, name), "") for name in (names if rows else ())))
+        made.add_row(" ".join(key), state, *(cells.get((*key, name), "") for name in names))
     report.console.print(made)
     if not rows:
-        report.console.print(f"To be timed on: {', '.join(names)}", markup=False)
+        report.console.print(f"To be timed on: {', '.join(document['workloads'])}", markup=False)
     for w in document["winners"]:
         won = f"{w['variant']} wins by {1 - w['ratio']:.1%}" if w["variant"] != DEFAULT else "nothing beats the default"
         report.console.print(f"{w['engine']}, {w['workload']}: {won}", markup=False)

@@ -7,10 +7,8 @@ AdamW's kernel alone. Choices of run time, and all of Triton's, are constants of
 from __future__ import annotations
 
 import importlib.util
-import os
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -52,12 +50,15 @@ class Variant:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Plans that are made meanwhile are of this variant."""
-        before = [(module, name, getattr(module, name)) for module, name, _ in self.settings]
+        settings = self.settings
+        if self.engine == "cuda":
+            extension = imported(self.folder)
+            settings = (*settings, (cuda, "load", lambda: extension))
+        before = [(module, name, getattr(module, name)) for module, name, _ in settings]
         try:
-            for module, name, value in self.settings:
+            for module, name, value in settings:
                 setattr(module, name, value)
-            with cuda.build(imported(self.folder)) if self.engine == "cuda" else nullcontext():
-                yield
+            yield
         finally:
             for module, name, value in before:
                 setattr(module, name, value)
@@ -124,24 +125,16 @@ def build(chosen: list[Variant], arch: str) -> dict[str, str | None]:
     Returns:
         Why a variant was not built, by name; None if it was.
     """
-    folders = {v.folder: v for v in chosen}
     try:
         setup = _setup()
-        before = os.environ.get("FUSEDOPT_CUDA_ARCHS")
-        os.environ["FUSEDOPT_CUDA_ARCHS"] = arch
-        try:
-            ninja = setup.cuda_ninja(FOLDER)
-            for folder, variant in folders.items():
-                folder.mkdir(parents=True, exist_ok=True)
-                (folder / EXTENSION).unlink(missing_ok=True)  # one of before would do for one that fails
-                defines = {"FIRST_VARIANT": 1} | variant.defines
-                options = " ".join(f"-DFUSEDOPT_{name}={value}" for name, value in defines.items())
-                rules = [setup.CSRC / "rules" / "adam.h"]
-                setup.add_cuda_engine(ninja, folder / EXTENSION, rules, f"{folder.name}_", options)
-        finally:
-            os.environ.pop("FUSEDOPT_CUDA_ARCHS")
-            if before is not None:
-                os.environ["FUSEDOPT_CUDA_ARCHS"] = before
+        ninja = setup.cuda_ninja(FOLDER)
+        for folder, variant in {v.folder: v for v in chosen}.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / EXTENSION).unlink(missing_ok=True)  # one of before would do for one that fails
+            defines = {"FIRST_VARIANT": 1} | variant.defines
+            options = " ".join(f"-DFUSEDOPT_{name}={value}" for name, value in defines.items())
+            rules = [setup.CSRC / "rules" / "adam.h"]
+            setup.add_cuda_engine(ninja, folder / EXTENSION, rules, [arch], f"{folder.name}_", options)
         ninja.run(keep_going=True)
         reason = "it does not compile"
     except (OSError, RuntimeError) as error:
@@ -161,6 +154,5 @@ def _setup() -> Any:
     spec = importlib.util.spec_from_file_location("fusedopt_setup", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module

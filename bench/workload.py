@@ -96,7 +96,7 @@ class Tensors:
     def __init__(self, workload: Workload, *, single: bool = False, seed: int = 0) -> None:
         device, dtype = torch.device(workload.device), DTYPES[workload.dtype]
         values = torch.randn(POOL, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
-        self._values, self._offset = values, int(workload.gradients == "misaligned")
+        self._values, self._gradients = values, workload.gradients
         self.params: list[Tensor] = []
         self._groups: list[dict[str, Any]] = []
         case = workload.case
@@ -116,14 +116,16 @@ class Tensors:
         return [dict(group) for group in self._groups]
 
     def renew(self) -> None:
-        """Give every parameter a new gradient tensor, of the same values, as ``zero_grad`` and a backward pass do."""
+        """Give every parameter a new gradient of the same values, as training does, if the workload's are fresh."""
+        if self._gradients != "fresh":
+            return
         for p in self.params:
             p.grad = None
         for p in self.params:
             p.grad = self._gradient(p)
 
     def _gradient(self, p: Tensor) -> Tensor:
-        return _filled(p.shape, self._values, self._offset).mul_(0.01)
+        return _filled(p.shape, self._values, int(self._gradients == "misaligned")).mul_(0.01)
 
 
 def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:

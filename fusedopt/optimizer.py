@@ -67,10 +67,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
     On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
-    step of a parameter, steps that need a plan, and a step that is more than four ahead of the device after as many in
-    which gradients or hyperparameters were others. Steps can be captured in a CUDA graph, once one step was done
-    outside of it; whatever is a tensor on the device, such as lr, can change between replays. A graph must not outlive
-    its optimizer, whose tables it reads; and replays do not count float32 steps beyond 2**24.
+    step of a parameter, steps that need a plan, and one that finds the device four steps behind whose gradients or
+    hyperparameters were others than those of the step before. Steps can be captured in a CUDA graph, once one step was
+    done outside of it; whatever is a tensor on the device, such as lr, can change between replays. A graph must not
+    outlive its optimizer, whose tables it reads; and replays do not count float32 steps beyond 2**24.
 
     ``grad_norm`` has the same bits every time on one device with one build, not on another.
 

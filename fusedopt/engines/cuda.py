@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -16,31 +15,15 @@ from fusedopt.rule import Rule
 
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
-_other_builds: list[Any] = []
 
-
+@cache
 def load() -> Any:
     """The extension.
 
     Raises:
         ImportError: With the real reason.
     """
-    return _other_builds[-1] if _other_builds else _installed()
-
-
-@cache
-def _installed() -> Any:
     return host.extension("_cuda", "cuda")
-
-
-@contextmanager
-def build(extension: Any) -> Iterator[None]:
-    """Plans that are made meanwhile are another build's, which has the kernels that they need."""
-    _other_builds.append(extension)
-    try:
-        yield
-    finally:
-        _other_builds.pop()
 
 
 def available() -> str | None:
