@@ -3,6 +3,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from fusedopt import optimizers
+from fusedopt.backward import step_in_backward
 from fusedopt.fuse import fuse
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
@@ -12,5 +13,5 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["FusedOptimizer", "__version__", "fuse"]
+__all__ = ["FusedOptimizer", "__version__", "fuse", "step_in_backward"]
 __all__ += optimizers.__all__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
@@ -119,33 +118,59 @@ def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
             )
 
 
-def options(max_grad_norm: Any, skip_nonfinite: Any) -> None:
+def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any) -> None:
     """Arguments of the optimizer as a whole."""
     if max_grad_norm is not None and not (number(max_grad_norm, "max_grad_norm", "") > 0):
         raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be positive, or None for no clipping")
     if not isinstance(skip_nonfinite, bool):
         raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}; it must be True or False")
+    if process_group is not None and not isinstance(process_group, getattr(torch.distributed, "ProcessGroup", ())):
+        raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup, or None")
+
+
+def needs_one_gradient(optimizer: Any) -> None:
+    """A parameter can be stepped as soon as its own gradient is there."""
+    for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
+        if value not in (None, False):
+            raise RuntimeError(f"{name}={value!r} needs all gradients at once, and this optimizer steps in backward")
 
 
 def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
     """A gradient fits its parameter, and both have their memory."""
     if p.dtype not in FLOATING + COMPLEX:
         raise TypeError(f"{name}: {optimizer} steps floating point and complex parameters only")
+    if memory.is_dtensor(g) or memory.is_dtensor(p):
+        placement(p, g, f"{name}: the gradient", RuntimeError)
     if g.layout != torch.strided:
         kind = "sparse" if g.is_sparse else str(g.layout)
         raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
     if g.device != p.device:
         raise RuntimeError(f"{name}: the gradient is on {g.device}, the parameter on {p.device}")
     for what, t in (("parameter", p), ("gradient", g)):
-        if short := memory.shortage(t):
+        if short := memory.shortage(memory.local(t)):
             raise RuntimeError(f"{name}: the {what} is without its memory: {short}")
-    if memory.misaligned(g):
+    if memory.misaligned(memory.local(g)):
         raise RuntimeError(f"{name}: the gradient is at an address that is not a multiple of its elements' size")
     if not (p.is_nested or g.is_nested) and g.shape != p.shape:
         raise RuntimeError(f"{name}: the gradient has shape {tuple(g.shape)}")
     declared = getattr(p, "grad_dtype", p.dtype) if p.is_leaf else p.dtype
     if g.dtype != p.dtype and (g.dtype not in FLOATING or p.is_complex() or declared not in (None, g.dtype)):
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
+
+
+def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception]) -> None:
+    """A tensor that belongs to a parameter is a DTensor if that is one, on the same ranks and in the same parts."""
+    if not memory.is_dtensor(p) or not memory.is_dtensor(t):
+        here, there = ("a DTensor" if memory.is_dtensor(x) else "no DTensor" for x in (t, p))
+        raise kind(f"{what} is {here}, the parameter is {there}")
+    mesh, placements = p.device_mesh, p.placements
+    if any(placed.is_partial() for placed in placements):
+        raise kind(f"{what} cannot be stepped with: the parameter is a sum of parts (placements {placements})")
+    if t.device_mesh != mesh or t.placements != placements:
+        raise kind(f"{what} is placed as {t.placements} on {t.device_mesh}, the parameter as {placements} on {mesh}")
+    if memory.local(t).shape != memory.local(p).shape:
+        mine, its = tuple(memory.local(p).shape), tuple(memory.local(t).shape)
+        raise kind(f"{what} has a part of shape {its} here, the parameter of shape {mine}")
 
 
 def parameter(
@@ -171,6 +196,8 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     """Why no engine but eager can step a parameter as it, its gradient and its states are; None if they can."""
     if group["differentiable"]:
         return "differentiable=True runs on engine 'eager'"
+    g = None if p.grad is None else memory.local(p.grad)
+    p = memory.local(p)
     if reason := memory.unreadable(p):
         return reason
     if p.dtype not in FLOATING + COMPLEX:
@@ -181,13 +208,13 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
         return f"its elements may overlap in memory (strides {p.stride()})"
     if memory.misaligned(p):
         return f"its address {p.data_ptr():#x} is not a multiple of its elements' size"
-    g = p.grad
     if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
         return f"of its gradient: {reason}"
     written = [p]
     for key in (*(s.name for s in rule.states), *rule.scalars):
         value = state.get(key)
         if isinstance(value, Tensor):
+            value = memory.local(value)
             if reason := memory.unreadable(value):
                 return f"of its state {key!r}: {reason}"
             written.append(value)
@@ -196,19 +223,15 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     return None
 
 
-def is_shard(t: Tensor | None) -> bool:
-    """Whether other ranks hold other parts of a tensor, as far as it shows."""
-    tensors = sys.modules.get("torch.distributed.tensor")  # whoever has a DTensor has imported it
-    return (tensors is not None and isinstance(t, tensors.DTensor)) or getattr(t, "_fsdp_flattened", False)
-
-
-def whole_norm(p: Tensor, name: object) -> None:
-    """The gradient's norm can be had on this rank alone."""
-    if is_shard(p) or is_shard(p.grad):
-        raise RuntimeError(
-            f"{name} is sharded among ranks, and max_grad_norm and skip_nonfinite would see this rank's part of its "
-            "gradient only; clip with torch.nn.utils.clip_grad_norm_ (FSDP's own clip_grad_norm_) before the step"
-        )
+def norm_is_whole(groups: Sequence[Group]) -> None:
+    """No parameter is known to be sharded by what does not say among which ranks."""
+    for label, p in zip(labels(groups), (p for group in groups for p in group["params"]), strict=True):
+        if getattr(p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{label} is sharded among ranks by FullyShardedDataParallel, and max_grad_norm and skip_nonfinite "
+                "would see this rank's part of its gradient only; give the optimizer the ranks among which it is "
+                "sharded, as process_group=model.process_group"
+            )
 
 
 def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
@@ -221,6 +244,9 @@ def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: o
             raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
         if value.shape != p.shape:
             raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
+        if memory.is_dtensor(value) or memory.is_dtensor(p):
+            placement(p, value, f"state {key!r} of {name}", ValueError)
+            value = memory.local(value)
         if value.is_complex() != p.is_complex():
             raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
         if reason := operands.illegal("exact state" if spec.exact else "state", value.dtype):

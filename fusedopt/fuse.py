@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fusedopt.optimizer import FusedOptimizer
+from fusedopt.optimizer import FusedOptimizer, ProcessGroup
 from fusedopt.optimizers import OPTIMIZERS
 from fusedopt.state import adopt_state
 
@@ -18,6 +18,7 @@ def fuse(
     *,
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
+    process_group: ProcessGroup | None = None,
     engine: str = "auto",
 ) -> FusedOptimizer:
     """Turn a live optimizer into its fused counterpart, state included.
@@ -29,6 +30,7 @@ def fuse(
         optimizer: Of torch.optim, lion-pytorch, adabound or timm; of a class that fusedopt has too.
         max_grad_norm: See :class:`fusedopt.FusedOptimizer`.
         skip_nonfinite: See there.
+        process_group: See there.
         engine: See there.
 
     Returns:
@@ -52,7 +54,11 @@ def fuse(
     _refuse_foreign_options(optimizer, counterpart)
     groups = [_completed(optimizer, i) for i in range(len(optimizer.param_groups))]
     fused = counterpart(
-        [dict(g) for g in groups], max_grad_norm=max_grad_norm, skip_nonfinite=skip_nonfinite, engine=engine
+        [dict(g) for g in groups],
+        max_grad_norm=max_grad_norm,
+        skip_nonfinite=skip_nonfinite,
+        process_group=process_group,
+        engine=engine,
     )
     for live, checked in zip(optimizer.param_groups, fused.param_groups, strict=True):
         for key, value in checked.items():

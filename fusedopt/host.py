@@ -216,6 +216,13 @@ def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> t
     return kernel, keys, switches, rule.decoupled
 
 
+def know_dtensors(host: Any) -> None:
+    """DTensors are read as the parts that are here, once anybody has imported them."""
+    kind = memory.dtensor_type()
+    if kind is not None:
+        host.bind_dtensor(kind)
+
+
 def device_scan(
     optimizer: Any, hyper: tuple[str, ...], members: list[int], new_state: list[int], device: torch.device
 ) -> Any:
@@ -237,5 +244,6 @@ def device_scan(
     except ImportError:
         specs = [group_spec(rule, g, n, n[2]) for g, n in zip(groups, names, strict=True)]
         return Scan(optimizer.param_groups, specs, optimizer.state, members, new_state, device)
+    know_dtensors(host)
     specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2]) for g, n in zip(groups, names, strict=True)]
     return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, new_state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.interrupts import held_back
+from fusedopt.ranks import Ranks
 
 
 @dataclass(slots=True)
@@ -41,9 +42,6 @@ class Scaling:
         """Whether gradients were found that are not finite. Waits for the device."""
         return self.found_inf is not None and float(self.found_inf) != 0
 
-
-# What is done with the sum of the gradients' squares, a 0-dim float64 tensor, before any parameter is updated.
-Between = Callable[[Tensor], Tensor]
 
 _forks = 0
 
@@ -86,23 +84,23 @@ def launch(
     max_norm: float,
     measure: bool,
     skip_nonfinite: bool,
-    between: Between | None,
+    ranks: Ranks | None,
     *,
     wait: bool,
 ) -> tuple[float | Tensor, bool] | None:
     """Run a step on all plans, which hold the step's gradients from then on.
 
     Plans are updated in their order. No signal handler runs between the update of a parameter and that of its counters,
-    or of another parameter. Where gradients are measured and there is a hook between the passes, all plans measure
-    before it, and update with what it makes of the sum of squares.
+    or of another parameter. Where gradients are measured, and parts of them are on other ranks, all plans measure
+    before any updates, and between the two the ranks add up what they measured.
 
     Returns:
         The gradients' norm, and whether the step was skipped, if that is known: without asking where a plan is not
         asynchronous; and with ``wait``. None if a plan is not what it was, and nothing was done.
     """
-    if not plans:
+    if not plans and not (measure and ranks):
         return 0.0, False
-    is_one_pass = len(plans) == 1 and not (measure and between)
+    is_one_pass = len(plans) == 1 and not (measure and ranks)
     if is_one_pass and plans[0].indivisible:
         outcome = plans[0].step(scaling, max_norm, measure, skip_nonfinite)
         return outcome and outcome[1:]
@@ -117,8 +115,11 @@ def launch(
         totals: list[Any] = [None] * len(plans)
         if measure:
             squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans]
-            if between:
-                squares = [between(torch.as_tensor(_sum(squares, plans[0]), dtype=torch.float64))]
+            if ranks:
+                measured = [torch.as_tensor(square, dtype=torch.float64) for square in squares]
+                squares = [ranks.sum(zip((plan.reduction for plan in plans), measured, strict=True))]
+            if not plans:
+                return _of_others(float(squares[0]), scaling, skip_nonfinite)
             totals = [_sum(squares, plan) for plan in plans]
         with held_back():
             for plan in plans:  # much may have run since it was scanned
@@ -131,6 +132,12 @@ def launch(
     if isinstance(skipped, Tensor):
         skipped = wait and bool(skipped)
     return norm, skipped
+
+
+def _of_others(squared: float, scaling: Scaling, skip_nonfinite: bool) -> tuple[float, bool]:
+    """What becomes of a step of parameters that only other ranks have."""
+    norm = math.sqrt(squared) * scaling.inverse
+    return norm, skip_nonfinite and not math.isfinite(norm)
 
 
 def _sum(squares: Sequence[float | Tensor], plan: Any) -> float | Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import torch
@@ -12,10 +13,29 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 # What a class has for __torch_dispatch__ if operations on it are torch's own.
 NO_DISPATCH = getattr(Tensor, "__torch_dispatch__", None)
 # How hard to think about whether interleaved tensors share an element; beyond it they are taken to.
 _MOST_WORK = 10_000
+
+
+def dtensor_type() -> type | None:
+    """The class DTensor, if anybody has imported it, without which there is none."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+
+
+def is_dtensor(t: Any) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, of which this rank has a part."""
+    kind = dtensor_type()
+    return kind is not None and isinstance(t, kind)
+
+
+def local(t: Tensor) -> Tensor:
+    """What a tensor is on this rank: of a DTensor the part that is here, else the tensor itself."""
+    return t._local_tensor if is_dtensor(t) else t
 
 
 def has_own_operations(t: Tensor) -> bool:
@@ -110,7 +130,7 @@ def comparable(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def written(param_groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> list[Tensor]:
-    """All that an optimizer's step writes and that has an address.
+    """All that an optimizer's step writes here and that has an address.
 
     States that a differentiable step puts in place of others are left out.
     """
@@ -120,7 +140,7 @@ def written(param_groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any])
             items = None if group.get("differentiable") else state.get(p)
             values = items.values() if isinstance(items, Mapping) else ()
             tensors += [p, *(value for value in values if isinstance(value, Tensor))]
-    return comparable(tensors)
+    return comparable(map(local, tensors))
 
 
 def span(t: Tensor) -> tuple[int, int]:

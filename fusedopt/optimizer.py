@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -14,14 +16,17 @@ from torch import Tensor
 
 from fusedopt import checks, engines, planner
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Between, Scaling, forks, launch, threads_that_exist
+from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
+from fusedopt.plans import Planned, Plans
+from fusedopt.ranks import Ranks, settle_gradients
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state
 
+ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-_OWN = ("max_grad_norm", "skip_nonfinite", "engine")
+_OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "engine")
 
 
 def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
@@ -51,6 +56,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             ``torch.nn.utils.clip_grad_norm_`` before ``step()`` does. None: don't.
         skip_nonfinite: Leave parameters, states and step counts untouched by a step whose gradients
             have a norm that is not finite, and count it in ``skipped_steps``.
+        process_group: Ranks (a torch.distributed process group) that have other parameters, or other parts of these,
+            where tensors do not show it: those of pipeline stages, FSDP1 or ZeRO. Their norms are added up, and a step
+            is clipped, skipped or scaled back on all of them or on none. DTensors show of themselves how they are
+            sharded.
         engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
             must be able to step every parameter. See ``fusedopt info``.
 
@@ -82,20 +91,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     Threads that step one optimizer wait for one another. In a forked child, as DataLoader's workers are, a step runs
     on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
 
+    DTensors are stepped as the parts that each rank has; their states are DTensors placed like them, and the norm is
+    that of the whole. A gradient that is placed otherwise than its parameter, such as a partial sum, is replaced by one
+    of the same value that is placed like it. All ranks must step where gradients are measured.
+
     Parameters that share memory, or have gradients in one another's, and one that is given twice (torch warns of it),
     are stepped one after the other in their order, as torch does it. A parameter's own gradient is read before anything
     of it is written.
 
     Raises:
         ValueError: For a hyperparameter outside its domain, a parameter of two groups, an unknown engine.
-        TypeError: For a hyperparameter that is no number.
+        TypeError: For a hyperparameter that is no number, or something else as process group.
     """
 
     rule: ClassVar[type[Rule]]
-    # GradScaler hands `grad_scale` and `found_inf` to step() instead of unscaling by itself.
-    _step_supports_amp_scaling = True
-    # A hook between measuring and updating, see fusedopt/launch.py.
-    _between: Between | None = None
+    steps_in_backward = False  # see fusedopt/backward.py
 
     def __init__(
         self,
@@ -103,19 +113,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
-        checks.options(max_grad_norm, skip_nonfinite)
+        checks.options(max_grad_norm, skip_nonfinite, process_group)
         engines.require(engine)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
+        self.process_group = process_group
         self.engine = engine
         self._skipped = 0
         self._norm: float | Tensor | None = None
-        self._plans: list[Any] | None = None
+        self._kept = Plans()
+        self._scaler: weakref.ref[Any] | None = None
+        self._handles_amp = True
         self._statuses: dict[tuple[torch.device, int], Any] = {}
         self._retained: list[Any] = []
-        self._shard: tuple[Tensor, object] | None = None
         self._lock, self._forks = threading.RLock(), forks()
         super().__init__(params, defaults)  # type: ignore[arg-type]
 
@@ -161,7 +174,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        checks.options(self.max_grad_norm, self.skip_nonfinite)
+        checks.options(self.max_grad_norm, self.skip_nonfinite, self.process_group)
         if self._forks != forks():  # the thread that had the lock may not be here
             self._lock, self._forks = threading.RLock(), forks()
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
@@ -174,30 +187,37 @@ class FusedOptimizer(torch.optim.Optimizer):
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        request = scaling, max_norm, measures, self.skip_nonfinite, self._between
-        is_planned, plans = self._plans is not None, self._plans or []
-        new_state, outcome = NewState(), None
-        if not is_planned:
+        planned = self._kept.find(self.param_groups)
+        if planned is None or not planned.is_for(measures, self.process_group):
             self._refuse_capture()
-        is_asynchronous = is_planned and all(plan.asynchronous for plan in plans)
-        if not is_asynchronous and self._refuses(scaling):
+            planned = None
+        plans, ranks = (planned.plans, planned.ranks) if planned else ([], self._ranks())
+        settles = (planned is None or planned.settles) and self._settle(ranks)
+        self._agree(scaling, ranks)
+        is_asynchronous = planned is not None and all(plan.asynchronous for plan in plans)
+        if not is_asynchronous and self._refuses(scaling, ranks, measures):
             return
+        new_state, outcome = NewState(), None
+        request = scaling, max_norm, measures, self.skip_nonfinite
         try:
-            if is_planned and not (measures and self._shard is not None):
-                outcome = launch(plans, *request, wait=False)
+            if planned:
+                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
             if outcome is None:
                 self._refuse_capture()
                 self._finish(plans)
-                plans, self._plans = [], None
-                if self._refuses(scaling):
+                self._kept.drop()
+                plans, before, ranks = [], ranks, self._ranks()
+                settles |= self._settle(ranks)
+                if ranks.reductions != before.reductions:
+                    self._agree(scaling, ranks)
+                if is_asynchronous and self._refuses(scaling, ranks, measures):
                     return
-                plans, self._shard = planner.plan(self, new_state)
-                if measures and self._shard is not None:
-                    checks.whole_norm(*self._shard)
-                outcome = launch(plans, *request, wait=bool(new_state))
+                plans = planner.plan(self, new_state, measures, ranks)
+                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=bool(new_state))
                 if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
-                self._plans = plans or None
+                if plans:
+                    self._kept.keep(Planned(self.param_groups, plans, ranks, measures, settles))
             norm, skipped = outcome
             self._norm = norm if measures else None
             if skipped:
@@ -212,15 +232,59 @@ class FusedOptimizer(torch.optim.Optimizer):
         finally:
             self._finish(plans)
 
+    # ----------------------------------------------------------------- ranks
+
+    def _ranks(self) -> Ranks:
+        return Ranks((p for group in self.param_groups for p in group["params"]), self.process_group)
+
+    def _settle(self, ranks: Ranks) -> bool:
+        """Whether gradients had to be settled; see fusedopt/ranks.py."""
+        if not ranks.have_dtensors:
+            return False
+        return settle_gradients(
+            p for group in self.param_groups if not group["differentiable"] for p in group["params"]
+        )
+
+    def _agree(self, scaling: Scaling, ranks: Ranks) -> None:
+        """What a GradScaler found on one rank, it found on all; in place, so that all of them scale back."""
+        if scaling.found_inf is None or not ranks.are_many:
+            return
+        found_inf = ranks.maximum(scaling.found_inf)
+        scaler = self._scaler and self._scaler()
+        own = scaler._per_optimizer_states.get(id(self), {}) if scaler else {}
+        for found in (scaling.found_inf, *own.get("found_inf_per_device", {}).values()):
+            found.copy_(found_inf.expand_as(found))
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler hands ``grad_scale`` and ``found_inf`` to step(), and does not unscale by itself.
+
+        Of what it found it hands on a sum, and has its own for itself, by which it scales back. Ranks that agree on the
+        one must agree on the other, so it is remembered who asks.
+        """
+        if self.steps_in_backward:
+            raise RuntimeError("a GradScaler needs all gradients at once, and this optimizer steps in backward")
+        asking = sys._getframe(1).f_locals.get("self")
+        self._scaler = weakref.ref(asking) if isinstance(asking, torch.amp.GradScaler) else None
+        return self._handles_amp
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, yes: bool) -> None:
+        self._handles_amp = yes
+
+    # --------------------------------------------------------------- outcome
+
     def _finish(self, plans: list[Any]) -> None:
         """A step on plans is over."""
         for plan in plans:
             plan.finish()
 
-    def _refuses(self, scaling: Scaling) -> bool:
+    def _refuses(self, scaling: Scaling, ranks: Ranks, measures: bool) -> bool:
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
         if scaling.refuses:
             self._skipped += 1
+            if measures and ranks.are_many:
+                ranks.sum([])  # others may measure, to see on their devices that they do not step
             return True
         scaling.read()
         return False
@@ -233,7 +297,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _forget(self, new_state: NewState) -> None:
         """Take back states that were made for a step that did not happen."""
         if new_state:
-            self._plans = None
+            self._kept.drop()
         for _, p, names in new_state:
             state = self.state.get(p, {})
             for name in names:
@@ -256,6 +320,11 @@ class FusedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were skipped. Waits for the device."""
         return self._skipped + max((int(v.skipped_steps) for v in self._statuses.values()), default=0)
+
+    @property
+    def _plans(self) -> list[Any] | None:
+        """Those of the last step; None if it left none."""
+        return self._kept.current
 
     def members(self, which: Sequence[int]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters, counted through all groups, with their groups."""
@@ -335,8 +404,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plans = None
-        self.__dict__.setdefault("_shard", None)
+        self._kept = Plans()
+        self.__dict__.setdefault("_scaler", None)
+        self.__dict__.setdefault("_handles_amp", True)
+        self.__dict__.setdefault("process_group", None)
         self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_statuses", {})

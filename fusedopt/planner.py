@@ -7,27 +7,29 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt import checks, engines, memory
+from fusedopt.ranks import Ranks, Reduction
 from fusedopt.state import StepCounters, initial_state
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
 Assigned = list[tuple[str, Tensor, dict[str, Any]]]  # the engine that steps a parameter, the parameter, its group
-Shard = tuple[Tensor, object]  # a parameter, and what messages call it
 
 
-def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
+def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> list[Any]:
     """Plans for an optimizer as it is now, in the order in which they are to be run.
 
     Args:
         optimizer: Gets the states that parameters with gradients lack.
         new_state: Gets an entry for each of them, also when an exception comes.
-
-    Returns:
-        The plans, and the first parameter of which other ranks hold a part, if there is one.
+        measures: Whether the step measures gradients. Parameters that are sharded otherwise are then of other plans, so
+            that each can be asked for its sums.
+        ranks: Of the optimizer's parameters.
 
     Raises:
         RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
     """
-    assigned, shard = _assign(optimizer)
+    if measures and ranks.are_hidden:
+        checks.norm_is_whole(optimizer.param_groups)
+    assigned = _assign(optimizer)
     # States that are yet to be made share no memory.
     waves = memory.waves([_used(p, optimizer.state.get(p, {})) for _, p, _ in assigned])
     if any(waves):
@@ -36,24 +38,23 @@ def plan(optimizer: Any, new_state: NewState) -> tuple[list[Any], Shard | None]:
     new = {i for i, _, _ in new_state}
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
-        which.setdefault((waves[i], name, engines.plan_device(name, p)), []).append(i)
+        reduction = Reduction.of(p) if measures and ranks.are_many else Reduction()
+        which.setdefault((waves[i], name, engines.plan_device(name, p), reduction), []).append(i)
     plans = []
-    for (_, name, device), members in sorted(which.items(), key=lambda item: item[0][0]):
+    for (_, name, device, reduction), members in sorted(which.items(), key=lambda item: item[0][0]):
         nth = sum(plan.device == device for plan in plans)
         plans.append(engines.plan(name, optimizer, members, sorted(new & set(members)), nth))
-    return plans, shard
+        plans[-1].reduction = reduction
+    return plans
 
 
-def _assign(optimizer: Any) -> tuple[Assigned, Shard | None]:
+def _assign(optimizer: Any) -> Assigned:
     assigned: Assigned = []
-    shard = None
     rule = optimizer.rule
     for g, group in enumerate(optimizer.param_groups):
         checks.group(rule, group, g, stepping=True)
         for i, p in enumerate(group["params"]):
             label, state = checks.Label(group, g, i, p), optimizer.state.get(p, {})
-            if shard is None and (checks.is_shard(p) or checks.is_shard(p.grad)):
-                shard = (p, label)
             checks.parameter(rule, p, group, state, label, type(optimizer).__name__)
             try:
                 engine = engines.choose(optimizer.engine, p, group, rule, state, label)
@@ -62,14 +63,15 @@ def _assign(optimizer: Any) -> tuple[Assigned, Shard | None]:
                     raise
                 engine = "eager"  # which looks again when there is a gradient
             assigned.append((engine, p, group))
-    return assigned, shard
+    return assigned
 
 
 def _leave_to_eager(optimizer: Any, assigned: Assigned, waves: list[int]) -> None:
     """Lazy gradients over memory that an earlier wave writes: other engines resolve gradients before the first."""
     labels = checks.labels(optimizer.param_groups)
     for i, (name, p, group) in enumerate(assigned):
-        if waves[i] and name != "eager" and p.grad is not None and (p.grad.is_conj() or p.grad.is_neg()):
+        g = None if p.grad is None else memory.local(p.grad)
+        if waves[i] and name != "eager" and g is not None and (g.is_conj() or g.is_neg()):
             if optimizer.engine != "auto":
                 raise RuntimeError(
                     f"{labels[i]}: engine {name!r} cannot step it: its gradient is lazily conjugated or negated, and "
@@ -79,9 +81,10 @@ def _leave_to_eager(optimizer: Any, assigned: Assigned, waves: list[int]) -> Non
 
 
 def _used(p: Tensor, state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors that a parameter's step writes and reads, as far as their addresses can be compared."""
+    """The tensors that a parameter's step writes and reads here, as far as their addresses can be compared."""
     written = [p, *(value for value in state.values() if isinstance(value, Tensor))]
-    return memory.comparable(written), memory.comparable([] if p.grad is None else [p.grad])
+    read = [] if p.grad is None else [p.grad]
+    return memory.comparable(map(memory.local, written)), memory.comparable(map(memory.local, read))
 
 
 def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> None:

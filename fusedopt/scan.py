@@ -66,6 +66,10 @@ class Scan:
             self.release()
         return valid
 
+    def rebind(self, param_groups: list[dict[str, Any]]) -> None:
+        """The same groups stand in another list now."""
+        self._param_groups = param_groups
+
     def check(self, threads: int) -> None:
         """Raise if any tensor or gradient is not what it was in the last scan."""
         rows = zip(self._rows, self._gradients, self._at, strict=True)
@@ -148,7 +152,9 @@ class Scan:
     def _read(self, row: _Row | None) -> bool:
         g = None
         if row and row.p.grad is not None:
-            g = row.p.grad
+            if not row.is_placed_like(row.p.grad):
+                return False
+            g = memory.local(row.p.grad)
             if memory.unreadable(g, lazily=True):
                 return False
             is_lazy = g.is_conj() or g.is_neg()
@@ -171,7 +177,8 @@ class _Row:
         self.tensors = [p, *(t for t in tensors if isinstance(t, Tensor))]
         self.is_whole = len(self.tensors) == 1 + len(tensors)
         self.at = self.where()
-        g = p if p.grad is None or memory.unreadable(p.grad, lazily=True) else memory.resolved(p.grad)
+        given = None if p.grad is None else memory.local(p.grad)
+        g = memory.local(p) if given is None or memory.unreadable(given, lazily=True) else memory.resolved(given)
         self.gradient_dtype, self.gradient_stride = g.dtype, memory.significant(g)
         self.gradient_place = None if p.grad is None else (g.data_ptr(), g.stride())  # the planner saw that it may be
 
@@ -186,14 +193,22 @@ class _Row:
             return False
         if g is None:
             return True
-        fits = g.device == self.p.device and g.dtype == self.gradient_dtype and g.shape == self.p.shape
-        if not self.is_whole or not fits or any(memory.shortage(t) for t in (*self.tensors, g)):
+        p = memory.local(self.p)
+        fits = g.device == p.device and g.dtype == self.gradient_dtype and g.shape == p.shape
+        if not self.is_whole or not fits or any(memory.shortage(t) for t in (*map(memory.local, self.tensors), g)):
             return False
         return not memory.misaligned(g) and memory.significant(g) == self.gradient_stride
 
+    def is_placed_like(self, g: Tensor) -> bool:
+        """Whether a gradient is a DTensor if the parameter is, on the same ranks and in the same parts."""
+        p = self.p
+        if not memory.is_dtensor(p) or not memory.is_dtensor(g):
+            return memory.is_dtensor(p) == memory.is_dtensor(g)
+        return g.device_mesh == p.device_mesh and g.placements == p.placements
+
     def where(self) -> list[tuple[Any, ...]]:
         """The geometry of all tensors; asking for the address makes a lazy clone a copy of its own."""
-        return [where(t) for t in self.tensors]
+        return [(where(memory.local(t)), t._spec if memory.is_dtensor(t) else None) for t in self.tensors]
 
 
 def where(t: Tensor) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import memory
 from fusedopt.rule import LAST_FLOAT_STEP, Rule
 
 
@@ -37,8 +38,9 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
         elif key in tensors and value is None:
             continue  # torch's SGD says so that there is no momentum buffer yet
         elif key in tensors:
-            moved = value.detach().to(p.device)
-            adopted[key] = moved.clone() if copy and moved.data_ptr() == value.data_ptr() else moved
+            moved = value.detach().to(memory.local(p).device)
+            is_same = memory.local(moved).data_ptr() == memory.local(value).data_ptr()
+            adopted[key] = moved.clone() if copy and is_same else moved
         else:
             adopted[key] = deepcopy(value) if copy else value
     return adopted

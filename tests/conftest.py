@@ -40,6 +40,16 @@ def engine(request):
     return request.param
 
 
+@pytest.fixture(scope="session")
+def ranks():
+    """What runs functions on several ranks."""
+    import many
+
+    found = many.Ranks(4)
+    yield found
+    found.stop()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

@@ -6,6 +6,8 @@ from conftest import AVAILABLE
 from helpers import ALL, TORCH, assert_same, fewer, fill_gradients, fill_growing_gradients, params, snapshot
 
 import fusedopt
+from fusedopt import optimizer as optimizer_module
+from fusedopt.ranks import Ranks
 
 SHAPES = [(4097,), (33, 7), (), (0,), (5,)]
 INF = float("inf")
@@ -58,24 +60,36 @@ def test_norm_is_the_same_every_time(engine):
 
 
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")
-def test_norm_has_the_same_bits_for_any_number_of_threads():
+def test_norm_has_the_same_bits_for_any_number_of_threads(monkeypatch):
     """A share's sum does not depend on who computes it, nor do the shares on how many they are."""
     ps = params((700_001,), (3, 5), (90_000,), *[(7,)] * 300)
     fill_growing_gradients(ps, 3)
     threads, squares = torch.get_num_threads(), []  # of which no bit is lost in a root
+    among_others(monkeypatch, lambda total: squares.append(float(total)) or total)
     try:
         for n in (1, 2, 3, 7) * 10:
             torch.set_num_threads(n)
             optimizer = fusedopt.SGD(ps, lr=0.0, max_grad_norm=INF, engine="cpu")
-            optimizer._between = lambda total: squares.append(float(total)) or total
             optimizer.step()
     finally:
         torch.set_num_threads(threads)
     assert len(squares) == 40 and len(set(squares)) == 1
 
 
-def test_hook_between_the_passes(engine):
-    """It is given the sum of squares before any parameter is updated, and the step clips by its answer."""
+def among_others(monkeypatch, add):
+    """Ranks are many: ``add`` makes the sum of all of a rank's own."""
+
+    class Others(Ranks):
+        are_many = True
+
+        def sum(self, parts):
+            return add(sum(part for _, part in parts))
+
+    monkeypatch.setattr(optimizer_module, "Ranks", Others)
+
+
+def test_ranks_add_up_between_the_passes(engine, monkeypatch):
+    """They are given the sum of squares before any parameter is updated, and the step clips by their answer."""
     ps, given = params((300,), (5, 3), dtype=torch.float64), []
     fill_gradients(ps)
     expected = [p.detach() - p.grad / (2 * sum(q.grad.square().sum() for q in ps).sqrt() + 1e-6) for p in ps]
@@ -86,8 +100,8 @@ def test_hook_between_the_passes(engine):
         given.append(float(squared))
         return 4 * squared
 
+    among_others(monkeypatch, between)
     optimizer = fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, engine=engine)
-    optimizer._between = between
     optimizer.step()
     torch.testing.assert_close([p.detach() for p in ps], expected)
     torch.testing.assert_close(given, [float(sum(q.grad.square().sum() for q in ps))])

@@ -1,7 +1,5 @@
 """Parameters that share memory with one another, or with other ranks."""
 
-import subprocess
-import sys
 import warnings
 
 import hostile
@@ -83,60 +81,6 @@ def test_states_over_the_same_memory(engine):
         a.step(), b.step()
         assert_equal(ours, a, theirs, b)
         same_gradients(ours, theirs)
-
-
-SHARDED = """
-import os, sys, torch, torch.distributed as dist, fusedopt
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-kind = sys.argv[2]
-if kind == "fsdp1":
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    import warnings
-    warnings.simplefilter("ignore")
-    on_cpu = {"device_id": torch.device("cpu")}
-    model = FullyShardedDataParallel(torch.nn.Linear(4, 4), use_orig_params=len(sys.argv) > 3, **on_cpu)
-else:
-    from torch.distributed.tensor import DTensor, init_device_mesh, distribute_tensor, Shard
-    mesh = init_device_mesh("cpu", (1,))
-    model = torch.nn.Linear(4, 4)
-    for name, p in list(model.named_parameters()):
-        setattr(model, name, torch.nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
-ps = list(model.parameters())
-def gradients():
-    for p in ps:
-        p.grad = torch.ones_like(p)
-for options in ({"max_grad_norm": 1.0}, {"skip_nonfinite": True}):
-    optimizer = fusedopt.AdamW(ps, **options)
-    gradients()
-    before = [p.detach().clone() for p in ps]
-    try:
-        optimizer.step()
-    except RuntimeError as error:
-        assert "sharded among ranks" in str(error) and "parameter 0 of group 0" in str(error), error
-    else:
-        raise SystemExit("no error")
-    assert not optimizer.state, optimizer.state
-optimizer = fusedopt.AdamW(ps)
-gradients()
-optimizer.step()
-optimizer.max_grad_norm = 1.0
-try:
-    optimizer.step()
-except RuntimeError as error:
-    assert "sharded among ranks" in str(error), error
-else:
-    raise SystemExit("no error when clipping is switched on")
-optimizer.max_grad_norm = None
-optimizer.step()
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("kind", [("fsdp1",), ("fsdp1", "orig"), ("dtensor",)], ids="-".join)
-def test_norm_of_shards_is_refused(kind, tmp_path):
-    command = [sys.executable, "-W", "ignore", "-c", SHARDED, str(tmp_path / "store"), *kind]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
 
 
 def test_norm_and_skip_of_parameters_over_the_same_memory(engine):

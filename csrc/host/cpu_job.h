@@ -33,6 +33,7 @@ class CpuJob {
   // The parameters were stepped since the last scan.
   bool stepped() const { return stepped_; }
   void release();
+  void rebind(py::object param_groups) { roster_.rebind(std::move(param_groups)); }
 
   std::size_t rows() const { return rows_.size(); }
   std::size_t cohorts() const { return cohorts_.size(); }

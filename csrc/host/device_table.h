@@ -25,6 +25,7 @@ class DeviceTable {
   // What has a gradient was stepped: its states are new no more.
   void commit();
   void release() { roster_.release(); }
+  void rebind(py::object param_groups) { roster_.rebind(std::move(param_groups)); }
   const Roster& roster() const { return roster_; }
 
  private:

@@ -71,6 +71,7 @@ py::class_<T> add_class(py::module_& m, const char* name) {
         py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"));
   c.def("scan", &T::scan, py::arg("threads"));
   c.def("release", &T::release);
+  c.def("rebind", &T::rebind, py::arg("param_groups"));
   c.def("check", &T::check, py::arg("threads"));
   c.def("facts", [](const T& self) { return self.roster().facts(); });
   return c;
@@ -90,6 +91,9 @@ PYBIND11_MODULE(_host, m) {
       py::arg("addresses"), py::arg("numbers"), py::arg("probes"),
       "Read tensors through torch's C ABI from now on. False, and DLPack stays, if handles are not where they should "
       "be.");
+  m.def(
+      "bind_dtensor", [](const py::type& type) { torch.bind_dtensor(type); }, py::arg("type"),
+      "Learn the class of tensors that are spread over ranks.");
   m.def("forget_abi", [] { torch.forget_abi(); }, "Read tensors through DLPack from now on.");
   m.def("geometry", &geometry, py::arg("tensor"), "What is read of a tensor; None if it cannot be read.");
   m.def(

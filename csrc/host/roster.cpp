@@ -36,19 +36,20 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
       has_members_[g] = has_members_[g] || contains(members, i);
       entries_.push_back(contains(members, i) ? entry_of(g, groups_[g].param(k)) : Entry{});
       const Entry& entry = entries_.back();
-      briefs_.push_back(
-          {entry.param.tensor, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member, entry.is_steppable,
-           entry.param.is_complex, contains(new_state, i), Py_TYPE(groups_[g].param(k)), nullptr,
-           torch.abi() && entry.is_member ? torch.abi()->parts(Torch::handle(entry.param.tensor)) : Parts{}});
+      briefs_.push_back({entry.whole, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member,
+                         entry.is_steppable, entry.param.is_complex, contains(new_state, i),
+                         entry.is_member && torch.is_dtensor(entry.whole), Py_TYPE(groups_[g].param(k)), nullptr,
+                         torch.abi() && entry.is_member ? torch.abi()->parts(Torch::handle(entry.whole)) : Parts{}});
     }
   }
   may_share_work_ = storages_are_disjoint();
   find_written();
   silent_ = std::all_of(briefs_.begin(), briefs_.end(),
-                        [](const Brief& b) { return !b.is_member || torch.is_plain(b.param); }) &&
+                        [](const Brief& b) { return !b.is_member || torch.is_silent(b.param); }) &&
             PyDict_Check(state_.ptr()) &&
             std::all_of(state_items_.begin(), state_items_.end(),
                         [](const StateItems& items) { return !items.mapping || PyDict_Check(items.mapping); });
+  gradient_placements_.resize(entries_.size());
   gradients_.resize(entries_.size());
   addresses_.resize(entries_.size());
   step_strides_.resize(entries_.size());
@@ -81,6 +82,16 @@ bool Roster::expect(PyObject* tensor, Member* out) {
   return true;
 }
 
+// The same of the part that is here, of a tensor that is spread over ranks.
+bool Roster::expect_local(PyObject* tensor, Member* out) {
+  if (!torch.is_dtensor(tensor)) return torch.is_readable(tensor) && expect(tensor, out);
+  const auto local = py::reinterpret_steal<py::object>(torch.local(tensor));
+  const auto placement = local ? py::reinterpret_steal<py::object>(torch.placement(tensor)) : py::object();
+  if (!placement || !torch.is_readable(local.ptr()) || !expect(local.ptr(), out)) return false;
+  dtensors_.push_back({tensor, local, placement, expected_.size() - 1});
+  return true;
+}
+
 bool Roster::storages_are_disjoint() {
   std::sort(storages_.begin(), storages_.end(), [](const Span& a, const Span& b) { return a.begin < b.begin; });
   return std::adjacent_find(storages_.begin(), storages_.end(),
@@ -92,8 +103,10 @@ void Roster::find_written() {
   static PyObject* const differentiable = PyUnicode_InternFromString("differentiable");
   std::vector<py::object> tensors;  // held, for looking at them may run Python
   const auto take = [&](PyObject*, PyObject* value) {
-    if (torch.is_tensor(value)) tensors.push_back(py::reinterpret_borrow<py::object>(value));
-    return true;
+    if (!torch.is_tensor(value)) return true;
+    tensors.push_back(torch.is_dtensor(value) ? py::reinterpret_steal<py::object>(torch.local(value))
+                                              : py::reinterpret_borrow<py::object>(value));
+    return static_cast<bool>(tensors.back());
   };
   for (const Group& group : groups_) {
     const int replaces = truth(group.option(differentiable));
@@ -108,7 +121,7 @@ void Roster::find_written() {
   }
   for (const py::object& tensor : tensors) {
     Geometry t;
-    if (torch.is_readable(tensor.ptr()) && torch.read(tensor.ptr(), Access::kRead, &t)) {
+    if (tensor && torch.is_readable(tensor.ptr()) && torch.read(tensor.ptr(), Access::kRead, &t)) {
       written_.add(t.address, t.reach(torch.item_size(t.dtype)));
     }
     if (PyErr_Occurred()) throw py::error_already_set();
@@ -118,10 +131,11 @@ void Roster::find_written() {
 
 Entry Roster::entry_of(std::size_t group, PyObject* param) {
   Entry entry;
+  entry.whole = param;
   entry.is_member = true;
   entry.group = static_cast<std::int32_t>(group);
   const std::size_t first = expectations_.size();
-  if (!torch.is_readable(param) || !expect(param, &entry.param)) {
+  if (!expect_local(param, &entry.param)) {
     if (PyErr_Occurred()) throw py::error_already_set();
     throw std::runtime_error("a parameter has no memory that an engine can read");
   }
@@ -150,7 +164,11 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
   GradientExpectation like{
       nullptr,    0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index,
       param.ndim, 0, {}};
-  PyObject* given = torch.grad(entry.param.tensor);
+  PyObject* given = torch.grad(entry.whole);
+  if (given && torch.is_dtensor(given) && torch.is_dtensor(entry.whole)) {
+    const auto whole = py::reinterpret_steal<py::object>(given);
+    given = torch.local(given);
+  }
   if (given && torch.is_readable(given)) given = torch.resolved(given, entry.param.is_complex);
   const auto gradient = py::reinterpret_steal<py::object>(given);
   if (!gradient) throw py::error_already_set();
@@ -182,7 +200,7 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   const RuleNames& names = kernel(entry).names;
   entry.first = static_cast<std::uint32_t>(members_.size());
   members_.resize(members_.size() + names.states.size() + names.scalars.size());
-  const py::object mapping = look_up(state_.ptr(), entry.param.tensor);
+  const py::object mapping = look_up(state_.ptr(), entry.whole);
   if (!mapping) {
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
     PyErr_Clear();
@@ -195,7 +213,7 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   const auto find = [&](std::span<const std::string_view> list, std::size_t first, std::string_view key,
                         PyObject* value) {
     const auto k = static_cast<std::size_t>(std::find(list.begin(), list.end(), key) - list.begin());
-    if (k < list.size() && torch.is_tensor(value)) expect(value, &members_[first + k]);
+    if (k < list.size() && torch.is_tensor(value)) expect_local(value, &members_[first + k]);
   };
   each_item(mapping.ptr(), [&](PyObject* key, PyObject* value) {
     items_.push_back({key, value});
@@ -241,6 +259,11 @@ int Roster::traverse(visitproc visit, void* arg) const {
     if (const int stop = group.traverse(visit, arg)) return stop;
   }
   for (const py::object& object : held_) Py_VISIT(object.ptr());
+  for (const DTensor& t : dtensors_) {
+    Py_VISIT(t.local.ptr());
+    Py_VISIT(t.placement.ptr());
+  }
+  for (const py::object& placement : gradient_placements_) Py_VISIT(placement.ptr());
   for (const Abi::Handle gradient : gradients_) {
     if (gradient) Py_VISIT(Torch::object(gradient));
   }

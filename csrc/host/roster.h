@@ -31,6 +31,7 @@ struct Member {
 
 // A parameter of the groups, with its states. One that another engine steps is only a place in the order.
 struct Entry {
+  PyObject* whole = nullptr;  // the parameter of the group; `param` is the part of it that is here
   bool is_member = false;
   bool is_steppable = false;  // has all that its kernel needs, with memory, on one device
   std::int32_t group = 0;
@@ -65,6 +66,8 @@ class Roster {
   void check(int threads);
   // Lets go of the step's gradients.
   void release();
+  // The same groups stand in another list now.
+  void rebind(py::object param_groups) { param_groups_ = std::move(param_groups); }
 
   std::size_t size() const { return entries_.size(); }
   const Entry& entry(std::size_t i) const { return entries_[i]; }
@@ -101,6 +104,7 @@ class Roster {
   void add_states(Entry& entry, std::size_t i);
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
   bool expect(PyObject* tensor, Member* out);
+  bool expect_local(PyObject* tensor, Member* out);
   bool storages_are_disjoint();
   void find_written();
   bool is_lazily_written(PyObject* gradient, bool is_complex) const;
@@ -109,7 +113,9 @@ class Roster {
   bool read_all(int threads, SourceOf source_of, const void* context);
   bool read_groups(SourceOf source_of, const void* context);
   bool can_be_silent() const;
+  bool parts_are_unchanged();
   bool fetch_gradients();
+  PyObject* local_gradient(std::size_t i, PyObject* gradient);
   bool fetch_gradients_silently();
   void prefetch_gradient(std::size_t i) const;
   bool groups_are_unchanged() const;
@@ -139,6 +145,13 @@ class Roster {
   std::vector<std::int64_t> dims_;
   std::vector<Expectation> expectations_;
   std::vector<PyObject*> expected_;  // whose they are
+  // A tensor that is spread over ranks: the part that is here, and how it is spread, when it was planned.
+  struct DTensor {
+    PyObject* whole;
+    py::object local, placement;
+    std::size_t expected;  // the part's place in expected_
+  };
+  std::vector<DTensor> dtensors_;
   struct Span {
     std::uintptr_t begin, end;
   };
@@ -152,13 +165,15 @@ class Roster {
     PyObject* param;
     std::int32_t group;
     DType gradient_dtype;
-    bool is_member, is_steppable, is_complex, new_state;
+    bool is_member, is_steppable, is_complex, new_state, is_dtensor;
     const PyTypeObject* type;
     const PyObject* gradient;  // the last one, to prefetch it
     Parts parts;
   };
   std::vector<Brief> briefs_;
   std::vector<GradientExpectation> like_;
+  std::vector<py::object> gradient_placements_;  // of each entry that is spread: of the last gradient that was found to
+                                                 // be spread like it
 
   // Of each entry, in the step that was scanned.
   std::vector<Abi::Handle> gradients_;  // of gradients that are owned; null without one
@@ -167,6 +182,9 @@ class Roster {
   std::vector<std::int64_t> step_dims_;
   // Reading gradients and states runs no Python, as far as is known: they are torch's and Python's own classes.
   bool silent_ = true;
+  // Scans in a row that had to ask whether a gradient is spread as its parameter is, which runs Python.
+  int asking_scans_ = 0;
+  bool asks_ = false;
 };
 
 }  // namespace fusedopt::host

@@ -9,6 +9,7 @@ namespace {
 
 // With this many parameters their cache misses outweigh starting a team of threads.
 constexpr std::size_t kWorthTeam = 512;
+constexpr int kMostAskingScans = 3;        // in a row; then all that come are taken to ask
 constexpr std::size_t kEntriesAhead = 16;  // to prefetch: by now the step has driven them out of cache
 
 // No garbage is collected in its lifetime, so that no finalizer runs.
@@ -38,10 +39,14 @@ bool is_expected(const Geometry& now, const Expectation& was, const std::int64_t
 bool Roster::scan(int threads, SourceOf source_of, const void* context) {
   release();
   const bool was_silent = silent_;
+  asks_ = false;
   bool valid = read_all(threads, source_of, context);
   if (!valid && was_silent && !silent_) {
     release();
     valid = read_all(threads, source_of, context);
+    if (asks_ && ++asking_scans_ < kMostAskingScans) silent_ = valid;  // it need not be asked again
+  } else {
+    asking_scans_ = 0;
   }
   if (!valid) release();
   if (PyErr_Occurred()) {
@@ -58,6 +63,7 @@ bool Roster::read_all(int threads, SourceOf source_of, const void* context) {
   if (!silent && !fetch_gradients()) return false;
   if (!groups_are_unchanged()) return false;
   if (!silent && !states_are_unchanged()) return false;
+  if (!parts_are_unchanged()) return false;
   const auto meanwhile = [&] { return !silent || (fetch_gradients_silently() && states_are_unchanged()); };
   if (!tensors_are_unchanged(threads, meanwhile)) return false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
@@ -78,11 +84,53 @@ bool Roster::read_groups(SourceOf source_of, const void* context) {
 
 bool Roster::can_be_silent() const { return silent_ && torch.abi() && !torch.abi()->has_function_mode(); }
 
+// What is spread over ranks is spread as it was, and has the same memory here, whichever tensor stands for it.
+bool Roster::parts_are_unchanged() {
+  for (DTensor& t : dtensors_) {
+    auto local = py::reinterpret_steal<py::object>(torch.local(t.whole));
+    const auto placement = local ? py::reinterpret_steal<py::object>(torch.placement(t.whole)) : py::object();
+    if (!placement || !placement.is(t.placement)) return false;
+    if (local.is(t.local)) continue;
+    Geometry now;
+    if (!torch.is_plain(local.ptr()) || !torch.read(local.ptr(), Access::kWrite, &now) ||
+        !is_expected(now, expectations_[t.expected], dims_.data())) {
+      return false;
+    }
+    expected_[t.expected] = local.ptr();
+    expectations_[t.expected].tensor = Torch::handle(local.ptr());
+    expectations_[t.expected].type = Py_TYPE(local.ptr());
+    t.local = std::move(local);
+  }
+  return true;
+}
+
+// Of a gradient of entry i the part that is here, if it is spread as its parameter is. Steals and returns a reference;
+// null, perhaps with a Python error, where the gradient is another. Runs no Python while the roster is silent, which it
+// is no more if it would have to.
+PyObject* Roster::local_gradient(std::size_t i, PyObject* gradient) {
+  const auto whole = py::reinterpret_steal<py::object>(gradient);
+  if (!torch.is_dtensor(gradient)) return nullptr;
+  const auto placement = py::reinterpret_steal<py::object>(torch.placement(gradient));
+  if (!placement) return nullptr;
+  if (placement.ptr() != gradient_placements_[i].ptr()) {
+    asks_ = true;
+    if (silent_) {
+      silent_ = false;
+      return nullptr;
+    }
+    const auto of_param = py::reinterpret_steal<py::object>(torch.placement(briefs_[i].param));
+    if (!of_param || !torch.is_same_placement(placement.ptr(), of_param.ptr())) return nullptr;
+    gradient_placements_[i] = placement;
+  }
+  return torch.local(gradient);
+}
+
 bool Roster::fetch_gradients() {
   for (std::size_t i = 0; i < briefs_.size(); ++i) {
     const Brief& brief = briefs_[i];
     if (!brief.is_member) continue;
     PyObject* gradient = torch.grad(brief.param);
+    if (gradient && brief.is_dtensor && gradient != Py_None) gradient = local_gradient(i, gradient);
     if (!gradient) return false;
     if (torch.is_readable(gradient)) {
       if (is_lazily_written(gradient, brief.is_complex)) {
@@ -123,7 +171,8 @@ bool Roster::fetch_gradients_silently() {
     bool is_defined;
     if (abi.get_is_defined(abi.gradient(Torch::handle(brief.param)), &is_defined)) return silent_ = false;
     if (!is_defined) continue;
-    PyObject* const gradient = torch.grad(brief.param);
+    PyObject* gradient = torch.grad(brief.param);
+    if (gradient && brief.is_dtensor) gradient = local_gradient(i, gradient);
     if (!gradient) PyErr_Clear();  // it comes again
     if (!gradient || !torch.is_plain(gradient) || torch.is_lazy(gradient, brief.is_complex)) {
       Py_XDECREF(gradient);

@@ -147,9 +147,28 @@ std::uintptr_t Torch::gradient_of(PyObject* tensor) const {
   return *static_cast<const std::uintptr_t*>(abi_->gradient(handle(tensor)));
 }
 
+PyObject* Torch::local(PyObject* dtensor) const {
+  static PyObject* const name = interned("_local_tensor");
+  return PyObject_GetAttr(dtensor, name);
+}
+
+PyObject* Torch::placement(PyObject* dtensor) const {
+  static PyObject* const name = interned("_spec");
+  return PyObject_GetAttr(dtensor, name);
+}
+
+bool Torch::is_same_placement(PyObject* a, PyObject* b) const {
+  for (const char* part : {"mesh", "placements"}) {
+    const auto of_a = py::reinterpret_steal<py::object>(PyObject_GetAttrString(a, part));
+    const auto of_b = of_a ? py::reinterpret_steal<py::object>(PyObject_GetAttrString(b, part)) : py::object();
+    if (!of_b || PyObject_RichCompareBool(of_a.ptr(), of_b.ptr(), Py_EQ) != 1) return false;
+  }
+  return true;
+}
+
 PyObject* Torch::grad(PyObject* tensor) const {
   static PyObject* const name = interned("grad");
-  if (!is_plain(tensor)) return PyObject_GetAttr(tensor, name);
+  if (!is_silent(tensor)) return PyObject_GetAttr(tensor, name);
   return Py_TYPE(grad_descriptor_)
       ->tp_descr_get(grad_descriptor_, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor)));
 }

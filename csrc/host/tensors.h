@@ -26,6 +26,9 @@ class Torch {
   // Returns whether the handles in `probes` are where they are expected; nothing is called before that is known.
   bool bind_abi(const py::dict& addresses, const py::dict& numbers, const py::list& probes);
   void forget_abi() { abi_.reset(); }
+  // The class of tensors that are spread over ranks (torch's DTensor). Slots of theirs have the part that is here,
+  // which is a tensor, and how they are spread.
+  void bind_dtensor(const py::type& type) { dtensor_type_ = reinterpret_cast<PyTypeObject*>(Py_NewRef(type.ptr())); }
   const Abi* abi() const { return abi_ ? &*abi_ : nullptr; }
 
   // False where a tensor has no strided memory, or cannot be read, as lazily conjugated and negated ones through
@@ -45,6 +48,18 @@ class Torch {
   bool is_plain(PyObject* tensor) const {
     return Py_TYPE(tensor) == tensor_type_ || Py_TYPE(tensor) == parameter_type_;
   }
+  bool is_dtensor(PyObject* tensor) const { return dtensor_type_ && PyObject_TypeCheck(tensor, dtensor_type_); }
+  // Reading it, or what it has, runs no Python.
+  bool is_silent(PyObject* tensor) const {
+    return is_plain(tensor) || (dtensor_type_ && Py_TYPE(tensor) == dtensor_type_);
+  }
+  // The part that is here of a tensor that is spread over ranks, and how it is spread. New references; null with a
+  // Python error.
+  PyObject* local(PyObject* dtensor) const;
+  PyObject* placement(PyObject* dtensor) const;
+  // Whether two tensors are spread over the same ranks in the same way; perhaps with a Python error if not. Runs
+  // Python.
+  bool is_same_placement(PyObject* a, PyObject* b) const;
   bool is_readable(PyObject* object) const { return is_tensor(object) && has_no_dispatch(object); }
   // Lazily conjugated or negated, as the ABI tells it.
   bool is_lazy(PyObject* tensor, bool is_complex) const {
@@ -78,6 +93,7 @@ class Torch {
   const DLPackExchangeAPI* exchange_ = nullptr;
   PyTypeObject* tensor_type_ = nullptr;
   PyTypeObject* parameter_type_ = nullptr;
+  PyTypeObject* dtensor_type_ = nullptr;
   PyObject* grad_descriptor_ = nullptr;
   PyObject* dispatch_ = nullptr;
   PyObject* number_ = nullptr;

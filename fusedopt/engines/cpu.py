@@ -86,12 +86,20 @@ class Plan:
     def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
         extension, engine, _ = load()
         rule = optimizer.rule
+        host.know_dtensors(extension)
         specs = [_group_spec(rule, group) for group in optimizer.param_groups]
         self._members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state)
         self._engine = engine.run
+
+        self.reduction: Any = None
+
+    def rebind(self, groups: list[dict[str, Any]]) -> None:
+        """The same groups stand in another list now."""
+        self._groups = groups
+        self._job.rebind(groups)
 
     @property
     def stepped_members(self) -> list[int]:

@@ -68,9 +68,15 @@ class DevicePlan:
             self.status = optimizer.status(self.device, nth)
             self.partials = torch.empty(self.table.n_shares, dtype=torch.float64, device=self.device)
         self._body = self.step_table.words[StepWord.GRADS :]
+        self.reduction: Any = None
         self._streams: set[int] = set()
         self._launched: set[str] = set()
         self._room = self._steps_left(names[1])
+
+    def rebind(self, groups: list[dict[str, Any]]) -> None:
+        """The same groups stand in another list now."""
+        self._groups = groups
+        self._scan.rebind(groups)
 
     def scan(self) -> bool:
         """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""

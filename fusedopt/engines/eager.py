@@ -22,6 +22,7 @@ def available() -> str | None:
 
 def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
+    p = memory.local(p)
     if p.layout == torch.strided and not p.is_nested and memory.overlaps(p):
         return f"its elements may overlap in memory (strides {p.stride()})"
     return None
@@ -51,6 +52,7 @@ class Plan:
         self.stepped_members: list[int] = []
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
         self.written = memory.Spans(memory.written(optimizer.param_groups, optimizer.state))
+        self.reduction: Any = None
         self.planned = {id(p): _place(p.grad) for _, p, _ in self._with_gradients()}
         # Another engine, where only the planner saw why it cannot.
         labels = checks.labels(optimizer.param_groups)
@@ -79,7 +81,7 @@ class Plan:
             for i, p, group in self._with_gradients():
                 assert p.grad is not None
                 if _place(p.grad) != self.planned.get(id(p)):
-                    is_written = any(map(self.written.meet, memory.comparable([p.grad])))
+                    is_written = any(map(self.written.meet, memory.comparable([memory.local(p.grad)])))
                     if is_written or self.choices.get(i, "eager") != "eager":
                         return False
                 state = optimizer.state.get(p, {})
@@ -91,6 +93,9 @@ class Plan:
         except (RuntimeError, TypeError, ValueError):
             return False
         return True
+
+    def rebind(self, groups: list[dict[str, Any]]) -> None:
+        """The groups stand in another list: whatever the optimizer has is looked at anyway."""
 
     def check(self) -> None:
         """Nothing has to be what it was: torch looks at every tensor when it steps it."""
@@ -116,9 +121,9 @@ class Plan:
     def _squared_norm(self) -> Tensor | float:
         total: Tensor | float = 0.0
         for _, p, _ in self._with_gradients():
-            if p.grad is not None and p.grad.numel():
+            if p.grad is not None and (g := memory.local(p.grad)).numel():
                 wide = torch.float32 if p.device.type == "mps" else torch.float64
-                total = total + _real(p.grad).to(wide).square().sum().cpu()
+                total = total + _real(g).to(wide).square().sum().cpu()
         return total
 
     def _update(self, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
@@ -127,8 +132,10 @@ class Plan:
         Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
         """
         rule, state = self.optimizer.rule, self.optimizer.state[p]
+        # Parts step alone; but only the DTensor itself has an autograd graph.
+        here = (lambda t: t) if group["differentiable"] else memory.local
         for t in (p, p.grad, *state.values()):  # torch's operations don't look
-            if isinstance(t, Tensor) and (short := memory.shortage(t)):
+            if isinstance(t, Tensor) and (short := memory.shortage(memory.local(t))):
                 raise RuntimeError(f"a parameter, gradient or state was changed while a step was under way: {short}")
         compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
         h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
@@ -139,19 +146,19 @@ class Plan:
 
         gradient_factor, coupled_decay, decay_factor, lr = _engine_scalars(rule, group, factor)
         names = [spec.name for spec in rule.active_states(group)]
-        value = _real(p).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
+        value = _real(here(p)).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
         assert p.grad is not None
-        g = _real(p.grad).to(compute) * gradient_factor
+        g = _real(here(p.grad)).to(compute) * gradient_factor
         if coupled_decay:
             g = g + coupled_decay * value
-        d, new = rule.direction(value, g, {name: _real(state[name]).to(compute) for name in names}, c)
-        _write(p, decay_factor * value - lr * d)
+        d, new = rule.direction(value, g, {name: _real(here(state[name])).to(compute) for name in names}, c)
+        _write(here(p), decay_factor * value - lr * d)
 
         for name in names:
             if group["differentiable"]:
                 state[name] = _like(p, new[name])
             else:
-                _write(state[name], new[name])
+                _write(here(state[name]), new[name])
         for name in rule.scalars:
             with torch.no_grad():
                 state[name].fill_(getattr(s, name))
@@ -182,7 +189,7 @@ def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> t
 
 def _place(g: Tensor | None) -> list[tuple[Any, ...]]:
     """What tells the memory of a gradient, where it has any."""
-    return [(t.data_ptr(), t.shape, t.stride()) for t in memory.comparable([] if g is None else [g])]
+    return [(t.data_ptr(), t.shape, t.stride()) for t in memory.comparable([] if g is None else [memory.local(g)])]
 
 
 def _real(t: Tensor) -> Tensor:

@@ -190,8 +190,10 @@ class Rows:
         scalars = [state[name] for name in self._names[1]]
         if any(t.device != p.device for t in scalars):
             return None  # without a gradient yet; it is planned anew before it is stepped
-        operands = {"param": p, "grad": p if p.grad is None else memory.resolved(p.grad)}
-        operands.update({name: state[name] for name in active})
+        g = p if p.grad is None else p.grad
+        p = memory.local(p)
+        operands = {"param": p, "grad": memory.resolved(memory.local(g))}
+        operands.update({name: memory.local(state[name]) for name in active})
         is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
         signature = Signature.of(not is_dense, operands.items())
         words = [0] * self.width
@@ -199,7 +201,7 @@ class Rows:
         words[RowWord.SIGNATURE] = self._signatures.setdefault(signature, len(self._signatures))
         words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, list(operands.values()))
         words[RowWord.GROUP] = number
-        for k, t in enumerate([p, *(state[name] for name in active)]):
+        for k, t in enumerate([p, *(operands[name] for name in active)]):
             words[RowWord.OPERAND_ADDRESSES + ADDRESSES * k] = t.data_ptr()
         for k, t in enumerate(scalars):
             words[k - len(scalars)] = t.data_ptr() | (t.dtype == torch.float64)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import EPS, Hyper, Rule, State
 from fusedopt.state import initial_state
 
@@ -44,7 +44,7 @@ class Adagrad(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         initial_accumulator_value: What S starts from; not negative.
         eps: Added to the root of S.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -75,6 +75,7 @@ class Adagrad(FusedOptimizer):
         capturable: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

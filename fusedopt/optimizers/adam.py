@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
 
@@ -67,7 +67,7 @@ class Adam(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         amsgrad: Divide by the running maximum of the second moment.
         decoupled_weight_decay: Decay as AdamW does.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -99,6 +99,7 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))
@@ -114,7 +115,7 @@ class AdamW(FusedOptimizer):
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient, multiplied by ``lr``.
         amsgrad: Divide by the running maximum of the second moment.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -145,6 +146,7 @@ class AdamW(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals(), decoupled_weight_decay=True))

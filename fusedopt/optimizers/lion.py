@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import BETAS, Rule, State
 
 
@@ -40,7 +40,7 @@ class Lion(FusedOptimizer):
         lr: Learning rate; a float or a one-element tensor.
         betas: Interpolation for the sign, and decay rate of the momentum, each in [0, 1).
         weight_decay: Decay coefficient, multiplied by ``lr``.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -69,6 +69,7 @@ class Lion(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
@@ -50,7 +50,7 @@ class NAdamW(FusedOptimizer):
         betas: Decay rates of the first and second moment, each in [0, 1).
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient, multiplied by ``lr``.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -80,6 +80,7 @@ class NAdamW(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

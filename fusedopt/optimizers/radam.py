@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
@@ -59,7 +59,7 @@ class RAdam(FusedOptimizer):
         eps: Added to the root of the second moment before bias correction.
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -90,6 +90,7 @@ class RAdam(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

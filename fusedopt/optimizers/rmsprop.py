@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, arguments
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import EPS, Hyper, Rule, State
 
 
@@ -55,7 +55,7 @@ class RMSprop(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         momentum: Momentum of the scaled gradient; 0 for none.
         centered: Divide by the root of the variance instead.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, engine:
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
             See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -87,6 +87,7 @@ class RMSprop(FusedOptimizer):
         fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -1,0 +1,116 @@
+"""step_in_backward: step each parameter as soon as its gradient is there, so that they need not all exist at once."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import checks
+from fusedopt.launch import Scaling, forks, threads_that_exist
+from fusedopt.optimizer import FusedOptimizer
+from fusedopt.plans import Plans
+
+
+class StepInBackward:
+    """What :func:`step_in_backward` returns.
+
+    Args:
+        optimizer: The optimizer.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer) -> None:
+        self._optimizer = optimizer
+        everyone = [(group, i, p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
+        self._hooks = [
+            p.register_post_accumulate_grad_hook(_Lone(optimizer, group, i, p))
+            for group, i, p in everyone
+            if p.requires_grad
+        ]
+        optimizer.steps_in_backward = True
+
+    def remove(self) -> None:
+        """Leave stepping to ``optimizer.step()`` again."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        self._optimizer.steps_in_backward = False
+
+
+def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
+    """Step each parameter during ``backward()``, as soon as its gradient is there, and free the gradient.
+
+    The optimizer stays what it is: one ``state_dict``, learning rates that schedulers write. ``optimizer.step()`` may
+    be called as before; it steps what still has a gradient, such as parameters that were added later, and schedulers
+    expect it. Hooks of steps run in it alone. Each ``backward()`` is a step: gradients cannot be accumulated over
+    several.
+
+    Args:
+        optimizer: Whose parameters that require a gradient now are stepped so.
+
+    Returns:
+        A handle whose ``remove()`` ends it.
+
+    Raises:
+        TypeError: If it is not an optimizer of this package.
+        RuntimeError: If it does anything for which all gradients are needed: with ``max_grad_norm`` or
+            ``skip_nonfinite``, also if they are set later, and under a GradScaler; or if it steps in backward already.
+        ValueError: With ``differentiable=True``.
+
+    Example:
+        >>> optimizer = fusedopt.AdamW(model.parameters(), lr=1e-4)
+        >>> handle = fusedopt.step_in_backward(optimizer)
+        >>> loss(model(x), y).backward()  # steps
+    """
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} is no fused optimizer; fusedopt.fuse turns those of torch into one"
+        )
+    if optimizer.steps_in_backward:
+        raise RuntimeError("the optimizer steps in backward already; remove() the handle of before first")
+    for g, group in enumerate(optimizer.param_groups):
+        if group["differentiable"]:
+            raise ValueError(
+                f"differentiable=True (group {g}) cannot be stepped in backward, which it is to be part of"
+            )
+    checks.needs_one_gradient(optimizer)
+    return StepInBackward(optimizer)
+
+
+class _Lone:
+    """A hook that steps one parameter of an optimizer, with its plan of its own.
+
+    Args:
+        optimizer: The optimizer.
+        group: The parameter's.
+        index: Its place there.
+        p: The parameter.
+    """
+
+    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], index: int, p: Tensor) -> None:
+        self._optimizer, self._group, self._index, self._p = optimizer, group, index, p
+        self._own_group: dict[str, Any] = {"params": [p]}
+        self._own = own = object.__new__(type(optimizer))
+        own.__dict__.update(optimizer.__dict__)
+        own.param_groups, own.state = [self._own_group], {}  # pyright: ignore[reportAttributeAccessIssue]
+        own._kept, own._statuses, own._retained = Plans(), {}, []
+        own._lock, own._forks, own._norm = threading.RLock(), forks(), None
+
+    def __call__(self, p: Tensor) -> None:
+        optimizer, own = self._optimizer, self._own
+        checks.needs_one_gradient(optimizer)
+        state = optimizer.state
+        if own.state.get(p) is not state.get(p):
+            own.state = {p: state[p]} if p in state else {}  # pyright: ignore[reportAttributeAccessIssue]
+        alone = self._own_group["params"]
+        self._own_group.update(self._group)
+        self._own_group["params"] = alone
+        if "param_names" in self._own_group:
+            self._own_group["param_names"] = self._group["param_names"][self._index : self._index + 1]
+        with torch.no_grad(), threads_that_exist():
+            own._step(Scaling())
+        if p not in state and p in own.state:
+            state[p] = own.state[p]
+        p.grad = None

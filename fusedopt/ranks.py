@@ -1,0 +1,120 @@
+"""Many ranks: which of them have the parts of a parameter, and what they find out and decide together.
+
+Which collectives run in a step, and in which order, depends on how parameters are placed and on the optimizer's
+options, never on which gradients there are: a rank that has none takes part with nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedopt import memory
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """The ranks among which some parameters are cut into parts.
+
+    Attributes:
+        mesh: The parameters' device mesh; None where each has its own, whole.
+        dims: The mesh's dimensions along which they are sharded. Along others they are replicated.
+    """
+
+    mesh: Any = None
+    dims: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, p: Tensor) -> Reduction:
+        """That of a parameter."""
+        if not memory.is_dtensor(p):
+            return cls()
+        mesh, placements = p.device_mesh, p.placements
+        dims = tuple(d for d, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(d) > 1)
+        return cls(mesh, dims) if dims else cls()
+
+    def groups(self) -> Iterator[Any]:
+        """Process groups; reduced over one after another, sums are those of the whole."""
+        for d in self.dims:
+            yield self.mesh.get_group(d)
+
+
+class Ranks:
+    """What the ranks of an optimizer's parameters do together.
+
+    Args:
+        params: All parameters.
+        process_group: Of ranks with other parameters, or other parts of these; None if there are none.
+
+    Attributes:
+        reductions: All that there are, in the order in which they are done.
+        have_dtensors: Whether any parameter is a DTensor.
+        are_hidden: Whether some parameter is sharded among ranks that nobody named.
+    """
+
+    def __init__(self, params: Iterable[Tensor], process_group: Any) -> None:
+        params = list(params)
+        self.have_dtensors = any(map(memory.is_dtensor, params))
+        self.reductions = tuple(dict.fromkeys(map(Reduction.of, params))) if self.have_dtensors else (Reduction(),)
+        self.process_group = process_group
+        self.are_hidden = process_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params)
+
+    @property
+    def are_many(self) -> bool:
+        """Whether there is anything to do."""
+        return self.process_group is not None or any(reduction.dims for reduction in self.reductions)
+
+    def sum(self, parts: Iterable[tuple[Reduction, Tensor]]) -> Tensor:
+        """The sum over all parameters on all ranks, of one tensor for some of them each."""
+        parts = list(parts)
+        like = parts[0][1] if parts else torch.zeros((), dtype=torch.float64)
+        total = torch.zeros_like(like)
+        for reduction in self.reductions:
+            mine = [part.to(like.device) for of, part in parts if of == reduction]
+            total = total + _reduced(sum(mine, torch.zeros_like(like)), reduction.groups(), dist.ReduceOp.SUM)
+        return _reduced(total, self._everyone(), dist.ReduceOp.SUM)
+
+    def maximum(self, value: Tensor) -> Tensor:
+        """The largest value of any rank."""
+        groups = dict.fromkeys(group for reduction in self.reductions for group in reduction.groups())
+        return _reduced(value, [*groups, *self._everyone()], dist.ReduceOp.MAX)
+
+    def _everyone(self) -> list[Any]:
+        return [] if self.process_group is None else [self.process_group]
+
+
+def _reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
+    """A value reduced over groups, one after another; it is left as it is."""
+    device, value = value.device, value.detach().clone()
+    for group in groups:
+        kinds = [kind.type for kind in group._device_types]
+        if value.device.type not in kinds:  # parameters that are offloaded to the CPU, of ranks that talk through GPUs
+            value = value.to(torch.device(kinds[0]))
+        dist.all_reduce(value, op, group)
+    return value.to(device)
+
+
+def settle_gradients(params: Iterable[Tensor]) -> bool:
+    """Bring gradients that are placed otherwise than their parameters, such as partial sums, to where these are.
+
+    Each is replaced by one of the same value, so that nothing is communicated twice.
+
+    Returns:
+        Whether there were any.
+    """
+    any_were = False
+    for p in params:
+        g = p.grad
+        if g is None or not memory.is_dtensor(p) or not memory.is_dtensor(g):
+            continue
+        if g._spec is not p._spec and g.device_mesh == p.device_mesh and g.placements != p.placements:
+            g = g.redistribute(placements=p.placements)
+            p.grad, any_were = g, True
+        if wait := getattr(g._local_tensor, "trigger_wait", None):  # it is still under way
+            g._local_tensor, any_were = wait(), True
+    return any_were
