@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import threading
+from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.launch import Scaling, forks, threads_that_exist
+from fusedopt.launch import Scaling, threads_that_exist
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.plans import Plans
 
@@ -23,10 +23,10 @@ class StepInBackward:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
-        everyone = [(group, i, p) for group in optimizer.param_groups for i, p in enumerate(group["params"])]
         self._hooks = [
-            p.register_post_accumulate_grad_hook(_Lone(optimizer, group, i, p))
-            for group, i, p in everyone
+            p.register_post_accumulate_grad_hook(_Lone(optimizer, g, i))
+            for g, group in enumerate(optimizer.param_groups)
+            for i, p in enumerate(group["params"])
             if p.requires_grad
         ]
         optimizer.steps_in_backward = True
@@ -80,37 +80,47 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
 
 
 class _Lone:
-    """A hook that steps one parameter of an optimizer, with its plan of its own.
+    """A hook that steps one parameter of an optimizer, with a plan of its own.
 
     Args:
         optimizer: The optimizer.
-        group: The parameter's.
-        index: Its place there.
-        p: The parameter.
+        g: The parameter's group.
+        i: Its place there.
     """
 
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], index: int, p: Tensor) -> None:
-        self._optimizer, self._group, self._index, self._p = optimizer, group, index, p
-        self._own_group: dict[str, Any] = {"params": [p]}
+    def __init__(self, optimizer: FusedOptimizer, g: int, i: int) -> None:
+        self._optimizer, self._place = optimizer, (g, i)
+        self._alone: dict[str, Any] = {"params": [optimizer.param_groups[g]["params"][i]]}  # the group, of it alone
         self._own = own = object.__new__(type(optimizer))
         own.__dict__.update(optimizer.__dict__)
-        own.param_groups, own.state = [self._own_group], {}  # pyright: ignore[reportAttributeAccessIssue]
-        own._kept, own._statuses, own._retained = Plans(), {}, []
-        own._lock, own._forks, own._norm = threading.RLock(), forks(), None
+        own.param_groups, own.state = [self._alone], defaultdict(dict)
+        own._kept, own._statuses, own._retained, own._norm = Plans(), {}, [], None
 
     def __call__(self, p: Tensor) -> None:
         optimizer, own = self._optimizer, self._own
         checks.needs_one_gradient(optimizer)
+        if not self._read_group(p):
+            return
         state = optimizer.state
         if own.state.get(p) is not state.get(p):
-            own.state = {p: state[p]} if p in state else {}  # pyright: ignore[reportAttributeAccessIssue]
-        alone = self._own_group["params"]
-        self._own_group.update(self._group)
-        self._own_group["params"] = alone
-        if "param_names" in self._own_group:
-            self._own_group["param_names"] = self._group["param_names"][self._index : self._index + 1]
+            own.state = defaultdict(dict, {p: state[p]} if p in state else {})
         with torch.no_grad(), threads_that_exist():
             own._step(Scaling())
         if p not in state and p in own.state:
             state[p] = own.state[p]
         p.grad = None
+
+    def _read_group(self, p: Tensor) -> bool:
+        """Take over what the parameter's group says now; False if it is in none any more."""
+        groups, (g, i) = self._optimizer.param_groups, self._place
+        if not (g < len(groups) and i < len(groups[g]["params"]) and groups[g]["params"][i] is p):
+            places = [(g, i) for g, group in enumerate(groups) for i, q in enumerate(group["params"]) if q is p]
+            if not places:
+                return False
+            self._place = g, i = places[0]
+        group, params = groups[g], self._alone["params"]
+        self._alone.update(group)
+        self._alone["params"] = params
+        if "param_names" in group:
+            self._alone["param_names"] = [group["param_names"][i]]
+        return True
