@@ -21,7 +21,20 @@ import torch
 from rich.console import Console
 
 from fusedopt import engines
-from fusedopt.bench import arena, compare, markdown, optimizers, peers, quiet, standard, suites, table, tune, workload
+from fusedopt.bench import (
+    arena,
+    compare,
+    markdown,
+    optimizers,
+    peers,
+    quiet,
+    ranks,
+    standard,
+    suites,
+    table,
+    tune,
+    workload,
+)
 from fusedopt.bench.measure import Bench
 from fusedopt.bench.options import REPEATS, STANDARD_REPEATS
 from fusedopt.bench.rows import Result, ResultError, facts
@@ -32,7 +45,9 @@ from fusedopt.cli import report
 def run(args: argparse.Namespace) -> int:
     """Measure, compare, report or tune."""
     try:
-        return {None: _measure, "compare": _compare, "report": _report, "tune": tune.run}[args.bench_command](args)
+        return {None: _measure, "compare": _compare, "report": _report, "tune": tune.run, "ranks": ranks.run}[
+            args.bench_command
+        ](args)
     except ResultError as error:
         raise report.CommandError(str(error)) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusedopt import engines
-from fusedopt.bench import compare, optimizers, peers, standard, suites, tune, workload
+from fusedopt.bench import compare, optimizers, peers, ranks, standard, suites, tune, workload
 
 EPILOG = """\
 Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw plots into a folder")
 
-    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report | tune", title="commands")
+    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report | tune | ranks", title="commands")
     pair = commands.add_parser("compare", help="two results side by side", description="Two results side by side.")
     pair.add_argument("before", type=Path, metavar="A.json")
     pair.add_argument("after", type=Path, metavar="B.json")
@@ -87,6 +87,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choices.add_argument(
         "--rounds", type=_positive, default=tune.ROUNDS, metavar="N", help="timed rounds (default: %(default)s)"
+    )
+    sharded = commands.add_parser("ranks", help="FSDP2's shards", description="Steps of parameters sharded by FSDP2.")
+    sharded.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
+    sharded.add_argument("--ranks", type=_positive, default=ranks.RANKS, metavar="N", help="(default: %(default)s)")
+    sharded.add_argument(
+        "--width",
+        type=_positive,
+        action="append",
+        metavar="N",
+        help=f"of the blocks; repeatable (default: {', '.join(map(str, ranks.WIDTHS))})",
+    )
+    sharded.add_argument("--cache", choices=workload.CACHES, default=argparse.SUPPRESS, help="(default: cold)")
+    sharded.add_argument(
+        "--rounds", type=_positive, default=ranks.ROUNDS, metavar="N", help="timed rounds (default: %(default)s)"
     )
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
     page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")

@@ -50,10 +50,10 @@ def _linear(inputs: int, outputs: int) -> Shapes:
     return ((outputs, inputs), (outputs,))
 
 
-def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257, context: int = 1024) -> Shapes:
-    """GPT-2; its head is tied to the token embedding."""
+def gpt2_block(width: int) -> Shapes:
+    """A block of GPT-2."""
     norm = ((width,), (width,))
-    block = (
+    return (
         *norm,
         *((width, 3 * width), (3 * width,)),
         *((width, width), (width,)),
@@ -61,7 +61,11 @@ def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257, context: in
         *((width, 4 * width), (4 * width,)),
         *((4 * width, width), (width,)),
     )
-    return ((vocabulary, width), (context, width), *block * depth, *norm)
+
+
+def gpt2(width: int = 768, depth: int = 12, vocabulary: int = 50257, context: int = 1024) -> Shapes:
+    """GPT-2; its head is tied to the token embedding."""
+    return ((vocabulary, width), (context, width), *gpt2_block(width) * depth, (width,), (width,))
 
 
 def llama3(layers: int, width: int = 4096, keys: int = 1024, hidden: int = 14336) -> Shapes:
