@@ -81,6 +81,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     done outside of it; whatever is a tensor on the device, such as lr, can change between replays. A graph must not
     outlive its optimizer, whose tables it reads; and replays do not count float32 steps beyond 2**24.
 
+    A hyperparameter that is a tensor on another device than the parameter is read by the host, which waits for it. Of
+    several devices, those before one on which a launch fails have stepped.
+
     ``grad_norm`` has the same bits every time on one device with one build, not on another.
 
     States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.

@@ -53,6 +53,7 @@ class Ranks:
 
     Attributes:
         reductions: All that there are, in the order in which they are done.
+        are_many: Whether there is anything to do together.
         have_dtensors: Whether any parameter is a DTensor.
         are_hidden: Whether some parameter is sharded among ranks that nobody named.
     """
@@ -62,12 +63,8 @@ class Ranks:
         self.have_dtensors = any(map(memory.is_dtensor, params))
         self.reductions = tuple(dict.fromkeys(map(Reduction.of, params))) if self.have_dtensors else (Reduction(),)
         self.process_group = process_group
+        self.are_many = process_group is not None or any(reduction.dims for reduction in self.reductions)
         self.are_hidden = process_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params)
-
-    @property
-    def are_many(self) -> bool:
-        """Whether there is anything to do."""
-        return self.process_group is not None or any(reduction.dims for reduction in self.reductions)
 
     def sum(self, parts: Iterable[tuple[Reduction, Tensor]]) -> Tensor:
         """The sum over all parameters on all ranks, of one tensor for some of them each."""

@@ -80,7 +80,9 @@ def among_others(monkeypatch, add):
     """Ranks are many: ``add`` makes the sum of all of a rank's own."""
 
     class Others(Ranks):
-        are_many = True
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.are_many = True
 
         def sum(self, parts):
             return add(sum(part for _, part in parts))

@@ -109,3 +109,50 @@ def test_param_groups_and_state_replaced(engine):
     for p, q in zip(ours, theirs, strict=True):
         close(p, q)
         assert torch.equal(a.state[p]["step"], b.state[q]["step"])
+
+
+@pytest.fixture
+def mesh():
+    """A mesh of this process alone."""
+    import torch.distributed as dist
+    from torch.distributed.tensor import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_parts_of_dtensors(engine, mesh):
+    """Of a parameter, a state or a gradient: in another tensor around the same memory, or in other memory."""
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    theirs = params((5, 3), (0, 2), (7,))
+    placements = [[Shard(0)], [Shard(0)], [Replicate()]]
+    ours = [
+        torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, x))
+        for p, x in zip(theirs, placements, strict=True)
+    ]
+    a, b = fusedopt.AdamW(ours, engine=engine, max_grad_norm=1.0), torch.optim.AdamW(theirs)
+    for t in range(12):
+        for p, q, x in zip(ours, theirs, placements, strict=True):
+            q.grad = torch.randn_like(q)
+            p.grad = DTensor.from_local(q.grad.clone(), mesh, x)
+        if t == 3:  # as ones that another thread or a mode makes
+            ours[0]._local_tensor = ours[0]._local_tensor.view(5, 3)
+        if t == 5:
+            ours[2]._local_tensor = ours[2]._local_tensor.clone()
+        if t == 6:
+            exp_avg = a.state[ours[0]]["exp_avg"]
+            exp_avg._local_tensor = exp_avg._local_tensor.clone()
+        if t == 7:
+            ours[0].grad = DTensor.from_local(theirs[0].grad.t().contiguous().t(), mesh, [Replicate()])
+        if t == 8:
+            ours[0].grad = None
+            theirs[0].grad = None
+        if t == 9:
+            ours[0]._local_tensor = torch.empty(5, 4)[:, :3].copy_(ours[0]._local_tensor)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p.detach().full_tensor(), q.detach())
+        assert a.state[p]["exp_avg"].placements == p.placements
