@@ -4,7 +4,7 @@ JSON::
 
     {"arch": compute capability, "device": name or null, "commit", "versions",
      "variants": [{"name", "engine", "compiled": whether, "reason": why not, or null}],
-     "workloads": [names],
+     "workloads": [names], "notes": [what was left out, and why],
      "rows": [{"variant", "engine", "workload", "median", "q1", "q3" (seconds on the device), "of_copy": GB/s over those
                of a copy in the same round, "ratio", "ratio_q1", "ratio_q3": time over the default's}],
      "winners": [{"workload", "engine", "variant", "ratio", "ratio_q3"}]}
@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import math
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from multiprocessing import get_context
 from typing import Any
@@ -26,6 +26,7 @@ import torch
 
 import fusedopt
 from fusedopt.bench import limits, suites, timing
+from fusedopt.bench.arena import FAILURES, summary
 from fusedopt.bench.optimizers import CASES
 from fusedopt.bench.rows import COPY, facts
 from fusedopt.bench.variants import VARIANTS, Variant, build
@@ -35,7 +36,8 @@ from fusedopt.launch import Scaling
 
 DEFAULT, DEFAULT_ARCH = "default", "90"
 ROUNDS, WARMUP = 20, 3
-HOLD = 20_000_000  # cycles for which the device is held before a step, so that the host is ahead of it: 10 ms
+# Cycles for which the device is held before a step, so that the host is ahead of it: 1 ms, and 1 us for each tensor.
+HOLD, HOLD_TENSOR = 2_000_000, 2_000
 WORKERS = 4
 
 
@@ -47,28 +49,40 @@ class Case:
         name: In the table.
         suite: Of tensors.
         more: Of the workload.
-        measures_only: Whether it is the norm alone.
+        only: ``norm``: the norm is measured, and nothing is updated; ``update``: it was measured before. Else empty.
+        beside: Whether a kernel beside it occupies processors; see bench/occupant.py.
     """
 
     name: str
     suite: str
     more: dict[str, Any]
-    measures_only: bool = False
+    only: str = ""
+    beside: bool = False
 
     def workload(self, device: str) -> Workload:
         """What is stepped."""
         return Workload(suites.find(self.suite), CASES["AdamW"], device=device, **self.more)
 
+    def nbytes(self, what: Workload) -> int:
+        """Bytes that have to be moved."""
+        footprint = Footprint.of(what)
+        if self.only == "norm":
+            return what.suite.numel * footprint.param
+        return footprint.moved(replace(what, clip=None) if self.only == "update" else what)
+
 
 WORKLOADS = (
     Case("gpt2", "gpt2", {}),
     Case("gpt2 clip", "gpt2", {"clip": 1.0}),
-    Case("gpt2 norm only", "gpt2", {"clip": 1.0}, measures_only=True),
+    Case("gpt2 norm only", "gpt2", {"clip": 1.0}, only="norm"),
+    Case("gpt2 update only", "gpt2", {"clip": 1.0}, only="update"),
     Case("gpt2 bf16", "gpt2", {"dtype": "bf16"}),
     Case("gpt2 misaligned", "gpt2", {"gradients": "misaligned"}),
     Case("1000x1000", "1000x1000", {}),
     Case("10000x64", "10000x64", {}),
     Case("one element", "1x1", {}),
+    Case("gpt2 beside 16 SMs", "gpt2", {}, beside=True),
+    Case("gpt2 clip beside 16 SMs", "gpt2", {"clip": 1.0}, beside=True),
 )
 
 
@@ -88,17 +102,21 @@ def run(args: argparse.Namespace) -> int:
             for v in chosen
         ],
         "workloads": [case.name for case in WORKLOADS],
+        "notes": [],
         "rows": [],
         "winners": [],
     }
     report.write_json(args.json, document)
     if not args.dry_run:
         for case in WORKLOADS:
-            document["rows"] += raced(case, [v for v in chosen if reasons[str(v)] is None], args.rounds)
+            try:
+                document["rows"] += raced(case, [v for v in chosen if reasons[str(v)] is None], args.rounds)
+            except FAILURES as error:  # the others are worth timing all the same
+                document["notes"].append(f"{case.name}: FAILED: {summary(error)}")
             document["winners"] = winners(document["rows"])
             report.write_json(args.json, document)
     _show(document)
-    return int(any(reasons.values()))
+    return int(any(reasons.values()) or bool(document["notes"]))
 
 
 def compiled(chosen: list[Variant], arch: str) -> dict[str, str | None]:
@@ -137,15 +155,15 @@ def _ahead(name: str, arch: str) -> str | None:
 def raced(case: Case, chosen: list[Variant], rounds: int, device: str = "cuda") -> list[dict[str, Any]]:
     """Rows of variants that take turns on a workload, beside a copy of as many bytes."""
     what = case.workload(device)
-    tensors, footprint = Tensors(what), Footprint.of(what)
-    nbytes = what.suite.numel * footprint.param if case.measures_only else footprint.moved(what)
+    tensors, nbytes = Tensors(what), case.nbytes(what)
     copy = limits.copy(device, nbytes)
     steps: dict[str, Step] = {COPY: copy.step}
     for variant in chosen:
-        steps[str(variant)] = _step(variant, what, tensors, case.measures_only)
+        steps[str(variant)] = _step(variant, what, tensors, case.only)
+    hold = HOLD + HOLD_TENSOR * len(tensors.params)
     with report.progress_bar() as bar:
         task = bar.add_task(case.name, total=WARMUP + rounds)
-        watch = timing.Stopwatch(torch.device(device), "cold", hold=HOLD)
+        watch = timing.Stopwatch(torch.device(device), "cold", hold=hold, beside=_beside() if case.beside else None)
         timings = timing.interleave(steps, watch, rounds, WARMUP, lambda: bar.advance(task))
     rows = []
     for variant in chosen:
@@ -163,7 +181,13 @@ def raced(case: Case, chosen: list[Variant], rounds: int, device: str = "cuda") 
     return rows
 
 
-def _step(variant: Variant, what: Workload, tensors: Tensors, measures_only: bool) -> Step:
+def _beside() -> timing.Beside:
+    from fusedopt.bench.occupant import Occupant  # needs triton
+
+    return Occupant()
+
+
+def _step(variant: Variant, what: Workload, tensors: Tensors, only: str) -> Step:
     with variant.applied():
         optimizer = ours(what, tensors.groups(), variant.engine)
         optimizer.step()
@@ -176,7 +200,14 @@ def _step(variant: Variant, what: Workload, tensors: Tensors, measures_only: boo
         plan.run(Scaling(), math.inf, True, False, False, None)
         plan.finish()
 
-    return measure if measures_only else step_of(optimizer, tensors.params, what)
+    squared = plan.status.squared_norm  # what the step has measured; a plan does not copy its own
+
+    def update() -> None:
+        plan.scan()
+        plan.run(Scaling(), what.clip or math.inf, False, True, False, squared)
+        plan.finish()
+
+    return {"norm": measure, "update": update}.get(only) or step_of(optimizer, tensors.params, what)
 
 
 def winners(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
