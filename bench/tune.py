@@ -15,7 +15,10 @@ After ``--dry-run`` rows and winners are empty.
 from __future__ import annotations
 
 import argparse
+import gc
 import math
+import os
+import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
@@ -39,7 +42,7 @@ DEFAULT, DEFAULT_ARCH = "default", "90"
 ROUNDS, WARMUP = 20, 3
 # Cycles for which the device is held before a step, so that the host is ahead of it: 1 ms, and 1 us for each tensor.
 HOLD, HOLD_TENSOR = 2_000_000, 2_000
-WORKERS = 4
+WORKERS = min(8, os.cpu_count() or 1)
 NAME_WIDTH, CELL_WIDTH = 28, 13  # of a table in the terminal
 
 
@@ -141,12 +144,17 @@ def compiled(chosen: list[Variant], arch: str) -> Iterator[tuple[str, str | None
         The engine and name of one, and why it does not compile; None if it does.
     """
     own, theirs = ([v for v in chosen if v.engine == engine] for engine in ("cuda", "triton"))
-    with ThreadPoolExecutor(1) as aside, ProcessPoolExecutor(WORKERS, get_context("spawn")) as pool:
+    # An interrupt is this process's to handle: the others end what they are at.
+    pool = ProcessPoolExecutor(WORKERS, get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN))
+    with ThreadPoolExecutor(1) as aside, pool:
         builds = aside.submit(build, own, arch) if own else None
         jobs = {pool.submit(_ahead, v.name, arch): str(v) for v in theirs}
-        for job in as_completed(jobs):
-            yield jobs[job], job.result()
-        built = builds.result() if builds else {}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+            built = builds.result() if builds else {}
+        finally:
+            pool.shutdown(cancel_futures=True)
     yield from ((str(v), built[v.name]) for v in own)
 
 
@@ -180,6 +188,7 @@ def _stepped(variant: Variant, device: str = "cuda") -> None:
 
 def raced(case: Case, chosen: list[Variant], rounds: int, device: str = "cuda") -> list[dict[str, Any]]:
     """Rows of variants that take turns on a workload, beside a copy of as many bytes."""
+    gc.collect()  # what the case before left, which may be half of the memory
     what = case.workload(device)
     tensors, nbytes = Tensors(what), case.nbytes(what)
     copy = limits.copy(device, nbytes)

@@ -24,12 +24,15 @@ NONE = GPU | {"device": "", "arch": ""}
 @pytest.fixture
 def visit(monkeypatch, tmp_path):
     """bench/gpu.py, which runs before anything of fusedopt can be imported; its machine has a GPU."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds its own folder, for what follows
+    monkeypatch.delitem(sys.modules, "visit_parts", raising=False)
     spec = importlib.util.spec_from_file_location("visit", ROOT / "bench" / "gpu.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "visit", module)
     spec.loader.exec_module(module)
+    module.lists = sys.modules["visit_parts"]
     monkeypatch.setattr(module, "STAGE", tmp_path / "stage")
-    monkeypatch.setattr(module, "BUILD_REPORT", tmp_path / "report.json")
+    monkeypatch.setattr(module, "BUILD_REPORT", "no_build_report.json")
     monkeypatch.setattr(module, "GRACE_SECONDS", 5)
     monkeypatch.setattr(module, "STAGE_SECONDS", 0)
     monkeypatch.setattr(module, "machine", lambda: GPU)
@@ -113,6 +116,47 @@ def test_one_command_of_a_visit_does_not_stop_the_others(visit, run, tmp_path, c
     assert {f"results/{name}.log" for name in found} <= files.keys()
     wrapper = subprocess.run([tmp_path / "out" / "fusedopt", "bench", "--help"], capture_output=True, text=True)
     assert wrapper.returncode == 0 and "--suite" in wrapper.stdout
+
+
+def test_a_deaf_process_is_killed_with_what_it_started(visit, run, tmp_path):
+    visit.GRACE_SECONDS = 1
+    deaf = """
+import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # deaf too
+pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {child.pid}")
+time.sleep(60)
+"""
+    command = visit.Command("test-deaf", [*program(deaf), str(tmp_path / "ids")], 3)
+    status, summary = run({"test": [[command, visit.Command("test-quick", program("print(1)"), 60)]]})
+    assert status == 1 and summary["commands"]["test-deaf"]["status"] == "stopped"
+    assert summary["commands"]["test-deaf"]["seconds"] < 15
+    for process in map(int, (tmp_path / "ids").read_text().split()):
+        state = Path(f"/proc/{process}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z", process
+    assert {"results/test-deaf.log", "results/test-quick.log", "results/SUMMARY.md"} <= packed(tmp_path / "out").keys()
+
+
+def test_archive_stays_small(visit, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(visit, "LOG_BYTES", 2**14)
+    monkeypatch.setattr(visit, "FILE_BYTES", 2**16)
+    monkeypatch.setattr(visit, "ALL_BYTES", 2**17)
+    write = """
+import os, sys
+for name, size in (("large", 2**16 + 1), ("first", 2**16), ("second", 2**16 - 1)):
+    with open(f"{sys.argv[1]}/ncu-{name}.rep", "wb") as file:
+        file.write(os.urandom(size))
+print("begin", "x" * 2**16, "end")
+"""
+    run({"ncu": [[visit.Command("ncu", [*program(write), str(tmp_path / "out")], 60)]]})
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        names, log = archive.getnames(), archive.extractfile("results/ncu.log").read()
+    assert "results/ncu-second.rep" in names and not {"results/ncu-large.rep", "results/ncu-first.rep"} & {*names}
+    assert log.startswith(b"begin x") and log.endswith(b"x end\n") and b"[...]" in log and len(log) < 2**14 + 10
+    assert (tmp_path / "out" / "results.tgz").stat().st_size < 2**17
+    page = (tmp_path / "out" / "SUMMARY.md").read_text()
+    assert "Too large for it: ncu-first.rep (0 MiB), ncu-large.rep (0 MiB)." in page
+    assert visit.ALL_BYTES < 2**25
 
 
 def test_what_is_optional_does_not_fail_a_visit(visit, run):
@@ -251,14 +295,68 @@ def test_programs_of_cuda_that_are_not_there(visit, monkeypatch, tmp_path):
     assert skipped == {f"no {name} in PATH or /usr/local/cuda/bin" for name in ("ncu", "compute-sanitizer")}
 
 
+def test_without_a_gpu_the_builds_of_the_checkout_stay(visit, monkeypatch, tmp_path):
+    root, dry = tmp_path / "checkout", tmp_path / "dry"
+    for place, files in ((root, ("rule.py", "_cuda.so", "no_build_report.json")), (dry, ("_cuda.so", "_cpu_v2.so"))):
+        (place / "fusedopt").mkdir(parents=True)
+        for name in files:
+            (place / "fusedopt" / name).write_text(str(place))
+    monkeypatch.setattr(visit, "ROOT", root)
+    built = {}
+    for where in (root, dry):
+        visit.stage(tmp_path / "stage", where)
+        found = (tmp_path / "stage" / "fusedopt").iterdir()
+        built[where] = {path.name: path.read_text() for path in found if path.name not in visit.MAPPED}
+    assert built[root] == dict.fromkeys(("rule.py", "_cuda.so", "no_build_report.json"), str(root))
+    assert built[dry] == {"rule.py": str(root), "_cuda.so": str(dry), "_cpu_v2.so": str(dry)}
+    for gpu in (True, False):
+        for command in visit.lists.builds(gpu):
+            assert ("--inplace" in command.command) == gpu and (str(visit.DRY) in " ".join(command.command)) != gpu
+
+
+def test_without_a_gpu_one_rule_is_compiled(visit, tmp_path):
+    fake = """
+from pathlib import Path
+REPORT, RULES = "report.json", [Path("adam.h"), Path("lion.h")]
+def asked_archs():
+    return ["90"]
+class Ninja:
+    def run(self):
+        print("ran")
+def cuda_ninja(folder):
+    return Ninja()
+def add_cuda_engine(ninja, target, rules, archs):
+    print(target.name, [str(rule) for rule in rules], archs)
+"""
+    (tmp_path / "setup.py").write_text(fake)
+    (tmp_path / "report.json").write_text('{"cpu": null, "cuda": "no CUDA compiler"}')
+    command = [*program(visit.lists.ONE_RULE), str(tmp_path)]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout == "_cuda.so ['adam.h'] ['90']\nran\n_cuda.so for 90: adam\n", ran.stderr
+    assert json.loads((tmp_path / "report.json").read_text()) == {"cpu": None, "cuda": None}
+    spec = importlib.util.spec_from_file_location("setup_of_fusedopt", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    assert {"adam"} < {rule.stem for rule in setup.RULES} and setup.REPORT == "_build_report.json"
+    assert {*visit.lists.ONE_LEVEL.values()} <= {*setup.LEVELS}
+
+
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_it_runs_before_anything_is_installed(safe):
+    """As a script, by a Python that has nothing but its own library."""
+    command = [sys.executable, "-S", str(ROOT / "bench" / "gpu.py"), "--help"]
+    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"PYTHONSAFEPATH": safe})
+    assert ran.returncode == 0 and "results" in ran.stdout, ran.stderr
+
+
 def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
     tree = ast.parse((ROOT / "tests" / "test_gpu.py").read_text())
     functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     names = []
     for function in functions:
         arguments = {argument.arg for argument in function.args.args}
-        dtypes = visit.DTYPES if "dtype" in arguments else ("",)
-        engines = visit.ENGINES if arguments & {"engine", "device"} else ("",)
+        dtypes = visit.lists.DTYPES if "dtype" in arguments else ("",)
+        engines = visit.lists.ENGINES if arguments & {"engine", "device"} else ("",)
         names += [f"{function.name}[{engine}-{dtype}]" for engine in engines for dtype in dtypes]
     made = [part for part in visit.parts(tmp_path, True) if part.name in ("test", "gate")]
     selections = [c.command[c.command.index("-k") + 1] for part in made for commands in part.stages for c in commands]
@@ -271,11 +369,11 @@ def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
         assert sum(is_in(name, selection) for selection in selections) == 1, name
     for selection in selections:
         assert any(is_in(name, selection) for name in names), selection
-    assert sum(is_in(f"test_engines_agree[cuda-{name}]", visit.SANITIZED) for name in ("AdamW", "Lion")) == 1
+    assert sum(is_in(f"test_engines_agree[cuda-{name}]", visit.lists.SANITIZED) for name in ("AdamW", "Lion")) == 1
 
 
 def test_smoke_compares_with_eager(visit):
-    ran = subprocess.run([*program(visit.STEPS), "cpu", "10x1000", "1"], capture_output=True, text=True)
+    ran = subprocess.run([*program(visit.lists.STEPS), "cpu", "10x1000", "1"], capture_output=True, text=True)
     assert ran.returncode == 0 and "cpu on cpu: at most" in ran.stdout, ran.stderr
 
 
@@ -285,7 +383,7 @@ def test_commit_without_git(visit, run, monkeypatch, tmp_path):
         assert re.fullmatch(r"[0-9a-f]{40}\+?", visit.commit())
     (tmp_path / "sources" / "csrc").mkdir(parents=True)
     monkeypatch.setattr(visit, "ROOT", tmp_path / "sources")
-    monkeypatch.setattr(visit, "surroundings", lambda out: {})
+    monkeypatch.setattr(visit, "surroundings", lambda out, built: {})
     source, found = tmp_path / "sources" / "csrc" / "a.cu", []
     for text in ("1", "2"):
         source.write_text(text)
