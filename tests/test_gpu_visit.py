@@ -1,7 +1,6 @@
 """`make gpu`: commands that fail, hang or cannot run, and what is left of them."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -15,31 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import GPU
 
 ROOT = Path(__file__).parents[1]
-GPU = {"device": "NVIDIA H200", "arch": "90", "versions": {"torch": "2.13"}, "platform": "Linux"}
 NONE = GPU | {"device": "", "arch": ""}
-
-
-@pytest.fixture
-def visit(monkeypatch, tmp_path):
-    """bench/gpu.py, which runs before anything of fusedopt can be imported; its machine has a GPU."""
-    monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds its own folder, for what follows
-    monkeypatch.delitem(sys.modules, "visit_parts", raising=False)
-    spec = importlib.util.spec_from_file_location("visit", ROOT / "bench" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "visit", module)
-    spec.loader.exec_module(module)
-    module.lists = sys.modules["visit_parts"]
-    monkeypatch.setattr(module, "STAGE", tmp_path / "stage")
-    monkeypatch.setattr(module, "BUILD_REPORT", "no_build_report.json")
-    monkeypatch.setattr(module, "GRACE_SECONDS", 5)
-    monkeypatch.setattr(module, "STAGE_SECONDS", 0)
-    monkeypatch.setattr(module, "machine", lambda: GPU)
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    yield module
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
 
 
 @pytest.fixture
@@ -293,60 +271,6 @@ def test_programs_of_cuda_that_are_not_there(visit, monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda name, **_: None)
     skipped = {c.skip for part in visit.parts(tmp_path, True) for commands in part.stages for c in commands if c.skip}
     assert skipped == {f"no {name} in PATH or /usr/local/cuda/bin" for name in ("ncu", "compute-sanitizer")}
-
-
-def test_without_a_gpu_the_builds_of_the_checkout_stay(visit, monkeypatch, tmp_path):
-    root, dry = tmp_path / "checkout", tmp_path / "dry"
-    for place, files in ((root, ("rule.py", "_cuda.so", "no_build_report.json")), (dry, ("_cuda.so", "_cpu_v2.so"))):
-        (place / "fusedopt").mkdir(parents=True)
-        for name in files:
-            (place / "fusedopt" / name).write_text(str(place))
-    monkeypatch.setattr(visit, "ROOT", root)
-    built = {}
-    for where in (root, dry):
-        visit.stage(tmp_path / "stage", where)
-        found = (tmp_path / "stage" / "fusedopt").iterdir()
-        built[where] = {path.name: path.read_text() for path in found if path.name not in visit.MAPPED}
-    assert built[root] == dict.fromkeys(("rule.py", "_cuda.so", "no_build_report.json"), str(root))
-    assert built[dry] == {"rule.py": str(root), "_cuda.so": str(dry), "_cpu_v2.so": str(dry)}
-    for gpu in (True, False):
-        for command in visit.lists.builds(gpu):
-            assert ("--inplace" in command.command) == gpu and (str(visit.DRY) in " ".join(command.command)) != gpu
-
-
-def test_without_a_gpu_one_rule_is_compiled(visit, tmp_path):
-    fake = """
-from pathlib import Path
-REPORT, RULES = "report.json", [Path("adam.h"), Path("lion.h")]
-def asked_archs():
-    return ["90"]
-class Ninja:
-    def run(self):
-        print("ran")
-def cuda_ninja(folder):
-    return Ninja()
-def add_cuda_engine(ninja, target, rules, archs):
-    print(target.name, [str(rule) for rule in rules], archs)
-"""
-    (tmp_path / "setup.py").write_text(fake)
-    (tmp_path / "report.json").write_text('{"cpu": null, "cuda": "no CUDA compiler"}')
-    command = [*program(visit.lists.ONE_RULE), str(tmp_path)]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stdout == "_cuda.so ['adam.h'] ['90']\nran\n_cuda.so for 90: adam\n", ran.stderr
-    assert json.loads((tmp_path / "report.json").read_text()) == {"cpu": None, "cuda": None}
-    spec = importlib.util.spec_from_file_location("setup_of_fusedopt", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
-    assert {"adam"} < {rule.stem for rule in setup.RULES} and setup.REPORT == "_build_report.json"
-    assert {*visit.lists.ONE_LEVEL.values()} <= {*setup.LEVELS}
-
-
-@pytest.mark.parametrize("safe", ["", "1"])
-def test_it_runs_before_anything_is_installed(safe):
-    """As a script, by a Python that has nothing but its own library."""
-    command = [sys.executable, "-S", str(ROOT / "bench" / "gpu.py"), "--help"]
-    ran = subprocess.run(command, cwd="/", capture_output=True, text=True, env={"PYTHONSAFEPATH": safe})
-    assert ran.returncode == 0 and "results" in ran.stdout, ran.stderr
 
 
 def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
