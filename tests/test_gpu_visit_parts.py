@@ -1,13 +1,14 @@
 """What a visit builds with a GPU and without, and that what it runs is there to be run."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fusedopt.bench import variants
 from fusedopt.cli import COMMANDS, main
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +33,7 @@ def test_without_a_gpu_the_builds_of_the_checkout_stay(visit, monkeypatch, tmp_p
             assert ("--inplace" in command.command) == gpu and (str(visit.DRY) in " ".join(command.command)) != gpu
 
 
-def test_without_a_gpu_one_rule_is_compiled(visit, tmp_path):
+def test_without_a_gpu_one_rule_is_compiled_as_the_default_variant(visit, monkeypatch, tmp_path):
     fake = """
 from pathlib import Path
 REPORT, RULES = "report.json", [Path("adam.h"), Path("lion.h")]
@@ -42,19 +43,27 @@ class Ninja:
     def run(self):
         print("ran")
 def cuda_ninja(folder):
+    print(folder.relative_to(Path.cwd()))
     return Ninja()
-def add_cuda_engine(ninja, target, rules, archs):
-    print(target.name, [str(rule) for rule in rules], archs)
+def add_cuda_engine(ninja, target, rules, archs, *choices):
+    print(target.name, [str(rule) for rule in rules], archs, *choices)
 """
     (tmp_path / "setup.py").write_text(fake)
     (tmp_path / "report.json").write_text('{"cpu": null, "cuda": "no CUDA compiler"}')
     command = [sys.executable, "-c", visit.lists.ONE_RULE, str(tmp_path)]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stdout == "_cuda.so ['adam.h'] ['90']\nran\n_cuda.so for 90: adam\n", ran.stderr
+    what = "build/tune\n_cuda.so ['adam.h'] ['90'] default_ -DFUSEDOPT_FIRST_VARIANT=1\nran\n"
+    assert ran.stdout == f"{what}_cuda.so for 90: adam\n", ran.stderr
+    assert variants.FOLDER == variants.ROOT / "build" / "tune"
+    setup, added = variants._setup(), []
+    monkeypatch.setattr(variants, "_setup", lambda: setup)
+    monkeypatch.setattr(variants, "FOLDER", tmp_path)
+    monkeypatch.setattr(setup, "cuda_ninja", lambda folder: SimpleNamespace(run=lambda keep_going: None))
+    monkeypatch.setattr(setup, "add_cuda_engine", lambda ninja, target, *rest: added.append(rest))
+    variants.build([v for v in variants.VARIANTS if str(v) == "cuda default"], "90")
+    (([rule], *rest),) = added
+    assert (rule.name, *rest) == ("adam.h", ["90"], "default_", "-DFUSEDOPT_FIRST_VARIANT=1")
     assert json.loads((tmp_path / "report.json").read_text()) == {"cpu": None, "cuda": None}
-    spec = importlib.util.spec_from_file_location("setup_of_fusedopt", ROOT / "setup.py")
-    setup = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(setup)
     assert {"adam"} < {rule.stem for rule in setup.RULES} and setup.REPORT == "_build_report.json"
     assert {*visit.lists.ONE_LEVEL.values()} <= {*setup.LEVELS}
 
