@@ -142,8 +142,9 @@ def last_line(log: Path, build_report: Path) -> str:
     if log.name.startswith("build"):
         with suppress(OSError, ValueError):
             reasons = {name: why for name, why in json.loads(build_report.read_text()).items() if isinstance(why, str)}
-            if log.stem == "build":
-                reasons.pop("cuda", None)  # which the next command builds
+            if log.stem == "build":  # the next command builds the rest
+                reasons.pop("cuda", None)
+                lines = [line for line in lines if "the cuda engine was not built" not in line]
             lines += [f"without {'; '.join(f'{name}: {why}' for name, why in reasons.items())}"] if reasons else []
     lines += ["no permission to read the GPU's counters" for line in lines if "ERR_NVGPUCTRPERM" in line]
     return lines[-1][:400] if lines else ""
