@@ -58,7 +58,8 @@ check: lint test
 
 # On a machine with a GPU: builds in place with that machine's own Python and torch, without network, in nine minutes
 # at most. All results are in OUT/results.tgz, in short in OUT/SUMMARY.md. What is not done by default takes a second
-# call: make gpu ARGS='--part sanitize,gate'. Where there is no .git, FUSEDOPT_COMMIT is said in the results.
+# call: make gpu ARGS='--part sanitize,gate'. Where there is no .git, FUSEDOPT_COMMIT is said in the results. Without a
+# GPU it tries what it can in five minutes, with builds in build/dry.
 gpu: OUT ?= gpu-results
 gpu:
 	$(PYTHON) bench/gpu.py $(OUT) $(ARGS)

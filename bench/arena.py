@@ -71,10 +71,11 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:120]}"
 
 
-def kernels(events: Iterable[Any]) -> int:
-    """Kernels among a profiler's events, without copies and what the host says of itself."""
-    names = [event.name() for event in events if event.device_type() != torch.autograd.DeviceType.CPU]
-    return sum(not name.lower().startswith(("memcpy", "memset", "optimizer.")) for name in names)
+def kernels(events: Iterable[Any]) -> tuple[int, float]:
+    """Kernels among a profiler's events and their seconds, without copies and what the host says of itself."""
+    on_device = [event for event in events if event.device_type() != torch.autograd.DeviceType.CPU]
+    own = [e for e in on_device if not e.name().lower().startswith(("memcpy", "memset", "optimizer."))]
+    return len(own), sum(e.duration_ns() for e in own) / 1e9
 
 
 def operators(events: Iterable[Any]) -> int:
@@ -229,7 +230,7 @@ class Arena:
             row.note = f"its states are {kind}"
         row.bytes_per_parameter = (self._bytes.resident + state_bytes) / max(1, self._workload.suite.numel)
         row.peak_memory = self._found(contender, "memory", lambda: memory.peak(one.step, self._device))
-        row.launches = self._found(contender, "launches", lambda: self._launches(one))
+        row.launches, row.device_time = self._found(contender, "launches", lambda: self._profiled(one)) or (None, None)
         row.host = self._found(contender, "host", lambda: self._host(one))
         return row
 
@@ -241,20 +242,25 @@ class Arena:
             self._bench.note(f"{contender.variant}: {what} is not known here: {summary(error)}")
             return None
 
-    def _launches(self, one: Running) -> int | None:
+    def _profiled(self, one: Running) -> tuple[int | None, float | None]:
+        """Launches of a step; on a GPU also how long its kernels ran, in the state of caches that is timed."""
         on_cpu, peer = self._device.type == "cpu", one.contender.peer
         if on_cpu and peer and peer.compiles:
-            return None  # the profiler does not see what was compiled
+            return None, None  # the profiler does not see what was compiled
         kinds = torch.profiler.ProfilerActivity
+        if not on_cpu:
+            self._watch.prepare(one.step)
+            self._synchronize()
         with quiet.quiet(), torch.profiler.profile(activities=[kinds.CPU if on_cpu else kinds.CUDA]) as profile:
             one.step()
             self._synchronize()
         events = profile.profiler.kineto_results.events()  # profile.events() takes 40 times as long
         if not on_cpu:
-            return kernels(events) or None
+            count, seconds = kernels(events)
+            return (count, seconds) if count else (None, None)
         if peer is not None:
-            return operators(events) + peer.calls * len(self._tensors.params)
-        return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans)
+            return operators(events) + peer.calls * len(self._tensors.params), None
+        return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans), None
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":

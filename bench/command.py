@@ -6,8 +6,8 @@ JSON::
      "machine": {"platform", "cpu", "isa", "threads", "gpus", "cores", "memory_gib"}, "device": name,
      "notes": [what was left out, and why],
      "rows": [the attributes of fusedopt.bench.rows.Row: "suite", "optimizer", "dtype", "variant", "version",
-              "median", "q1", "q3" (seconds), "bytes", "gbps", "limit", "ratio", "launches", "host" (microseconds),
-              "peak_memory" (bytes), "bytes_per_parameter", "noisy", "command" and others]}
+              "median", "q1", "q3" (seconds), "bytes", "gbps", "limit", "ratio", "launches", "device_time" (seconds),
+              "host" (microseconds), "peak_memory" (bytes), "bytes_per_parameter", "noisy", "command" and others]}
 """
 
 from __future__ import annotations

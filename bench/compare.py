@@ -16,6 +16,7 @@ MEASURES = {
     "time": "seconds of a step",
     "limit": "fraction of the same-stream limit: steadier than times where a machine's memory is shared",
     "ratio": "a peer's time over ours",
+    "device_time": "seconds that kernels of a step ran on the device",
     "host": "host microseconds",
     "launches": "launches per step",
     "peak_memory": "bytes that a step takes for itself",

@@ -13,7 +13,6 @@ import io
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -22,60 +21,24 @@ import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # also where PYTHONSAFEPATH is set
+from visit_parts import DEFAULT, DRY, NO_GPU, PARTS, ROOT, Command, Part, parts  # noqa: E402
+
 STAGE = ROOT / "build" / "stage"
-BUILD_REPORT = ROOT / "fusedopt" / "_build_report.json"
+BUILD_REPORT = "_build_report.json"
 MAPPED = ("triton_kernels", "bench")  # installed inside fusedopt, as package_dir in setup.py says
 SOURCES = ("csrc", "fusedopt", "triton_kernels", "bench", "tests")
-PARTS, DEFAULT = ("build", "smoke", "tune", "test", "bench", "ncu", "sanitize", "gate"), 6  # the first six
-ALL_SECONDS, IDLE_SECONDS = 520, 300  # of a visit of any parts, with a GPU and without
+ALL_SECONDS, IDLE_SECONDS = 520, 290  # of a visit of any parts, with a GPU and without
 STAGE_SECONDS = 20  # that the commands of a part leave at least to each stage behind them
 GRACE_SECONDS = 15  # from an interrupt, at which the benchmark writes what it has, to the end
 SUMMARY = "Ours, and the fastest other one"  # the title of the benchmark's last table
 ARCHIVE, PAGE, RECORD = "results.tgz", "SUMMARY.md", "summary.json"
-ENGINES = ("cuda", "triton")
-NO_GPU = "torch sees no GPU"
-
-
-@dataclass
-class Command:
-    """One process of the visit.
-
-    Attributes:
-        name: Of its log; like the other files it writes, it begins with its part's.
-        command: What is run.
-        seconds: How long it may take, if its part has so much left.
-        does: What for, where the command itself does not say it.
-        skip: Why it cannot be run here; empty if it can.
-        optional: Counts as skipped if it cannot be run or finished.
-        environment: Variables of its own.
-    """
-
-    name: str
-    command: list[str]
-    seconds: float
-    does: str = ""
-    skip: str = ""
-    optional: bool = False
-    environment: dict[str, str] = field(default_factory=dict)
-
-    def about(self) -> str:
-        """What it does, on one line."""
-        return self.does or shlex.join(self.command).replace(f"{sys.executable} ", "python ").removeprefix("python -m ")
-
-
-@dataclass
-class Part:
-    """Stages, one after another, of commands that run at the same time; what earlier parts left of theirs is added."""
-
-    name: str
-    stages: list[list[Command]]
-    seconds: float
+LOG_BYTES, FILE_BYTES, ALL_BYTES = 2**20, 2**23, 15 * 2**20  # of the archive; a longer log loses its middle
 
 
 @dataclass
@@ -88,121 +51,24 @@ class Outcome:
     last_line: str
 
 
-STEPS = """
-import sys, torch, fusedopt
-from fusedopt.bench import suites
-name, suite, clip = sys.argv[1:]
-device, results = fusedopt.engines.ENGINES[name].home(), []
-for engine in (name, "eager"):
-    torch.manual_seed(0)
-    ps = [torch.nn.Parameter(torch.randn(shape, device=device)) for shape in suites.find(suite).shapes]
-    optimizer = fusedopt.AdamW(ps, lr=0.01, max_grad_norm=float(clip) or None, engine=engine)
-    for _ in range(3):
-        for p in ps:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
-    results.append(torch.cat([p.detach().flatten() for p in ps]))
-difference = (results[0] - results[1]).abs().max().item()
-print(f"{name} on {device}: at most {difference:.1e} from eager after 3 steps")
-sys.exit(not difference < 1e-5)
-"""
-PROFILES = {"gpt2": "gpt2 0", "gpt2-clip": "gpt2 1", "10000x64": "10000x64 0"}
-# Of the third launch; the clocks are the machine's.
-NCU = "--clock-control none --set full --kernel-name regex:^step --launch-skip 2 --launch-count 1 --page details"
-DECISIVE = ("gpt2", "gpt2 --clip 1", "gpt2 --dtype bf16", "1000x1000", "10000x64")
-RIVALS = "--optimizer AdamW --peer torch-foreach --peer torch-fused --peer apex --peer transformer-engine"
-ON_CPU = "--device cpu --suite 10x10000 --optimizer AdamW --optimizer Lion --repeats 3"
-# The log names the test that was under way, and soon before the limit its lines.
-TESTS = "-m pytest tests/test_gpu.py -vv -rs -p no:cacheprovider --durations=5 -o faulthandler_timeout=60"
-# Expressions of pytest's -k. A fault on the device is the end of its process, so what is apart fails apart.
-APART = {
-    "launches": "launches_per_step or nothing_waits",
-    "graphs": "graph or capture",
-    "streams": "side_stream or other_current",
-    "sizes": "beyond_two or twenty_thousand",
-}
-BETWEEN, GATE = "agree_with_one_another", "test_gate"
-REST = f"not ({' or '.join([*APART.values(), BETWEEN, GATE])})"
-DTYPES = {dtype: dtype for dtype in ("float32", "float64", "bfloat16")} | {"float16": "float16 and not bfloat16"}
-SANITIZED = "cuda and engines_agree and (AdamW or SGD or NAdam)"
-UNPOOLED = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # so that the sanitizer sees where a tensor ends
-BESIDE = {"OMP_NUM_THREADS": "2"}  # for one of many processes
-
-
-def parts(out: Path, gpu: bool) -> list[Part]:
-    """All parts of a visit, in order, with a GPU or without."""
-    python, need = sys.executable, "" if gpu else NO_GPU
-    build, pytest = [python, "setup.py", "build_ext", "--inplace"], [python, *TESTS.split()]
-    fusedopt, dry = [python, "-m", "fusedopt"], [] if gpu else ["--dry-run"]
-    bench = [*fusedopt, "bench"]
-    ncu, without_ncu = tool("ncu")
-    sanitizer, without_sanitizer = tool("compute-sanitizer")
-
-    def test(name: str, select: str, seconds: float = 85) -> Command:
-        does = f"pytest tests/test_gpu.py -k '{select}'"
-        return Command(name, [*pytest, "-k", select], seconds, does, need, environment=BESIDE)
-
-    def step(engine: str, skip: str = need) -> Command:
-        command = [python, "-c", STEPS, engine, "10x1000", "1"]
-        return Command(f"smoke-{engine}", command, 20, f"3 steps of AdamW by {engine} and by eager", skip)
-
-    def decisive(suite: str) -> Command:
-        name = f"bench-{suite.replace(' --', '-').replace(' ', '-')}"
-        command = [*bench, "--suite", *suite.split(), *RIVALS.split(), "--json", str(out / f"{name}.json")]
-        return Command(name, command, 25, skip=need)
-
-    def profile(name: str, arguments: str) -> Command:
-        exported = ["--force-overwrite", "--export", str(out / f"ncu-{name}")]
-        command = [ncu, *NCU.split(), *exported, python, "-c", STEPS, "cuda", *arguments.split()]
-        return Command(f"ncu-{name}", command, 20, f"ncu on AdamW, {name}", need or without_ncu, optional=True)
-
-    def sanitize(kind: str) -> Command:
-        command = [sanitizer, "--tool", kind, "--error-exitcode", "1", *pytest, "-k", SANITIZED]
-        return Command(f"sanitize-{kind}", command, 240, "", need or without_sanitizer, environment=UNPOOLED | BESIDE)
-
-    tests = [test(f"test-{e}-{name}", f"{e} and ({select})") for name, select in APART.items() for e in ENGINES]
-    tests += [*(test(f"test-{e}-rest", f"{e} and {REST}") for e in ENGINES), test("test-between", BETWEEN)]
-    collect = Command("test-collect", [*pytest, "--collect-only"], 20, environment={"FUSEDOPT_TEST_ENGINES": "eager"})
-    # It may take too long, where Triton compiles for each of its cells.
-    info = Command("smoke-info", [*fusedopt, "info", "--json", str(out / "smoke-info.json")], 20, optional=gpu)
-    driver = Command("smoke-driver", ["nvidia-smi"], 10, skip=need, optional=True)
-    standard = [*bench, "--json", str(out / "bench.json"), *([] if gpu else ON_CPU.split())]
-    report = Command("bench-report", [*bench, "report", str(out)], 30)
-    stages = {
-        "build": [[Command("build", build, 110, environment={"NVCC": "none"})], [Command("build-cuda", build, 150)]],
-        "smoke": [[driver, info, step("cpu", ""), *map(step, ENGINES)]],
-        "tune": [[Command("tune", [*bench, "tune", "--json", str(out / "tune.json"), *dry], 120, optional=not gpu)]],
-        "test": [tests if gpu else [collect, *tests]],
-        "bench": [*([decisive(suite)] for suite in DECISIVE), [Command("bench", standard, 210)], [report]],
-        "ncu": [[profile(*row)] for row in PROFILES.items()],
-        "sanitize": [[sanitize(kind) for kind in ("memcheck", "racecheck", "initcheck", "synccheck")]],
-        "gate": [[test(f"gate-{e}-{d}", f"{GATE} and {e} and {w}", 150) for e in ENGINES for d, w in DTYPES.items()]],
-    }
-    # Without a GPU there are two cores to build with, and little else is done.
-    limits = (110, 30, 90, 90, 140, 60, 240, 150) if gpu else (165, 20, 30, 20, 45, 1, 1, 1)
-    return [Part(name, stages[name], seconds) for name, seconds in zip(PARTS, limits, strict=True)]
-
-
-def tool(name: str) -> tuple[str, str]:
-    """A program of CUDA, and why it cannot be run; empty if it can."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
-    return found or name, "" if found else f"no {name} in PATH or /usr/local/cuda/bin"
-
-
-def stage(folder: Path) -> Path:
-    """A folder for PYTHONPATH in which the sources lie as the installed package would."""
+def stage(folder: Path, built: Path) -> Path:
+    """A folder for PYTHONPATH in which the sources, and what was built, lie as the installed package would."""
     package = folder / "fusedopt"
     shutil.rmtree(package, ignore_errors=True)
     package.mkdir(parents=True)
-    own = [path for path in (ROOT / "fusedopt").iterdir() if path.name != "__pycache__"]
-    for path in [*own, *(ROOT / name for name in MAPPED)]:
-        (package / path.name).symlink_to(path)
+    linked = [ROOT / name for name in MAPPED]
+    for place, of_builds in ((ROOT, False), (built, True)):
+        found = (place / "fusedopt").glob("*")
+        linked += [path for path in found if (path.suffix == ".so" or path.name == BUILD_REPORT) == of_builds]
+    for path in linked:
+        if path.name != "__pycache__":
+            (package / path.name).symlink_to(path)
     return folder
 
 
-def surroundings(out: Path) -> dict[str, str]:
+def surroundings(out: Path, built: Path) -> dict[str, str]:
     """Variables with which Python finds what was built, and a command in the results' folder that sets them."""
-    places = [str(stage(STAGE)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    places = [str(stage(STAGE, built)), *filter(None, [os.environ.get("PYTHONPATH")])]
     # The sources in the current folder would come first.
     found = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(places)}
     command = out / "fusedopt"
@@ -239,28 +105,49 @@ def commit() -> str:
     return f"sources-{digest.hexdigest()[:16]}"
 
 
+def fitting(out: Path) -> tuple[list[Path], list[str]]:
+    """The folder's files for the archive, the small ones first, and which are left out for their size."""
+    sizes: dict[Path, int] = {}
+    for path in out.rglob("*"):
+        with suppress(FileNotFoundError):  # a command may be writing beside, and renaming
+            if path.is_file() and not path.name.startswith(ARCHIVE):
+                sizes[path] = min(path.stat().st_size, LOG_BYTES if path.suffix == ".log" else sys.maxsize)
+    kept, left, total = [], [], 0
+    for path in sorted(sizes, key=lambda path: (sizes[path], path)):
+        total += sizes[path]
+        if sizes[path] <= FILE_BYTES and total <= ALL_BYTES:
+            kept.append(path)
+        else:
+            left.append(f"{path.relative_to(out)} ({sizes[path] / 2**20:.0f} MiB)")
+    return kept, left
+
+
 def pack(out: Path) -> None:
-    """Replace the archive by one of all files in the folder; it is whole at any moment."""
+    """Replace the archive by one of the files in the folder; it is whole at any moment."""
     whole = out / f"{ARCHIVE}.part"
     with tarfile.open(whole, "w:gz", compresslevel=6) as archive:
-        for path in sorted(out.rglob("*")):
-            if path.is_file() and not path.name.startswith(ARCHIVE):
-                with suppress(FileNotFoundError):  # a command may be writing beside, and renaming
-                    entry, content = archive.gettarinfo(path, f"results/{path.relative_to(out)}"), path.read_bytes()
-                    entry.size = len(content)
-                    archive.addfile(entry, io.BytesIO(content))
+        for path in fitting(out)[0]:
+            with suppress(FileNotFoundError):
+                entry, content = archive.gettarinfo(path, f"results/{path.relative_to(out)}"), path.read_bytes()
+                if path.suffix == ".log" and len(content) > LOG_BYTES:
+                    content = content[: LOG_BYTES // 2] + b"\n[...]\n" + content[-LOG_BYTES // 2 :]
+                entry.size = len(content)
+                archive.addfile(entry, io.BytesIO(content))
     os.replace(whole, out / ARCHIVE)
 
 
-def last_line(log: Path) -> str:
+def last_line(log: Path, build_report: Path) -> str:
     """What a log comes to; of a build what was left out, and why."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if log.name.startswith("build"):
         with suppress(OSError, ValueError):
-            reasons = {name: why for name, why in json.loads(BUILD_REPORT.read_text()).items() if isinstance(why, str)}
+            reasons = {name: why for name, why in json.loads(build_report.read_text()).items() if isinstance(why, str)}
+            if log.stem == "build":  # the next command builds the rest
+                reasons.pop("cuda", None)
+                lines = [line for line in lines if "the cuda engine was not built" not in line]
             lines += [f"without {'; '.join(f'{name}: {why}' for name, why in reasons.items())}"] if reasons else []
     lines += ["no permission to read the GPU's counters" for line in lines if "ERR_NVGPUCTRPERM" in line]
-    return lines[-1] if lines else ""
+    return lines[-1][:400] if lines else ""
 
 
 def table(log: Path) -> str:
@@ -284,6 +171,7 @@ class Visit:
 
     def __init__(self, out: Path, here: dict[str, Any]) -> None:
         self.out, self.here, self.commit, self.began = out, here, commit(), time.monotonic()
+        self.built = ROOT if here["arch"] else DRY
         self.outcomes: dict[str, Outcome] = {}
         self.started: list[subprocess.Popen[bytes]] = []
         self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -321,7 +209,9 @@ class Visit:
                 status, detail = "failed", f"{command.command[0]}: {error.strerror}"
         if command.optional and status != "ok":
             status, detail = "skipped", f"{status} {detail}"
-        return Outcome(status, detail, round(time.monotonic() - start, 1), last_line(log))
+        return Outcome(
+            status, detail, round(time.monotonic() - start, 1), last_line(log, self.built / "fusedopt" / BUILD_REPORT)
+        )
 
     def wait(self, command: Command, log: IO[str], seconds: float) -> tuple[str, str]:
         """Start a command and wait for it, but not longer than some seconds."""
@@ -355,6 +245,7 @@ class Visit:
             f"# GPU visit: {self.here['device'] or NO_GPU}\n",
             f"{known} `{self.commit}`; {versions}; {self.here['platform']}; {time.strftime('%F %T %z')}, after "
             f"{time.monotonic() - self.began:.0f} s. All files: `{ARCHIVE}`.\n",
+            *([f"Too large for it: {', '.join(left)}.\n"] if (left := fitting(self.out)[1]) else []),
             "| command | seconds | result | last line |\n|---|--:|---|---|",
         ]
         for name, outcome in self.outcomes.items():
@@ -389,7 +280,7 @@ def main() -> int:
             now, later = time.monotonic(), sum(other.seconds for other in picked[k + 1 :])
             visit.run_part(part, min(last, max(now + part.seconds, last - later)))
             if part.name == "build":
-                visit.environment |= surroundings(out)
+                visit.environment |= surroundings(out, visit.built)
     except KeyboardInterrupt:
         status = 130
     print(f"\n{visit.page()}", end="")

@@ -93,8 +93,9 @@ def _table(headings: Sequence[str], lines: list[list[str]], texts: Sequence[str]
 
 def _workload(rows: list[Row]) -> list[str]:
     each = ["" if row.bytes_per_parameter is None else f"{row.bytes_per_parameter:.3g}" for row in rows]
-    cells = [[table.name(row), *table.cells(row), size] for row, size in zip(rows, each, strict=True)]
-    lines = [f"### {table.title(rows[0])}", "", *_table(("by", *table.COLUMNS, "B/param"), cells, ("by",))]
+    wanted = table.columns(rows)
+    cells = [[table.name(row), *table.cells(row, wanted), size] for row, size in zip(rows, each, strict=True)]
+    lines = [f"### {table.title(rows[0])}", "", *_table(("by", *wanted, "B/param"), cells, ("by",))]
     lines += ["", "```", *(f"{row.command}  # {row.variant}" for row in rows), "```", ""]
     for row in rows:
         if row.note:

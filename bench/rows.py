@@ -42,6 +42,8 @@ class Row:
         ratio, ratio_q1, ratio_q3: Its time over that of our first engine, round by round.
         launches: On a GPU, kernels that a step launched, by the profiler. On a CPU, torch operators that called no
             other, and kernels of extensions.
+        device_time: On a GPU, seconds that kernels of a step ran on the device, one by one, by the profiler; None on a
+            CPU. What ``median`` has beyond it, the device waited, for the host or between kernels, or copied.
         host: Microseconds of host work in a step: on a GPU, until the call returned; on a CPU, a step of as many
             tensors of one element each.
         peak_memory: Bytes that a step took for itself, at their peak.
@@ -80,6 +82,7 @@ class Row:
     ratio_q1: float | None = None
     ratio_q3: float | None = None
     launches: int | None = None
+    device_time: float | None = None
     host: float | None = None
     peak_memory: int | None = None
     bytes_per_parameter: float | None = None

@@ -12,12 +12,13 @@ from fusedopt.bench.timing import DISTURBED, NOISY
 from fusedopt.bench.workload import DTYPES, described
 from fusedopt.cli import report
 
-COLUMNS = ("ms", "±%", "GB/s", "limit", "ratio", "calls", "host us", "MiB")
+GPU = "GPU us"
+COLUMNS = ("ms", "±%", "GB/s", "limit", "ratio", "calls", GPU, "host us", "MiB")
 LEGEND = (
     f"±%: the quartiles' distance; ~ above {NOISY:.0%}, or on a busy machine. limit: GB/s over those of the bare loop "
     "over the same streams. ratio: time over that of our first row. calls: kernels, or torch operators on a CPU. "
-    "host us: host work of a step. MiB: what a step takes for itself. ≠: another algorithm. "
-    "°: states in fewer bits."
+    f"{GPU}: how long a step's kernels ran. host us: host work of a step. MiB: what a step takes for itself. "
+    "≠: another algorithm. °: states in fewer bits."
 )
 SUMMARY = ("workload", "ours", "ms", "limit", "fastest other", "ratio")
 SWEEPS = {
@@ -64,18 +65,25 @@ def number(value: float | None, digits: int) -> str:
     return f"{value:.{digits if abs(value) < 100 else 0}f}"
 
 
-def cells(row: Row) -> list[str]:
-    """The cells of ``COLUMNS``."""
-    return [
+def columns(rows: list[Row]) -> list[str]:
+    """Those of ``COLUMNS`` that rows have: no row of a CPU has a GPU's time."""
+    return [name for name in COLUMNS if name != GPU or any(row.device_time is not None for row in rows)]
+
+
+def cells(row: Row, wanted: list[str]) -> list[str]:
+    """The cells of some of ``COLUMNS``."""
+    texts = (
         f"{row.median * 1e3:.4g}",
         spread(row),
         number(row.gbps, 1),
         number(row.limit, 2),
         number(row.ratio, 2),
         "" if row.launches is None else str(row.launches),
+        "" if row.device_time is None else number(row.device_time * 1e6, 1),
         number(row.host, 1),
         "" if row.peak_memory is None else number(row.peak_memory / 2**20, 0),
-    ]
+    )
+    return [text for name, text in zip(COLUMNS, texts, strict=True) if name in wanted]
 
 
 def workloads(rows: list[Row]) -> list[list[Row]]:
@@ -85,9 +93,10 @@ def workloads(rows: list[Row]) -> list[list[Row]]:
 
 def workload_table(rows: list[Row]) -> Table:
     """The rows of one workload."""
-    made = report.table(title(rows[0]), "", *COLUMNS, numeric=COLUMNS)
+    wanted = columns(rows)
+    made = report.table(title(rows[0]), "", *wanted, numeric=COLUMNS)
     for row in rows:
-        made.add_row(name(row), *cells(row))
+        made.add_row(name(row), *cells(row, wanted))
     return made
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -70,6 +71,16 @@ class Neighbours:
         return max(0.0, others - self._busy) / (wall * (os.cpu_count() or 1))
 
 
+class Beside(Protocol):
+    """What a GPU does beside a step that is timed."""
+
+    def start(self) -> None:
+        """Start it, behind what the device was given so far."""
+
+    def wait(self) -> None:
+        """Wait until it is over."""
+
+
 class Stopwatch:
     """Times one step on a device, after what has to precede it.
 
@@ -81,18 +92,26 @@ class Stopwatch:
         cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
         renew: Makes anew what each step needs so.
         hold: Cycles for which a GPU is kept from starting a step, so that no host work is in its time.
+        beside: On a GPU, what else it does meanwhile: begun before the step is held, so that it is under way.
     """
 
-    def __init__(self, device: torch.device, cache: str, renew: Step = lambda: None, hold: int = 0) -> None:
-        self._warm, self._renew, self._hold = cache == "warm", renew, hold
+    def __init__(
+        self,
+        device: torch.device,
+        cache: str,
+        renew: Step = lambda: None,
+        hold: int = 0,
+        beside: Beside | None = None,
+    ) -> None:
+        self._warm, self._renew, self._hold, self._beside = cache == "warm", renew, hold, beside
         self._gpu = None if device.type == "cpu" else torch.get_device_module(device)
         self._flushed: Tensor | None = None
         if self._gpu or not self._warm:
             nbytes = FLUSHED.get(device.type, FLUSHED["cuda"])
             self._flushed = torch.ones(nbytes // 4, device=device)
 
-    def __call__(self, step: Step) -> float:
-        """Seconds of a step."""
+    def prepare(self, step: Step) -> None:
+        """Do what precedes a step."""
         if not self._warm:
             self._renew()
         if self._flushed is not None:
@@ -102,17 +121,25 @@ class Stopwatch:
             for _ in range(WARM_STEPS):
                 step()
             self._renew()
+
+    def __call__(self, step: Step) -> float:
+        """Seconds of a step."""
+        self.prepare(step)
         if self._gpu is None:
             start = time.perf_counter()
             step()
             return time.perf_counter() - start
         first, last = (self._gpu.Event(enable_timing=True) for _ in range(2))
+        if self._beside:
+            self._beside.start()
         if self._hold:
             torch.cuda._sleep(self._hold)
         first.record()
         step()
         last.record()
         last.synchronize()
+        if self._beside:
+            self._beside.wait()
         return first.elapsed_time(last) / 1e3
 
 

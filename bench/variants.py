@@ -47,6 +47,10 @@ class Variant:
         """Where its build is."""
         return FOLDER / (self.name if self.defines else "default")
 
+    def is_built(self) -> bool:
+        """Whether there is a build of it, if it is of an engine that has builds."""
+        return self.engine == "cuda" and (self.folder / EXTENSION).exists()
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Plans that are made meanwhile are of this variant."""

@@ -1,6 +1,10 @@
 import gc
+import importlib.util
 import os
 import shutil
+import signal
+import sys
+from pathlib import Path
 
 import torch
 
@@ -94,3 +98,27 @@ def pytest_report_header():
     reasons = {name: module.available() for name, module in engines.ENGINES.items()}
     lines = [f"engine {name}: {reason or 'available'}" for name, reason in reasons.items()]
     return [*lines, *(f"{file}: not collected, torch sees no GPU" for file in collect_ignore)]
+
+
+GPU = {"device": "NVIDIA H200", "arch": "90", "versions": {"torch": "2.13"}, "platform": "Linux"}
+
+
+@pytest.fixture
+def visit(monkeypatch, tmp_path):
+    """bench/gpu.py, which runs before anything of fusedopt can be imported; its machine has a GPU."""
+    monkeypatch.setattr(sys, "path", [*sys.path])  # to which it adds its own folder, for what follows
+    monkeypatch.delitem(sys.modules, "visit_parts", raising=False)
+    spec = importlib.util.spec_from_file_location("visit", Path(__file__).parents[1] / "bench" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "visit", module)
+    spec.loader.exec_module(module)
+    module.lists = sys.modules["visit_parts"]
+    monkeypatch.setattr(module, "STAGE", tmp_path / "stage")
+    monkeypatch.setattr(module, "BUILD_REPORT", "no_build_report.json")
+    monkeypatch.setattr(module, "GRACE_SECONDS", 5)
+    monkeypatch.setattr(module, "STAGE_SECONDS", 0)
+    monkeypatch.setattr(module, "machine", lambda: {**GPU})
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield module
+    for kind, handler in before.items():
+        signal.signal(kind, handler)

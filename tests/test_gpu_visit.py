@@ -1,7 +1,6 @@
 """`make gpu`: commands that fail, hang or cannot run, and what is left of them."""
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -15,28 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import GPU
 
 ROOT = Path(__file__).parents[1]
-GPU = {"device": "NVIDIA H200", "arch": "90", "versions": {"torch": "2.13"}, "platform": "Linux"}
 NONE = GPU | {"device": "", "arch": ""}
-
-
-@pytest.fixture
-def visit(monkeypatch, tmp_path):
-    """bench/gpu.py, which runs before anything of fusedopt can be imported; its machine has a GPU."""
-    spec = importlib.util.spec_from_file_location("visit", ROOT / "bench" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "visit", module)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "STAGE", tmp_path / "stage")
-    monkeypatch.setattr(module, "BUILD_REPORT", tmp_path / "report.json")
-    monkeypatch.setattr(module, "GRACE_SECONDS", 5)
-    monkeypatch.setattr(module, "STAGE_SECONDS", 0)
-    monkeypatch.setattr(module, "machine", lambda: GPU)
-    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
-    yield module
-    for kind, handler in before.items():
-        signal.signal(kind, handler)
 
 
 @pytest.fixture
@@ -113,6 +94,48 @@ def test_one_command_of_a_visit_does_not_stop_the_others(visit, run, tmp_path, c
     assert {f"results/{name}.log" for name in found} <= files.keys()
     wrapper = subprocess.run([tmp_path / "out" / "fusedopt", "bench", "--help"], capture_output=True, text=True)
     assert wrapper.returncode == 0 and "--suite" in wrapper.stdout
+
+
+def test_a_deaf_process_is_killed_with_what_it_started(visit, run, tmp_path):
+    visit.GRACE_SECONDS = 1
+    deaf = """
+import os, pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])  # deaf too
+pathlib.Path(sys.argv[1]).write_text(f"{os.getpid()} {child.pid}")
+time.sleep(60)
+"""
+    command = visit.Command("test-deaf", [*program(deaf), str(tmp_path / "ids")], 3)
+    status, summary = run({"test": [[command, visit.Command("test-quick", program("print(1)"), 60)]]})
+    assert status == 1 and summary["commands"]["test-deaf"]["status"] == "stopped"
+    assert summary["commands"]["test-deaf"]["seconds"] < 15
+    for process in map(int, (tmp_path / "ids").read_text().split()):
+        state = Path(f"/proc/{process}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z", process
+    assert {"results/test-deaf.log", "results/test-quick.log", "results/SUMMARY.md"} <= packed(tmp_path / "out").keys()
+
+
+def test_archive_stays_small(visit, run, monkeypatch, tmp_path):
+    monkeypatch.setattr(visit, "LOG_BYTES", 2**14)
+    monkeypatch.setattr(visit, "FILE_BYTES", 2**16)
+    monkeypatch.setattr(visit, "ALL_BYTES", 2**17)
+    write = """
+import os, sys
+for name, size in (("large", 2**16 + 1), ("first", 2**16), ("second", 2**16 - 1)):
+    with open(f"{sys.argv[1]}/ncu-{name}.rep", "wb") as file:
+        file.write(os.urandom(size))
+print("begin", "x" * 2**16, "end")
+"""
+    run({"ncu": [[visit.Command("ncu", [*program(write), str(tmp_path / "out")], 60)]]})
+    with tarfile.open(tmp_path / "out" / "results.tgz") as archive:
+        names, log = archive.getnames(), archive.extractfile("results/ncu.log").read()
+    assert "results/ncu-second.rep" in names and not {"results/ncu-large.rep", "results/ncu-first.rep"} & {*names}
+    assert log.startswith(b"begin x") and log.endswith(b"x end\n") and b"[...]" in log and len(log) < 2**14 + 10
+    assert (tmp_path / "out" / "results.tgz").stat().st_size < 2**17
+    page = (tmp_path / "out" / "SUMMARY.md").read_text()
+    assert "Too large for it: ncu-first.rep (0 MiB), ncu-large.rep (0 MiB)." in page
+    monkeypatch.setattr(visit, "ALL_BYTES", 2**20)
+    assert visit.fitting(tmp_path / "out")[1] == ["ncu-large.rep (0 MiB)"]
 
 
 def test_what_is_optional_does_not_fail_a_visit(visit, run):
@@ -257,8 +280,8 @@ def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
     names = []
     for function in functions:
         arguments = {argument.arg for argument in function.args.args}
-        dtypes = visit.DTYPES if "dtype" in arguments else ("",)
-        engines = visit.ENGINES if arguments & {"engine", "device"} else ("",)
+        dtypes = visit.lists.DTYPES if "dtype" in arguments else ("",)
+        engines = visit.lists.ENGINES if arguments & {"engine", "device"} else ("",)
         names += [f"{function.name}[{engine}-{dtype}]" for engine in engines for dtype in dtypes]
     made = [part for part in visit.parts(tmp_path, True) if part.name in ("test", "gate")]
     selections = [c.command[c.command.index("-k") + 1] for part in made for commands in part.stages for c in commands]
@@ -271,11 +294,11 @@ def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
         assert sum(is_in(name, selection) for selection in selections) == 1, name
     for selection in selections:
         assert any(is_in(name, selection) for name in names), selection
-    assert sum(is_in(f"test_engines_agree[cuda-{name}]", visit.SANITIZED) for name in ("AdamW", "Lion")) == 1
+    assert sum(is_in(f"test_engines_agree[cuda-{name}]", visit.lists.SANITIZED) for name in ("AdamW", "Lion")) == 1
 
 
 def test_smoke_compares_with_eager(visit):
-    ran = subprocess.run([*program(visit.STEPS), "cpu", "10x1000", "1"], capture_output=True, text=True)
+    ran = subprocess.run([*program(visit.lists.STEPS), "cpu", "10x1000", "1"], capture_output=True, text=True)
     assert ran.returncode == 0 and "cpu on cpu: at most" in ran.stdout, ran.stderr
 
 
@@ -285,7 +308,7 @@ def test_commit_without_git(visit, run, monkeypatch, tmp_path):
         assert re.fullmatch(r"[0-9a-f]{40}\+?", visit.commit())
     (tmp_path / "sources" / "csrc").mkdir(parents=True)
     monkeypatch.setattr(visit, "ROOT", tmp_path / "sources")
-    monkeypatch.setattr(visit, "surroundings", lambda out: {})
+    monkeypatch.setattr(visit, "surroundings", lambda out, built: {})
     source, found = tmp_path / "sources" / "csrc" / "a.cu", []
     for text in ("1", "2"):
         source.write_text(text)
