@@ -71,11 +71,11 @@ def summary(error: BaseException) -> str:
     return f"{type(error).__name__}: {first[:120]}"
 
 
-def kernels(events: Iterable[Any]) -> tuple[int, float]:
-    """Kernels among a profiler's events and their seconds, without copies and what the host says of itself."""
+def kernels(events: Iterable[Any]) -> list[tuple[str, float]]:
+    """Names and seconds of kernels among a profiler's events, without copies and what the host says of itself."""
     on_device = [event for event in events if event.device_type() != torch.autograd.DeviceType.CPU]
     own = [e for e in on_device if not e.name().lower().startswith(("memcpy", "memset", "optimizer."))]
-    return len(own), sum(e.duration_ns() for e in own) / 1e9
+    return [(event.name(), event.duration_ns() / 1e9) for event in own]
 
 
 def operators(events: Iterable[Any]) -> int:
@@ -256,8 +256,8 @@ class Arena:
             self._synchronize()
         events = profile.profiler.kineto_results.events()  # profile.events() takes 40 times as long
         if not on_cpu:
-            count, seconds = kernels(events)
-            return (count, seconds) if count else (None, None)
+            found = kernels(events)
+            return (len(found), sum(seconds for _, seconds in found)) if found else (None, None)
         if peer is not None:
             return operators(events) + peer.calls * len(self._tensors.params), None
         return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans), None

@@ -92,9 +92,11 @@ DECISIVE = ("gpt2", "gpt2 --clip 1", "gpt2 --dtype bf16", "1000x1000", "10000x64
 RIVALS = "--optimizer AdamW --peer torch-foreach --peer torch-fused --peer apex --peer transformer-engine"
 ON_CPU = "--device cpu --suite 10x10000 --optimizer AdamW --repeats 3 --peer torch-foreach --peer torch-fused"
 # The log names the test that was under way, and soon before the limit its lines.
-TESTS = "-m pytest tests/test_gpu.py -vv -rs -p no:cacheprovider --durations=5 -o faulthandler_timeout=60"
+TESTS = "-m pytest tests/test_gpu.py tests/test_tiles.py tests/test_layouts.py -vv -rs -p no:cacheprovider"
+TESTS += " --durations=5 -o faulthandler_timeout=60"
 # Expressions of pytest's -k. A fault on the device is the end of its process, so what is apart fails apart.
-APART = {
+APART = {"tiles": "test_tiles and not mixed_states", "mixed": "mixed_states", "layouts": "test_layouts"}
+APART |= {
     "launches": "launches_per_step or nothing_waits",
     "graphs": "graph or capture",
     "streams": "side_stream or other_current",
@@ -120,8 +122,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     sanitizer, without_sanitizer = tool("compute-sanitizer")
 
     def test(name: str, select: str, seconds: float = 85) -> Command:
-        does = f"pytest tests/test_gpu.py -k '{select}'"
-        return Command(name, [*pytest, "-k", select], seconds, does, need, environment=BESIDE)
+        return Command(name, [*pytest, "-k", select], seconds, f"pytest -k '{select}'", need, environment=BESIDE)
 
     def step(engine: str, skip: str = need) -> Command:
         command = [python, "-c", STEPS, engine, "10x1000", "1"]

@@ -26,12 +26,10 @@ if INTERPRETED and "cuda" in CHOSEN and shutil.which("g++"):
     extension = cuda_on_threads.build()
     engines.cuda.load = lambda: extension  # the CUDA engine's own kernels, on host threads
 
-# Where the tests' tensors are the engine must be too: theirs are on the CPU, a GPU's tests in test_gpu.py.
-AVAILABLE = [
-    name
-    for name, engine in engines.ENGINES.items()
-    if name in CHOSEN and engine.available() is None and engine.home().type == "cpu"
-]
+# Where the tests' tensors are the engine must be too: on the CPU for AVAILABLE ones, on a GPU for those ON_GPU.
+HOMES = {name: e.home() for name, e in engines.ENGINES.items() if name in CHOSEN and e.available() is None}
+AVAILABLE = [name for name, home in HOMES.items() if home.type == "cpu"]
+ON_GPU = [name for name in HOMES if name not in AVAILABLE]
 collect_ignore = ["test_gpu.py"] if INTERPRETED else []
 if "triton" in AVAILABLE:
     import interpreter
@@ -39,9 +37,24 @@ if "triton" in AVAILABLE:
     interpreter.patch()
 
 
-@pytest.fixture(params=AVAILABLE)
-def engine(request):
-    return request.param
+def engine_fixture(names):
+    """The fixture ``engine`` of tests that may be of engines ON_GPU as well, and so take a ``device``."""
+    lenient = pytest.mark.filterwarnings("default")  # of streams, contexts and prototypes: they differ by version
+
+    @pytest.fixture(params=[pytest.param(name, marks=[lenient] if name in ON_GPU else []) for name in names])
+    def engine(request):
+        return request.param
+
+    return engine
+
+
+engine = engine_fixture(AVAILABLE)
+
+
+@pytest.fixture
+def device(engine):
+    """Where tensors are that the engine steps."""
+    return HOMES[engine]
 
 
 @pytest.fixture(scope="session")

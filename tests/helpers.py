@@ -3,6 +3,7 @@
 import torch
 
 import fusedopt
+from fusedopt.engines import cuda, triton
 from fusedopt.verification.cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
@@ -15,19 +16,32 @@ def fewer(engine, count):
     return max(count // 10, 3) if engine == "triton" else count
 
 
-def params(*shapes, dtype=torch.float32):
-    return [torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+def randn(*shape, dtype=torch.float32, device="cpu"):
+    """The same numbers on every device."""
+    return torch.randn(*shape, dtype=dtype).to(device)
+
+
+def params(*shapes, dtype=torch.float32, device="cpu"):
+    return [torch.nn.Parameter(randn(shape, dtype=dtype, device=device)) for shape in shapes]
+
+
+def copies(parameters):
+    return [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+
+
+def gradient_like(p):
+    return torch.randn_like(p, device="cpu").to(p.device)
 
 
 def fill_gradients(parameters):
     for p in parameters:
-        p.grad = torch.randn_like(p)
+        p.grad = gradient_like(p)
 
 
 def fill_growing_gradients(parameters, decades):
     """Sums of their squares have other bits in another order; of like addends, exponents and so bits stay the same."""
     for p in parameters:
-        p.grad = torch.randn_like(p) * torch.logspace(0, decades, p.numel()).view_as(p)
+        p.grad = gradient_like(p) * torch.logspace(0, decades, p.numel(), device=p.device).view_as(p)
 
 
 def snapshot(optimizer):
@@ -62,19 +76,37 @@ def close(a, b, tolerance=2e-6):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def pair(shapes, name="AdamW", dtype=torch.float32, engine="auto", **options):
-    """Ours and torch's on equal parameters."""
-    ours = params(*shapes, dtype=dtype)
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+def set_programs(monkeypatch, engine, n):
+    """How many programs the GPU engines launch at most, whatever the device holds at once."""
+    if engine == "triton":
+        monkeypatch.setattr(triton, "_programs", lambda device: n)
+        return
+    extension = cuda.load()
+
+    class KernelSelection(extension.KernelSelection):
+        def blocks(self, device):
+            return n
+
+    class Module:
+        def __getattr__(self, name):
+            return KernelSelection if name == "KernelSelection" else getattr(extension, name)
+
+    monkeypatch.setattr(cuda, "load", Module)
+
+
+def pair(shapes, name="AdamW", dtype=torch.float32, engine="auto", device="cpu", **options):
+    """Ours and torch's plainest implementation, on any device, on equal parameters."""
+    ours = params(*shapes, dtype=dtype, device=device)
+    theirs = copies(ours)
     return (
         ours,
         getattr(fusedopt, name)(ours, engine=engine, **options),
         theirs,
-        getattr(torch.optim, name)(theirs, **options),
+        getattr(torch.optim, name)(theirs, **{"foreach": False} | options),
     )
 
 
 def same_gradients(ours, theirs, gradients=None):
     for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-        p.grad = torch.randn_like(p) if gradients is None else gradients[i]
+        p.grad = gradient_like(p) if gradients is None else gradients[i]
         q.grad = None if p.grad is None else p.grad.detach().clone(memory_format=torch.contiguous_format)

@@ -1,7 +1,6 @@
-"""The CUDA engine: its kernels on host threads at odd sizes and alignments, its launches, and its machine code."""
+"""The CUDA engine: launches that fail, on host threads, and its machine code; its numbers are in test_tiles.py."""
 
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -9,165 +8,12 @@ import sys
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, BY_NAME, close, fill_gradients, fill_growing_gradients, params
+from helpers import ALL, fill_gradients, params
 
 import fusedopt
-from fusedopt.engines import cuda, tables
-from fusedopt.launch import Scaling
+from fusedopt.engines import cuda
 
-ENGINE = cuda.load() if "cuda" in AVAILABLE else None
 on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
-
-SIZES = [0, 1, 3, 7, 8, 9, 255, 256, 257, 263, 264, 511, 512, 520, 1031, 4097]
-
-
-@pytest.fixture
-def programs(monkeypatch, request):
-    """How many blocks there are."""
-    set_programs(monkeypatch, request.param)
-
-
-def set_programs(monkeypatch, n):
-    class KernelSelection(ENGINE.KernelSelection):
-        def blocks(self, device):
-            return n
-
-    class Module:
-        def __getattr__(self, name):
-            return KernelSelection if name == "KernelSelection" else getattr(ENGINE, name)
-
-    monkeypatch.setattr(cuda, "load", Module)
-
-
-@on_threads
-@pytest.mark.parametrize("programs", [1, 3, 8], indirect=True)
-@pytest.mark.parametrize("offset", [0, 1, 2, 5])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("case", ["AdamW amsgrad", "SGD", "Lion"])
-def test_any_size_and_alignment(programs, case, dtype, offset):
-    """Heads, tails, tensors that are never aligned, and any share of tiles."""
-    ours = [torch.nn.Parameter(torch.randn(n + offset).to(dtype)[offset:]) for n in SIZES]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a = BY_NAME[case].build(ours, engine="cuda", max_grad_norm=1.0)
-    b = BY_NAME[case].build(theirs, engine="eager", max_grad_norm=1.0)
-    for t in range(2):
-        for i, (p, q) in enumerate(zip(ours, theirs, strict=True)):
-            shift = (offset + i) % 4  # sometimes aligned with the parameter, sometimes never
-            p.grad = None if (t + i) % 5 == 4 else torch.randn(p.numel() + shift).to(dtype)[shift:]
-            q.grad = None if p.grad is None else p.grad.clone()
-        a.step(), b.step()
-        close(a.grad_norm, b.grad_norm)
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=2e-6 if dtype == torch.float32 else 1e-2, atol=2e-6)
-
-
-@on_threads
-@pytest.mark.parametrize("programs", [1, 7], indirect=True)
-@pytest.mark.parametrize("offset", [1000, 1001, 1003])
-def test_nothing_beyond_a_row_is_touched(programs, offset):
-    memory = torch.full((6000,), 7.0)
-    p = torch.nn.Parameter(memory[offset : offset + 2999])
-    optimizer = fusedopt.SGD([p], lr=0.5, engine="cuda")
-    p.grad = torch.ones(2999)
-    optimizer.step()
-    assert (p == 6.5).all() and (memory[:offset] == 7).all() and (memory[offset + 2999 :] == 7).all()
-
-
-@on_threads
-@pytest.mark.parametrize("count", [100, 1000, 5000])
-def test_step_tables_of_all_sizes(count):
-    """By value in small arguments, in large ones, and in the device's memory."""
-    ours = params(*[(3,)] * count)
-    whole = torch.nn.Parameter(torch.stack([p.detach() for p in ours]))
-    a = fusedopt.AdamW(ours, engine="cuda", max_grad_norm=1.0)
-    b = fusedopt.AdamW([whole], engine="eager", max_grad_norm=1.0)
-    for _ in range(2):
-        whole.grad = torch.randn_like(whole)
-        for p, g in zip(ours, whole.grad.clone(), strict=True):
-            p.grad = g
-        a.step(), b.step()
-    close(torch.stack([p.detach() for p in ours]), whole.detach())
-    assert a._plans[0].step_table.by_value == (count < 4000)
-
-
-@on_threads
-@pytest.mark.parametrize("name", ALL)
-def test_one_launch_with_clipping_and_mixed_states(monkeypatch, name):
-    launches = []
-    launch = cuda.Plan.launch
-    monkeypatch.setattr(cuda.Plan, "launch", lambda self, *a: launches.append(a[:2]) or launch(self, *a))
-    ps = [p for dtype in (torch.float32, torch.bfloat16, torch.float64) for p in params((5,), (3, 2), dtype=dtype)]
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ps]
-
-    def build(parameters, engine):
-        groups = [{"params": parameters[k::3], "lr": 0.01 * (k + 1), "weight_decay": 0.1 * k} for k in range(3)]
-        optimizer = getattr(fusedopt, name)(groups, engine=engine, max_grad_norm=1.0)
-        for switch in optimizer.rule.switches():
-            optimizer.param_groups[1][switch] = 0.9 if switch == "momentum" else True
-        return optimizer
-
-    a, b = build(ps, "cuda"), build(theirs, "eager")
-    for _ in range(3):
-        fill_gradients(ps)
-        for p, q in zip(ps, theirs, strict=True):
-            q.grad = p.grad.clone()
-        a.step(), b.step()
-    assert launches == [(True, True)] * 3
-    for p, q in zip(ps, theirs, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 2e-6, atol=1e-5)
-
-
-@on_threads
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("what", ["state", "gradient"])
-def test_doubles_beside_narrower_parameters(what, dtype):
-    """A state that was loaded as float64, or gradients that are: too wide for a tile's sixteen bytes."""
-    results = []
-    for engine in ("cuda", "eager"):
-        torch.manual_seed(2)
-        (p,) = params((700,), dtype=dtype)
-        if what == "gradient":
-            p.grad_dtype = torch.float64
-        optimizer = fusedopt.SGD([p], lr=0.1, momentum=0.9, engine=engine)
-        for t in range(3):
-            p.grad = torch.randn(700, dtype=p.grad_dtype)
-            optimizer.step()
-            if t == 0 and what == "state":
-                optimizer.state[p]["momentum_buffer"] = optimizer.state[p]["momentum_buffer"].double()
-        results.append(p.detach())
-    torch.testing.assert_close(*results, rtol=1e-6 if dtype == torch.float32 else 1e-2, atol=1e-6)
-
-
-@on_threads
-def test_a_norm_that_single_precision_cannot_square():
-    ps = params((300,), (40,))
-    for p in ps:
-        p.grad = torch.full_like(p, 1e25)
-    optimizer = fusedopt.SGD(ps, engine="cuda", max_grad_norm=1.0, skip_nonfinite=True)
-    optimizer.step()
-    assert optimizer.skipped_steps == 0
-    close(optimizer.grad_norm, torch.tensor(math.sqrt(340) * 1e25))
-
-
-@on_threads
-def test_two_launches_with_a_hook_between():
-    """As ranks do that add up their norms: measured, added, and updated by the sum."""
-    ours, theirs = params((70,), (300,)), None
-    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    a, b = (fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, engine="cuda") for ps in (ours, theirs))
-    fill_gradients(ours)
-    for p, q in zip(ours, theirs, strict=True):
-        q.grad = p.grad.clone()
-    a.step(), b.step()
-    (plan,) = b._plans
-    assert plan.scan()
-    squared, _, _ = plan.run(Scaling(), math.inf, True, False, False, None)
-    total = squared * 4
-    _, norm, _ = plan.run(Scaling(), 1.0, False, True, False, total)
-    close(norm.float(), 2 * a.grad_norm)
-    for p, q in zip(ours, theirs, strict=True):
-        factor = 1 / (2 * a.grad_norm + 1e-6)
-        close(p.detach() - factor * p.grad, q.detach(), 1e-5)
 
 
 @on_threads
@@ -186,29 +32,6 @@ def test_a_failed_launch_is_an_error_with_its_name_and_changes_nothing():
 
 
 @on_threads
-def test_as_many_signatures_as_there_are():
-    """Every combination of types and strides of a parameter, its gradient and its state, in one launch."""
-    types = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-    results = []
-    for engine in ("cuda", "eager"):
-        torch.manual_seed(3)
-        ps = [torch.nn.Parameter(torch.randn(5, 7).to(a)) for a in types for _ in range(32)]
-        optimizer = fusedopt.SGD(ps, lr=0.1, momentum=0.9, engine=engine)
-        for i, p in enumerate(ps):
-            p.grad_dtype = types[i % 4]
-            optimizer.state[p]["momentum_buffer"] = torch.randn(5, 7).to(types[i // 4 % 4])
-            g = torch.randn(7, 5).to(p.grad_dtype)
-            p.grad = g.t() if i // 16 % 2 else g.t().contiguous()
-        optimizer.step()
-        results.append([p.detach().double() for p in ps])
-        if engine == "cuda":
-            (plan,) = optimizer._plans
-            assert len(plan.table.signatures) == 128
-    for p, q in zip(*results, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-2, atol=1e-3)
-
-
-@on_threads
 def test_two_launches_where_one_does_not_fit():
     results = []
     for refused in (False, True):
@@ -219,35 +42,13 @@ def test_two_launches_where_one_does_not_fit():
             torch.manual_seed(t)
             fill_gradients(ps)
             if refused and t == 1:
-                ENGINE.refuse_next_cooperative_launch()
+                cuda.load().refuse_next_cooperative_launch()
             optimizer.step()
         (plan,) = optimizer._plans
         assert plan._launcher.in_one_launch is not refused
         results.append([*(p.detach() for p in ps), optimizer.grad_norm, optimizer.state[ps[0]]["step"]])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
-
-
-@on_threads
-def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
-    """The shares of four programs, computed by any number of them, which claim them in any order."""
-    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, 4))
-    ps = params((100_001,), (3, 100), (60_001,), *[(7,)] * 50)
-    fill_growing_gradients(ps, 6)
-    squares = set()
-    for n in (1, 2, 3, 7, 20):
-        set_programs(monkeypatch, n)
-        optimizer = fusedopt.SGD(ps, lr=0.0, engine="cuda", max_grad_norm=1.0)
-        ENGINE.set_disorder(True)
-        try:
-            for _ in range(3):
-                optimizer.step()
-                squares.add(float(optimizer._plans[0].status.squared_norm))
-        finally:
-            ENGINE.set_disorder(False)
-        table = optimizer._plans[0].table
-        assert (table.programs, table.n_shares) == (n, 20)
-    assert len(squares) == 1
 
 
 # ------------------------------------------------------------------------------------- the built extension

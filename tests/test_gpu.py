@@ -2,42 +2,23 @@
 
 import pytest
 import torch
-from helpers import ALL, assert_same, close, fill_gradients, snapshot
+from conftest import ON_GPU, engine_fixture
+from helpers import ALL, assert_same, close, copies, fill_gradients, params, set_programs, snapshot
 
 import fusedopt
 from fusedopt import engines
+from fusedopt.bench.arena import kernels
 from fusedopt.bench.rows import Result
 from fusedopt.cli import main
+from fusedopt.engines import cuda, tables
 from fusedopt.verification import gate
 from fusedopt.verification.cases import CASES
 
-ENGINES = [
-    name
-    for name, engine in engines.ENGINES.items()
-    if name not in ("cpu", "eager") and engine.available() is None and engine.home().type != "cpu"
-]
 pytestmark = [
-    pytest.mark.skipif(not ENGINES, reason="needs a GPU"),
+    pytest.mark.skipif(not ON_GPU, reason="needs a GPU"),
     pytest.mark.filterwarnings("default"),  # of streams, contexts and prototypes, which differ between versions
 ]
-
-
-@pytest.fixture(params=ENGINES)
-def engine(request):
-    return request.param
-
-
-@pytest.fixture
-def device(engine):
-    return engines.ENGINES[engine].home()
-
-
-def parameters(device, *shapes, dtype=torch.float32):
-    return [torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
-
-
-def copies(ps):
-    return [torch.nn.Parameter(p.detach().clone()) for p in ps]
+engine = engine_fixture(ON_GPU)
 
 
 @pytest.mark.parametrize("dtype", gate.DTYPES, ids=str)
@@ -48,7 +29,7 @@ def test_gate(case, engine, dtype):
 
 
 def test_auto_takes_an_engine_for_gpus(device):
-    (p,) = parameters(device, (5,))
+    (p,) = params((5,), device=device)
     fill_gradients([p])
     optimizer = fusedopt.AdamW([p])
     optimizer.step()
@@ -59,7 +40,7 @@ def test_auto_takes_an_engine_for_gpus(device):
 @pytest.mark.parametrize("name", ALL)
 def test_engines_agree(engine, device, name, clip):
     """With eager, in double precision: two groups, mixed shapes, a gradient missing now and then."""
-    ours = parameters(device, (0,), (), (5,), (1025,), (70, 33), (4, 3, 5, 5), dtype=torch.float64)
+    ours = params((0,), (), (5,), (1025,), (70, 33), (4, 3, 5, 5), dtype=torch.float64, device=device)
     theirs = copies(ours)
 
     def groups(ps):
@@ -76,15 +57,15 @@ def test_engines_agree(engine, device, name, clip):
         close(p, q, 1e-7)  # a product in float32 is kept in both
 
 
-@pytest.mark.skipif(len(ENGINES) < 2, reason="needs two engines for GPUs")
+@pytest.mark.skipif(len(ON_GPU) < 2, reason="needs two engines for GPUs")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ALL)
 def test_gpu_engines_agree_with_one_another(name, dtype):
     """Three steps apart by rounding alone."""
     results = []
-    for engine in ENGINES:
+    for engine in ON_GPU:
         torch.manual_seed(5)
-        ps = parameters(engines.ENGINES[engine].home(), (5000,), (33, 7), (), dtype=dtype)
+        ps = params((5000,), (33, 7), (), dtype=dtype, device=engines.ENGINES[engine].home())
         optimizer = getattr(fusedopt, name)(ps, engine=engine, max_grad_norm=1.0, weight_decay=0.1)
         for _ in range(3):
             fill_gradients(ps)
@@ -97,7 +78,7 @@ def test_gpu_engines_agree_with_one_another(name, dtype):
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("name", ALL)
 def test_graph_with_a_learning_rate_that_changes(engine, device, name, clip):
-    ours = parameters(device, (40,), (33, 7), (2000,))
+    ours = params((40,), (33, 7), (2000,), device=device)
     theirs = copies(ours)
     lr = torch.tensor(0.01, device=device)
     a = getattr(fusedopt, name)(ours, lr=lr, max_grad_norm=clip, engine=engine)
@@ -130,7 +111,7 @@ def test_graph_with_a_learning_rate_that_changes(engine, device, name, clip):
 
 def test_graphs_and_steps_take_turns(engine, device):
     """Each graph has its own gradients; an eager step between replays has others."""
-    ours = parameters(device, (300,), (7,))
+    ours = params((300,), (7,), device=device)
     theirs = copies(ours)
     a = fusedopt.AdamW(ours, engine=engine, max_grad_norm=1.0)
     b = fusedopt.AdamW(theirs, engine="eager", max_grad_norm=1.0)
@@ -186,7 +167,7 @@ def test_a_whole_training_step_in_a_graph(engine, device):
 
 
 def test_capture_refuses_what_a_graph_cannot_do(engine, device):
-    ps = parameters(device, (5,), (6,))
+    ps = params((5,), (6,), device=device)
     optimizer = fusedopt.AdamW(ps, engine=engine)
     fill_gradients(ps)
     for message, prepare in (
@@ -206,7 +187,7 @@ def test_capture_refuses_what_a_graph_cannot_do(engine, device):
 
 def test_side_stream(engine, device):
     """The step runs where the gradients are made; it would be too early on another stream."""
-    ours = parameters(device, (1 << 22,))
+    ours = params((1 << 22,), device=device)
     theirs = copies(ours)
     a, b = (fusedopt.SGD(ps, lr=0.1, momentum=0.9, engine=e) for ps, e in ((ours, engine), (theirs, "eager")))
     side = torch.cuda.Stream()
@@ -228,7 +209,7 @@ def test_side_stream(engine, device):
 def test_other_current_device(engine, device):
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    ps = [*parameters("cuda:0", (50,)), *parameters("cuda:1", (60,))]
+    ps = [*params((50,), device="cuda:0"), *params((60,), device="cuda:1")]
     theirs = copies(ps)
     a, b = (fusedopt.AdamW(x, engine=e, max_grad_norm=0.1) for x, e in ((ps, engine), (theirs, "eager")))
     with torch.cuda.device(1):
@@ -272,7 +253,7 @@ def test_twenty_thousand_tensors(engine, device):
 
 @pytest.mark.parametrize("clip", [None, 1.0])
 def test_launches_per_step(engine, device, clip):
-    ps = [p for dtype in (torch.float32, torch.bfloat16) for p in parameters(device, *[(50,)] * 40, dtype=dtype)]
+    ps = [p for dtype in (torch.float32, torch.bfloat16) for p in params(*[(50,)] * 40, dtype=dtype, device=device)]
     groups = [{"params": ps[k::4], "lr": 0.01 * k} for k in range(4)]
     optimizer = fusedopt.AdamW(groups, engine=engine, max_grad_norm=clip)
     fill_gradients(ps)
@@ -283,13 +264,35 @@ def test_launches_per_step(engine, device, clip):
         for _ in range(5):
             optimizer.step()
         torch.cuda.synchronize()
-    kernels = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e.name for e in kernels if not e.name.lower().startswith(("memcpy", "memset"))]
-    assert len(kernels) == 5 * (2 if clip and engine == "triton" else 1), kernels
+    launched = [name for name, _ in kernels(profile.profiler.kineto_results.events())]
+    assert len(launched) == 5 * (2 if clip and engine == "triton" else 1), launched
+
+
+def test_two_launches_where_one_does_not_fit(monkeypatch, engine, device):
+    """More programs than all processors hold together, and one on each, with the same shares: the same bits."""
+    if engine != "cuda":
+        pytest.skip("it always launches twice")
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    too_many = 33 * processors  # 32 are the most that any processor holds
+    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, too_many))
+    results = []
+    for programs in (processors, too_many):
+        torch.manual_seed(0)
+        set_programs(monkeypatch, engine, programs)
+        ps = params((too_many * cuda.load().tile + 1,), (3, 100), device=device)
+        optimizer = fusedopt.AdamW(ps, engine=engine, max_grad_norm=1.0)
+        for _ in range(3):
+            fill_gradients(ps)
+            optimizer.step()
+        (plan,) = optimizer._plans
+        assert (plan.table.programs, plan._launcher.in_one_launch) == (programs, programs == processors)
+        results.append([*(p.detach() for p in ps), optimizer.grad_norm, optimizer.state[ps[0]]["step"]])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_nothing_waits_for_the_device(engine, device):
-    ps = parameters(device, *[(50,)] * 10)
+    ps = params(*[(50,)] * 10, device=device)
     optimizer = fusedopt.AdamW(ps, engine=engine, max_grad_norm=1.0, skip_nonfinite=True)
     fill_gradients(ps)
     for _ in range(3):
@@ -308,7 +311,7 @@ def test_nothing_waits_for_the_device(engine, device):
 
 @pytest.mark.parametrize("unscale", [False, True])
 def test_grad_scaler(engine, device, unscale):
-    ours = parameters(device, (31,), (6, 5))
+    ours = params((31,), (6, 5), device=device)
     theirs = copies(ours)
     a = fusedopt.AdamW(ours, max_grad_norm=0.7, engine=engine)
     b = torch.optim.AdamW(theirs, foreach=False)
@@ -337,7 +340,7 @@ def test_grad_scaler(engine, device, unscale):
 
 @pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"capturable": True}])
 def test_state_goes_to_torch_and_back(engine, device, options):
-    ours = parameters(device, (31,), (6, 5))
+    ours = params((31,), (6, 5), device=device)
     theirs = copies(ours)
     a, b = fusedopt.AdamW(ours, engine=engine), torch.optim.AdamW(theirs, **options)
     for turn in range(2):
@@ -361,10 +364,10 @@ def test_benchmark(tmp_path, device, capsys):
     arguments = ["--suite", "30x1000", "--groups", "3", "--clip", "1", "--peer", "torch-fused", "--repeats", "3"]
     assert main(["bench", *arguments, "--json", str(path)]) == 0, capsys.readouterr()
     rows = {row.variant: row for row in Result.load(path).rows}
-    assert rows.keys() >= {*(f"fusedopt-{name}" for name in ENGINES), "torch-fused", "limit"}
+    assert rows.keys() >= {*(f"fusedopt-{name}" for name in ON_GPU), "torch-fused", "limit"}
     for row in rows.values():
         assert row.device == device.type and 0 < row.q1 <= row.median <= row.q3 < 0.1
-    for name in ENGINES:
+    for name in ON_GPU:
         row = rows[f"fusedopt-{name}"]
         assert row.launches == (2 if name == "triton" else 1)
         assert row.host > 0 and row.peak_memory is not None and row.bytes == 30_000 * 32

@@ -256,7 +256,7 @@ def test_what_needs_a_gpu_is_skipped_without_one_and_says_what_it_would_do(visit
     for name, does in (
         ("smoke-cuda", "3 steps of AdamW by cuda"),
         ("smoke-driver", "nvidia-smi"),
-        ("test-triton-graphs", "pytest tests/test_gpu.py"),
+        ("test-triton-graphs", "pytest -k 'triton and .graph"),
         ("bench-gpt2-clip-1", "bench --suite gpt2 --clip 1"),
         ("ncu-gpt2", "ncu on AdamW"),
         ("sanitize-racecheck", "--tool racecheck"),
@@ -275,17 +275,19 @@ def test_programs_of_cuda_that_are_not_there(visit, monkeypatch, tmp_path):
 
 
 def test_each_gpu_test_is_in_exactly_one_process(visit, tmp_path):
-    tree = ast.parse((ROOT / "tests" / "test_gpu.py").read_text())
-    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     names = []
-    for function in functions:
-        arguments = {argument.arg for argument in function.args.args}
-        dtypes = visit.lists.DTYPES if "dtype" in arguments else ("",)
-        engines = visit.lists.ENGINES if arguments & {"engine", "device"} else ("",)
-        names += [f"{function.name}[{engine}-{dtype}]" for engine in engines for dtype in dtypes]
+    for file in re.findall(r"tests/\S+", visit.lists.TESTS):
+        tree = ast.parse((ROOT / file).read_text())
+        functions = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
+        assert functions
+        for function in functions:
+            arguments = {argument.arg for argument in function.args.args}
+            dtypes = visit.lists.DTYPES if "dtype" in arguments else ("",)
+            engines = visit.lists.ENGINES if arguments & {"engine", "device"} else ("",)
+            names += [f"{file}::{function.name}[{engine}-{dtype}]" for engine in engines for dtype in dtypes]
     made = [part for part in visit.parts(tmp_path, True) if part.name in ("test", "gate")]
     selections = [c.command[c.command.index("-k") + 1] for part in made for commands in part.stages for c in commands]
-    assert len(names) > 20
+    assert len(names) > 60
 
     def is_in(name, selection):
         return eval(re.sub(r"\w+", lambda w: w[0] if w[0] in ("and", "or", "not") else str(w[0] in name), selection))

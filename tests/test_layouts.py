@@ -1,21 +1,24 @@
-"""Tensors of every layout and kind. The truth is torch.optim on contiguous copies."""
+"""Tensors of every layout and kind, on GPUs too. The truth is torch.optim on contiguous copies."""
 
 import itertools
 
 import pytest
 import torch
-from helpers import close, pair, same_gradients
+from conftest import AVAILABLE, ON_GPU, engine_fixture
+from helpers import close, pair, randn, same_gradients
 
 import fusedopt
 
+engine = engine_fixture(AVAILABLE + ON_GPU)
 
-def layouts(shape=(4, 6, 5, 3)):
-    base = torch.randn(shape)
+
+def layouts(device="cpu", shape=(4, 6, 5, 3)):
+    base = randn(shape, device=device)
     yield "contiguous", base.clone()
     yield "channels_last", base.clone(memory_format=torch.channels_last)
     yield "transposed", base.clone().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
-    yield "gaps", torch.randn(4, 6, 5, 6)[..., ::2].copy_(base)
-    yield "rows apart", torch.randn(4, 9, 5, 3)[:, 2:8].copy_(base)
+    yield "gaps", randn(4, 6, 5, 6, device=device)[..., ::2].copy_(base)
+    yield "rows apart", randn(4, 9, 5, 3, device=device)[:, 2:8].copy_(base)
 
 
 LAYOUTS = [name for name, _ in layouts()]
@@ -23,8 +26,8 @@ LAYOUTS = [name for name, _ in layouts()]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("of_parameter", "of_gradient"), list(itertools.product(LAYOUTS, LAYOUTS)))
-def test_layouts(engine, of_parameter, of_gradient, dtype):
-    start, given = dict(layouts())[of_parameter].to(dtype), dict(layouts())[of_gradient].to(dtype)
+def test_layouts(engine, device, of_parameter, of_gradient, dtype):
+    start, given = (dict(layouts(device))[name].to(dtype) for name in (of_parameter, of_gradient))
     p = torch.nn.Parameter(start)
     if of_parameter in ("gaps", "rows apart") and dtype == torch.float32:
         frame = start._base.clone() if start._base is not None else None
@@ -47,9 +50,13 @@ def test_layouts(engine, of_parameter, of_gradient, dtype):
         assert torch.equal(now[untouched], frame[untouched])
 
 
-def test_size_one_dimensions_have_any_stride(engine):
-    ours, a, theirs, b = pair([(5, 1), (1, 7), (1, 1)], engine=engine)
-    gradients = [torch.randn(5, 9)[:, :1], torch.randn(7, 1).t(), torch.randn(3, 3)[1:2, 1:2]]
+def test_size_one_dimensions_have_any_stride(engine, device):
+    ours, a, theirs, b = pair([(5, 1), (1, 7), (1, 1)], engine=engine, device=device)
+    gradients = [
+        randn(5, 9, device=device)[:, :1],
+        randn(7, 1, device=device).t(),
+        randn(3, 3, device=device)[1:2, 1:2],
+    ]
     for _ in range(2):
         same_gradients(ours, theirs, [gradients[0].as_strided((5, 1), (9, 1)), gradients[1], gradients[2]])
         a.step(), b.step()
@@ -57,17 +64,17 @@ def test_size_one_dimensions_have_any_stride(engine):
         close(p, q)
 
 
-def test_gradient_expanded_from_one_element(engine):
-    ours, a, theirs, b = pair([(4, 5)], engine=engine)
-    same_gradients(ours, theirs, [torch.tensor(0.3).expand(4, 5)])
+def test_gradient_expanded_from_one_element(engine, device):
+    ours, a, theirs, b = pair([(4, 5)], engine=engine, device=device)
+    same_gradients(ours, theirs, [torch.tensor(0.3, device=device).expand(4, 5)])
     a.step(), b.step()
     close(ours[0], theirs[0])
 
 
-def test_many_dimensions(engine):
+def test_many_dimensions(engine, device):
     shape = (2,) * 9
-    ours, a, theirs, b = pair([shape], engine=engine)
-    same_gradients(ours, theirs, [torch.randn(shape).permute(*reversed(range(9)))])
+    ours, a, theirs, b = pair([shape], engine=engine, device=device)
+    same_gradients(ours, theirs, [randn(shape, device=device).permute(*reversed(range(9)))])
     a.step(), b.step()
     close(ours[0], theirs[0])
 
@@ -76,10 +83,10 @@ def test_many_dimensions(engine):
     "make", [lambda t: torch._neg_view(t), lambda t: torch.complex(-t, -t).conj().imag], ids=["negated", "imaginary"]
 )
 @pytest.mark.parametrize("shape", [(), (1,), (6, 5)])
-def test_lazily_negated_gradient(engine, shape, make):
-    ours, a, theirs, b = pair([shape], engine=engine)
+def test_lazily_negated_gradient(engine, device, shape, make):
+    ours, a, theirs, b = pair([shape], engine=engine, device=device)
     for _ in range(2):
-        gradient = make(torch.randn(shape))
+        gradient = make(randn(shape, device=device))
         assert gradient.is_neg()
         same_gradients(ours, theirs, [gradient])
         theirs[0].grad = gradient.resolve_neg().clone()
@@ -89,11 +96,11 @@ def test_lazily_negated_gradient(engine, shape, make):
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam"])
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-def test_complex(engine, name, dtype):
+def test_complex(engine, device, name, dtype):
     options = {"weight_decay": 0.1, **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
-    ours, a, theirs, b = pair([(5, 3), (), (1,)], name, dtype, engine, **options)
+    ours, a, theirs, b = pair([(5, 3), (), (1,)], name, dtype, engine, device, **options)
     for t in range(4):
-        gradients = [torch.randn(p.shape, dtype=dtype) for p in ours]
+        gradients = [randn(p.shape, dtype=dtype, device=device) for p in ours]
         if t % 2:
             gradients = [g.conj() for g in gradients]
         same_gradients(ours, theirs, gradients)
@@ -103,4 +110,4 @@ def test_complex(engine, name, dtype):
     for p, q in zip(ours, theirs, strict=True):
         close(p, q, 1e-5)
         for key, value in b.state[q].items():
-            close(a.state[p][key], value, 1e-5)
+            close(a.state[p][key].cpu(), value.cpu(), 1e-5)  # torch keeps its count on the host
