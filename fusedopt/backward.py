@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.launch import Scaling, threads_that_exist
+from fusedopt.launch import Scaling, forks, threads_that_exist
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.plans import Plans
+
+
+_UNSCALED = Scaling()
 
 
 class StepInBackward:
@@ -95,20 +99,37 @@ class _Lone:
         own.__dict__.update(optimizer.__dict__)
         own.param_groups, own.state = [self._alone], defaultdict(dict)
         own._kept, own._statuses, own._retained, own._norm = Plans(), {}, [], None
+        self._state: dict[str, Any] | None = None
 
     def __call__(self, p: Tensor) -> None:
         optimizer, own = self._optimizer, self._own
-        checks.needs_one_gradient(optimizer)
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+            checks.needs_one_gradient(optimizer)
         if not self._read_group(p):
             return
-        state = optimizer.state
-        if own.state.get(p) is not state.get(p):
-            own.state = defaultdict(dict, {p: state[p]} if p in state else {})
-        with torch.no_grad(), threads_that_exist():
-            own._step(Scaling())
-        if p not in state and p in own.state:
-            state[p] = own.state[p]
+        state = optimizer.state.get(p)
+        if state is not self._state:
+            self._state = state
+            own.state = defaultdict(dict, {} if state is None else {p: state})
+        if not self._step_again():
+            with torch.no_grad(), threads_that_exist():
+                own._step(Scaling())
+            if state is None and p in own.state:
+                self._state = optimizer.state[p] = own.state[p]
         p.grad = None
+
+    def _step_again(self) -> bool:
+        """Do what the last step did, where that was one call of one plan; False, and nothing is done, if it is not."""
+        planned = self._own._kept.last
+        if planned is None or planned.settles or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
+            return False
+        (plan,) = planned.plans
+        if not plan.indivisible:
+            return False
+        try:
+            return plan.step(_UNSCALED, math.inf, False, False) is not None
+        finally:
+            plan.finish()
 
     def _read_group(self, p: Tensor) -> bool:
         """Take over what the parameter's group says now; False if it is in none any more."""

@@ -327,7 +327,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     @property
     def _plans(self) -> list[Any] | None:
         """Those of the last step; None if it left none."""
-        return self._kept.current
+        return self._kept.last and self._kept.last.plans
 
     def members(self, which: Sequence[int]) -> list[tuple[Tensor, dict[str, Any]]]:
         """Parameters, counted through all groups, with their groups."""

@@ -54,37 +54,32 @@ class Plans:
 
     def __init__(self) -> None:
         self._by_groups: dict[tuple[int, ...], Planned] = {}  # the least recently used first; they hold their groups
-        self._current: Planned | None = None
+        self.last: Planned | None = None  # that a step used
         self._steps = 0
 
     def find(self, groups: Groups) -> Planned | None:
         """What steps these groups, as far as is known without looking at them."""
         self._steps += 1
-        if self._current is None or self._current.groups is not groups:
-            self._current = self._by_groups.get(self._key(groups))
-            if self._current:
-                self._current.rebind(groups)
-        if self._current:
-            self._current.used = self._steps
+        if self.last is None or self.last.groups is not groups:
+            self.last = self._by_groups.get(self._key(groups))
+            if self.last:
+                self.last.rebind(groups)
+        if self.last:
+            self.last.used = self._steps
         if len(self._by_groups) > 1:
             self._let_go()
-        return self._current
-
-    @property
-    def current(self) -> list[Any] | None:
-        """Those that the last step used; None if it left none."""
-        return self._current.plans if self._current else None
+        return self.last
 
     def keep(self, planned: Planned) -> None:
         """Keep new ones."""
         self.drop()
         planned.used = self._steps
-        self._by_groups[self._key(planned.groups)] = self._current = planned
+        self._by_groups[self._key(planned.groups)] = self.last = planned
 
     def drop(self) -> None:
-        """The current ones are no longer right."""
-        current, self._current = self._current, None
-        self._by_groups = {key: planned for key, planned in self._by_groups.items() if planned is not current}
+        """The last ones are no longer right."""
+        last, self.last = self.last, None
+        self._by_groups = {key: planned for key, planned in self._by_groups.items() if planned is not last}
 
     @staticmethod
     def _key(groups: Groups) -> tuple[int, ...]:
