@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
+import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks
+from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, threads_that_exist
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.plans import Plans
-
-
-_UNSCALED = Scaling()
 
 
 class StepInBackward:
@@ -27,20 +26,33 @@ class StepInBackward:
 
     def __init__(self, optimizer: FusedOptimizer) -> None:
         self._optimizer = optimizer
-        self._hooks = [
-            p.register_post_accumulate_grad_hook(_Lone(optimizer, g, i))
+        self._lone = [
+            _Lone(optimizer, g, i)
             for g, group in enumerate(optimizer.param_groups)
             for i, p in enumerate(group["params"])
             if p.requires_grad
         ]
-        optimizer.steps_in_backward = True
+        self._hooks = [lone.p.register_post_accumulate_grad_hook(_weakly(lone)) for lone in self._lone]
+        optimizer._in_backward = self
 
     def remove(self) -> None:
         """Leave stepping to ``optimizer.step()`` again."""
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
-        self._optimizer.steps_in_backward = False
+        self._hooks, self._lone = [], []
+        if self._optimizer._in_backward is self:
+            self._optimizer._in_backward = None
+
+
+def _weakly(lone: _Lone) -> Callable[[Tensor], None]:
+    """A hook that does not keep the optimizer alive: the collector of garbage does not see through a tensor's hooks."""
+    reference = weakref.ref(lone)
+
+    def hook(p: Tensor) -> None:
+        if found := reference():
+            found.step(p)
+
+    return hook
 
 
 def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
@@ -49,10 +61,10 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     The optimizer stays what it is: one ``state_dict``, learning rates that schedulers write. ``optimizer.step()`` may
     be called as before; it steps what still has a gradient, such as parameters that were added later, and schedulers
     expect it. Hooks of steps run in it alone. Each ``backward()`` is a step: gradients cannot be accumulated over
-    several.
+    several, and a gradient that is there already is part of the first one.
 
     Args:
-        optimizer: Whose parameters that require a gradient now are stepped so.
+        optimizer: Whose parameters that require a gradient now are stepped so, for as long as it lives.
 
     Returns:
         A handle whose ``remove()`` ends it.
@@ -60,8 +72,9 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     Raises:
         TypeError: If it is not an optimizer of this package.
         RuntimeError: If it does anything for which all gradients are needed: with ``max_grad_norm`` or
-            ``skip_nonfinite``, also if they are set later, and under a GradScaler; or if it steps in backward already.
-        ValueError: With ``differentiable=True``.
+            ``skip_nonfinite``, also if they are set later; or if it steps in backward already. A GradScaler's ``step``
+            raises too, but a backward pass of a scaled loss has stepped by then.
+        ValueError: With ``differentiable=True``, or if a parameter is given twice.
 
     Example:
         >>> optimizer = fusedopt.AdamW(model.parameters(), lr=1e-4)
@@ -72,19 +85,22 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
         raise TypeError(
             f"{type(optimizer).__name__} is no fused optimizer; fusedopt.fuse turns those of torch into one"
         )
-    if optimizer.steps_in_backward:
+    if optimizer._in_backward:
         raise RuntimeError("the optimizer steps in backward already; remove() the handle of before first")
     for g, group in enumerate(optimizer.param_groups):
         if group["differentiable"]:
             raise ValueError(
                 f"differentiable=True (group {g}) cannot be stepped in backward, which it is to be part of"
             )
+    places = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    if len(set(places)) < len(places):
+        raise ValueError("a parameter is given twice: it would be stepped once in backward, and twice by step()")
     checks.needs_one_gradient(optimizer)
     return StepInBackward(optimizer)
 
 
 class _Lone:
-    """A hook that steps one parameter of an optimizer, with a plan of its own.
+    """Steps one parameter of an optimizer, with a plan of its own.
 
     Args:
         optimizer: The optimizer.
@@ -94,42 +110,44 @@ class _Lone:
 
     def __init__(self, optimizer: FusedOptimizer, g: int, i: int) -> None:
         self._optimizer, self._place = optimizer, (g, i)
-        self._alone: dict[str, Any] = {"params": [optimizer.param_groups[g]["params"][i]]}  # the group, of it alone
+        self.p: Tensor = optimizer.param_groups[g]["params"][i]
+        self._alone: dict[str, Any] = {"params": [self.p]}  # the group, of it alone
         self._own = own = object.__new__(type(optimizer))
         own.__dict__.update(optimizer.__dict__)
         own.param_groups, own.state = [self._alone], defaultdict(dict)
-        own._kept, own._statuses, own._retained, own._norm = Plans(), {}, [], None
+        own._kept, own._statuses, own._retained, own._norm, own._in_backward = Plans(), {}, [], None, None
         self._state: dict[str, Any] | None = None
 
-    def __call__(self, p: Tensor) -> None:
+    def step(self, p: Tensor) -> None:
+        """Step it, whose gradient is there."""
         optimizer, own = self._optimizer, self._own
         if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
             checks.needs_one_gradient(optimizer)
         if not self._read_group(p):
             return
         state = optimizer.state.get(p)
-        if state is not self._state:
-            self._state = state
-            own.state = defaultdict(dict, {} if state is None else {p: state})
-        if not self._step_again():
-            with torch.no_grad(), threads_that_exist():
-                own._step(Scaling())
-            if state is None and p in own.state:
-                self._state = optimizer.state[p] = own.state[p]
-        p.grad = None
+        if state is not self._state or state is None:
+            self._state = state = {} if state is None else state
+            own.state = defaultdict(dict, {p: state})
+        if self._step_again():
+            return
+        own.engine = optimizer.engine
+        with held_back():
+            try:
+                with torch.no_grad(), threads_that_exist():
+                    own._step(Scaling())
+            finally:
+                if state or p in optimizer.state:
+                    optimizer.state[p] = state
+            p.grad = None
 
     def _step_again(self) -> bool:
-        """Do what the last step did, where that was one call of one plan; False, and nothing is done, if it is not."""
+        """Do what the last step did, where one call of one plan does it; False, and nothing is done, if none does."""
         planned = self._own._kept.last
-        if planned is None or planned.settles or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
+        if planned is None or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
             return False
         (plan,) = planned.plans
-        if not plan.indivisible:
-            return False
-        try:
-            return plan.step(_UNSCALED, math.inf, False, False) is not None
-        finally:
-            plan.finish()
+        return plan.indivisible and plan.step_and_free()
 
     def _read_group(self, p: Tensor) -> bool:
         """Take over what the parameter's group says now; False if it is in none any more."""

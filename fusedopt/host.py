@@ -56,6 +56,7 @@ if hasattr(os, "register_at_fork"):  # another thread may have had it
     os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 _path: str | None = None  # how tensors are read, once that was found out
 _numbers: dict[str, int] = {}  # of the C ABI: dtypes and layouts
+_dtensor: type | None = None  # the class that the host knows
 
 
 @cache
@@ -218,9 +219,11 @@ def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> t
 
 def know_dtensors(host: Any) -> None:
     """DTensors are read as the parts that are here, once anybody has imported them."""
+    global _dtensor
     kind = memory.dtensor_type()
-    if kind is not None:
+    if kind is not _dtensor:
         host.bind_dtensor(kind)
+        _dtensor = kind
 
 
 def device_scan(

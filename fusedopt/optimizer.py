@@ -19,7 +19,7 @@ from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
 from fusedopt.plans import Planned, Plans
-from fusedopt.ranks import Ranks, settle_gradients
+from fusedopt.ranks import Ranks, are_there, settle_gradients
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state
 
@@ -72,7 +72,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling,
-            as a 0-dim tensor; None unless clipping or ``skip_nonfinite`` asked for it.
+            as a 0-dim tensor; None unless clipping or ``skip_nonfinite`` asked for it. Not finite after a step that
+            a GradScaler refused.
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
     On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
@@ -108,7 +109,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: ClassVar[type[Rule]]
-    steps_in_backward = False  # see fusedopt/backward.py
+    _in_backward: Any = None  # see fusedopt/backward.py
 
     def __init__(
         self,
@@ -183,8 +184,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError("step() was called inside of the same optimizer's step()")
         with self._lock, threads_that_exist():
-            self._step(Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None)))
+            self._step(self._scaling())
         return loss
+
+    def _scaling(self) -> Scaling:
+        """What a GradScaler has handed over."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and not isinstance(found_inf, Tensor):  # it had no gradient to look at
+            device = grad_scale.device if isinstance(grad_scale, Tensor) else "cpu"
+            found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        return Scaling(grad_scale, found_inf)
 
     def _step(self, scaling: Scaling) -> None:
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
@@ -194,25 +203,30 @@ class FusedOptimizer(torch.optim.Optimizer):
         if planned is None or not planned.is_for(measures, self.process_group):
             self._refuse_capture()
             planned = None
-        plans, ranks = (planned.plans, planned.ranks) if planned else ([], self._ranks())
-        settles = (planned is None or planned.settles) and self._settle(ranks)
+        plans = planned.plans if planned else []
+        # Collectives come in the same order on all ranks, whatever each has planned; who they are must be known first.
+        looks = planned is not None and (planned.ranks.matter or (scaling.found_inf is not None and are_there()))
+        stands = planned is not None and (not looks or all(plan.scan() for plan in plans))
+        ranks = planned.ranks if planned and stands else self._ranks()
         self._agree(scaling, ranks)
+        if not stands:
+            self._settle(ranks)
         is_asynchronous = planned is not None and all(plan.asynchronous for plan in plans)
-        if not is_asynchronous and self._refuses(scaling, ranks, measures):
-            return
         new_state, outcome = NewState(), None
         request = scaling, max_norm, measures, self.skip_nonfinite
         try:
+            if not is_asynchronous and self._refuses(scaling, ranks, measures):
+                return
             if planned:
                 outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
             if outcome is None:
                 self._refuse_capture()
                 self._finish(plans)
                 self._kept.drop()
-                plans, before, ranks = [], ranks, self._ranks()
-                settles |= self._settle(ranks)
-                if ranks.reductions != before.reductions:
-                    self._agree(scaling, ranks)
+                plans = []
+                if planned and not looks:
+                    ranks = self._ranks()
+                    self._settle(ranks)
                 if is_asynchronous and self._refuses(scaling, ranks, measures):
                     return
                 plans = planner.plan(self, new_state, measures, ranks)
@@ -220,7 +234,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
                 if plans:
-                    self._kept.keep(Planned(self.param_groups, plans, ranks, measures, settles))
+                    self._kept.keep(Planned(self.param_groups, plans, ranks, measures))
             norm, skipped = outcome
             self._norm = norm if measures else None
             if skipped:
@@ -240,23 +254,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _ranks(self) -> Ranks:
         return Ranks((p for group in self.param_groups for p in group["params"]), self.process_group)
 
-    def _settle(self, ranks: Ranks) -> bool:
-        """Whether gradients had to be settled; see fusedopt/ranks.py."""
-        if not ranks.have_dtensors:
-            return False
-        return settle_gradients(
-            p for group in self.param_groups if not group["differentiable"] for p in group["params"]
-        )
+    def _settle(self, ranks: Ranks) -> None:
+        if ranks.have_dtensors:
+            settle_gradients(p for group in self.param_groups if not group["differentiable"] for p in group["params"])
 
     def _agree(self, scaling: Scaling, ranks: Ranks) -> None:
         """What a GradScaler found on one rank, it found on all; in place, so that all of them scale back."""
         if scaling.found_inf is None or not ranks.are_many:
             return
         found_inf = ranks.maximum(scaling.found_inf)
+        scaling.found_inf.copy_(found_inf)
         scaler = self._scaler and self._scaler()
-        own = scaler._per_optimizer_states.get(id(self), {}) if scaler else {}
-        for found in (scaling.found_inf, *own.get("found_inf_per_device", {}).values()):
-            found.copy_(found_inf.expand_as(found))
+        if scaler and id(self) in scaler._per_optimizer_states:
+            own = scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
+            if not own:
+                own[found_inf.device] = torch.zeros_like(found_inf)
+            for found in own.values():
+                found.copy_(found_inf.expand_as(found))
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -265,7 +279,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         Of what it found it hands on a sum, and has its own for itself, by which it scales back. Ranks that agree on the
         one must agree on the other, so it is remembered who asks.
         """
-        if self.steps_in_backward:
+        if self._in_backward:
             raise RuntimeError("a GradScaler needs all gradients at once, and this optimizer steps in backward")
         asking = sys._getframe(1).f_locals.get("self")
         self._scaler = weakref.ref(asking) if isinstance(asking, torch.amp.GradScaler) else None
@@ -286,6 +300,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
         if scaling.refuses:
             self._skipped += 1
+            self._norm = math.inf if measures else None
             if measures and ranks.are_many:
                 ranks.sum([])  # others may measure, to see on their devices that they do not step
             return True

@@ -27,6 +27,8 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     Raises:
         RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
     """
+    if measures:
+        ranks.refuse_overlap()
     if measures and ranks.are_hidden:
         checks.norm_is_whole(optimizer.param_groups)
     assigned = _assign(optimizer)

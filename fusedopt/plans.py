@@ -5,15 +5,15 @@ DeepSpeed and manual schemes put some of the groups in the place of all, and ste
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fusedopt.ranks import Ranks
 
 Groups = list[dict[str, Any]]
 
-MOST = 256  # sets that are kept
-UNUSED = 1000  # steps after which a set's plans are let go, with all that they hold
+MOST = 1024  # sets that are kept
+TURNS = 4  # a set that was not used for so many times as many steps as there are sets is let go, with all that it holds
 
 
 @dataclass
@@ -25,16 +25,19 @@ class Planned:
         plans: To be run in their order.
         ranks: Of their parameters.
         measures: Whether the plans were made for steps that measure gradients.
-        settles: Whether gradients may have to be settled first, see fusedopt/ranks.py.
         used: The last step that used them.
+        owners: Which group, by its id, a parameter stands in, by its own.
     """
 
     groups: Groups
     plans: list[Any]
     ranks: Ranks
     measures: bool
-    settles: bool
     used: int = 0
+    owners: dict[int, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.owners = {id(p): id(group) for group in self.groups for p in group["params"]}
 
     def is_for(self, measures: bool, process_group: Any) -> bool:
         """Whether a step can use them: which parameters share a plan may depend on what is measured."""
@@ -47,6 +50,10 @@ class Planned:
         self.groups = groups
         for plan in self.plans:
             plan.rebind(groups)
+
+    def is_replaced_by(self, other: Planned) -> bool:
+        """Whether a parameter of theirs stands in another group there, so that they cannot be right again."""
+        return any(other.owners.get(p, group) != group for p, group in self.owners.items())
 
 
 class Plans:
@@ -61,31 +68,27 @@ class Plans:
         """What steps these groups, as far as is known without looking at them."""
         self._steps += 1
         if self.last is None or self.last.groups is not groups:
-            self.last = self._by_groups.get(self._key(groups))
+            key = tuple(map(id, groups))
+            self.last = self._by_groups.pop(key, None)
             if self.last:
+                self._by_groups[key] = self.last
                 self.last.rebind(groups)
         if self.last:
             self.last.used = self._steps
         if len(self._by_groups) > 1:
-            self._let_go()
+            key, oldest = next(iter(self._by_groups.items()))
+            if self._steps - oldest.used > TURNS * len(self._by_groups) or len(self._by_groups) > MOST:
+                del self._by_groups[key]
         return self.last
 
     def keep(self, planned: Planned) -> None:
-        """Keep new ones."""
+        """Keep new ones, in the place of the last ones."""
         self.drop()
+        self._by_groups = {key: kept for key, kept in self._by_groups.items() if not kept.is_replaced_by(planned)}
         planned.used = self._steps
-        self._by_groups[self._key(planned.groups)] = self.last = planned
+        self._by_groups[tuple(map(id, planned.groups))] = self.last = planned
 
     def drop(self) -> None:
         """The last ones are no longer right."""
         last, self.last = self.last, None
         self._by_groups = {key: planned for key, planned in self._by_groups.items() if planned is not last}
-
-    @staticmethod
-    def _key(groups: Groups) -> tuple[int, ...]:
-        return tuple(map(id, groups))
-
-    def _let_go(self) -> None:
-        oldest = min(self._by_groups, key=lambda key: self._by_groups[key].used)
-        if len(self._by_groups) > MOST or self._steps - self._by_groups[oldest].used > UNUSED:
-            del self._by_groups[oldest]

@@ -35,6 +35,8 @@ class Reduction:
         if not memory.is_dtensor(p):
             return cls()
         mesh, placements = p.device_mesh, p.placements
+        if mesh.get_coordinate() is None:  # this rank has nothing of it
+            return cls()
         dims = tuple(d for d, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(d) > 1)
         return cls(mesh, dims) if dims else cls()
 
@@ -55,6 +57,7 @@ class Ranks:
         reductions: All that there are, in the order in which they are done.
         are_many: Whether there is anything to do together.
         have_dtensors: Whether any parameter is a DTensor.
+        matter: Whether either is so.
         are_hidden: Whether some parameter is sharded among ranks that nobody named.
     """
 
@@ -64,7 +67,21 @@ class Ranks:
         self.reductions = tuple(dict.fromkeys(map(Reduction.of, params))) if self.have_dtensors else (Reduction(),)
         self.process_group = process_group
         self.are_many = process_group is not None or any(reduction.dims for reduction in self.reductions)
+        self.matter = self.are_many or self.have_dtensors
         self.are_hidden = process_group is None and any(getattr(p, "_fsdp_flattened", False) for p in params)
+
+    def refuse_overlap(self) -> None:
+        """Raise where ``process_group`` would add up once more what is added up over a mesh."""
+        everyone = set(dist.get_process_group_ranks(self.process_group)) if self.process_group else set()
+        for reduction in self.reductions:
+            for group in reduction.groups():
+                common = everyone.intersection(dist.get_process_group_ranks(group))
+                if len(common) > 1:
+                    raise RuntimeError(
+                        f"process_group has ranks {sorted(common)}, among which DTensors are sharded already (mesh "
+                        f"{reduction.mesh}): their norm would be added up twice. DTensors show of themselves how they "
+                        "are sharded; process_group is for ranks that have other parameters"
+                    )
 
     def sum(self, parts: Iterable[tuple[Reduction, Tensor]]) -> Tensor:
         """The sum over all parameters on all ranks, of one tensor for some of them each."""
@@ -89,29 +106,35 @@ def _reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
     """A value reduced over groups, one after another; it is left as it is."""
     device, value = value.device, value.detach().clone()
     for group in groups:
-        kinds = [kind.type for kind in group._device_types]
-        if value.device.type not in kinds:  # parameters that are offloaded to the CPU, of ranks that talk through GPUs
-            value = value.to(torch.device(kinds[0]))
+        value = value.to(_device_of(group))
         dist.all_reduce(value, op, group)
     return value.to(device)
 
 
-def settle_gradients(params: Iterable[Tensor]) -> bool:
+def _device_of(group: Any) -> torch.device:
+    """Where a group reduces, whatever has the value on this rank: on others something else may have it."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
+    for kind, backend in backends.items():
+        if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
+            return torch.device(kind)
+    return torch.device("cpu")
+
+
+def are_there() -> bool:
+    """Whether this process is one of several that have met."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def settle_gradients(params: Iterable[Tensor]) -> None:
     """Bring gradients that are placed otherwise than their parameters, such as partial sums, to where these are.
 
     Each is replaced by one of the same value, so that nothing is communicated twice.
-
-    Returns:
-        Whether there were any.
     """
-    any_were = False
     for p in params:
         g = p.grad
         if g is None or not memory.is_dtensor(p) or not memory.is_dtensor(g):
             continue
         if g._spec is not p._spec and g.device_mesh == p.device_mesh and g.placements != p.placements:
-            g = g.redistribute(placements=p.placements)
-            p.grad, any_were = g, True
+            p.grad = g = g.redistribute(placements=p.placements)
         if wait := getattr(g._local_tensor, "trigger_wait", None):  # it is still under way
-            g._local_tensor, any_were = wait(), True
-    return any_were
+            g._local_tensor = wait()

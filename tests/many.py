@@ -1,8 +1,8 @@
 """Functions of the tests on several ranks: processes that stay, and join a group of their own for each call."""
 
 import multiprocessing
-import sys
 import tempfile
+import time
 import traceback
 from pathlib import Path
 
@@ -20,6 +20,7 @@ def _serve(rank, pipe):
             dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
             torch.manual_seed(0)
             function(*arguments)
+            dist.barrier()  # who leaves early ends others' connections
             pipe.send(None)
         except BaseException:
             pipe.send(f"rank {rank} of {world}:\n{traceback.format_exc()}")
@@ -42,6 +43,7 @@ class Ranks:
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
+            theirs.close()  # so that the end of a process is seen
             self._pipes.append(ours)
             self._processes.append(process)
 
@@ -50,18 +52,24 @@ class Ranks:
         with tempfile.TemporaryDirectory() as folder:
             for pipe in self._pipes[:world]:
                 pipe.send((function, arguments, world, Path(folder) / "store"))
-            told = [pipe.recv() if pipe.poll(LIMIT) else f"no answer in {LIMIT} s" for pipe in self._pipes[:world]]
+            end = time.monotonic() + LIMIT
+            told = [self._answer(rank, end) for rank in range(world)]
         failures = [text for text in told if text is not None]
         if failures:  # the others may wait for ever
             self.stop()
             self._start()
             raise AssertionError("\n".join(failures))
 
+    def _answer(self, rank, end):
+        """None if all is well there, else what went wrong."""
+        try:
+            if self._pipes[rank].poll(max(0, end - time.monotonic())):
+                return self._pipes[rank].recv()
+        except EOFError:
+            return f"rank {rank} has died"
+        return f"rank {rank} has not answered in {LIMIT} s"
+
     def stop(self):
         for process in self._processes:
             process.kill()
             process.join()
-
-
-if __name__ == "__main__":
-    sys.exit("imported by tests of many ranks")

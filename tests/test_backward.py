@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import signal
 import warnings
 import weakref
 
@@ -49,9 +50,8 @@ def test_steps_are_those_of_step(engine, name):
             schedule.step()
         if t == 2:
             saved = copy.deepcopy(a.state_dict())
-            assert {k: list(v) for k, v in saved["state"].items()} == {
-                k: list(v) for k, v in b.state_dict()["state"].items()
-            }
+            names = [{k: list(v) for k, v in s["state"].items() if v} for s in (saved, b.state_dict())]
+            assert names[0] == names[1]
             a.load_state_dict(saved)
     assert_same(snapshot(a), snapshot(b))
 
@@ -79,7 +79,17 @@ def test_what_needs_all_gradients_is_refused():
     scaler.scale(torch.ones(()))
     with pytest.raises(RuntimeError, match="GradScaler needs all gradients"):
         scaler.step(optimizer)
-    handle.remove(), handle.remove()
+    handle.remove()
+    again = fusedopt.step_in_backward(optimizer)
+    handle.remove()  # which is over
+    with pytest.raises(RuntimeError, match="already"):
+        fusedopt.step_in_backward(optimizer)
+    again.remove()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        twice = fusedopt.SGD([module[0].bias] * 2)
+    with pytest.raises(ValueError, match="given twice"):
+        fusedopt.step_in_backward(twice)
     module.zero_grad()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(loss(module, 0)).backward()
@@ -149,8 +159,7 @@ def test_groups_that_take_turns_are_planned_once_each(engine, monkeypatch):
     assert len(made) == settled + 1 and all(a.state[p]["step"] == 7 for p in ours)
 
 
-def test_plans_of_groups_that_are_gone_are_let_go(monkeypatch):
-    monkeypatch.setattr("fusedopt.plans.UNUSED", 5)
+def test_plans_of_groups_that_are_gone_are_let_go():
     (p,), (q,) = params((3,)), params((4,))
     optimizer = fusedopt.SGD([p], momentum=0.9)
     fill_gradients([p, q])
@@ -159,10 +168,51 @@ def test_plans_of_groups_that_are_gone_are_let_go(monkeypatch):
     optimizer.state.pop(p)
     gone = weakref.ref(p)
     del p
-    for _ in range(8):
+    for _ in range(10):
         optimizer.step()
     gc.collect()
     assert gone() is None
+
+
+def test_plans_of_groups_that_are_made_anew_do_not_pile_up():
+    (p,) = params((3,))
+    optimizer = fusedopt.AdamW([p])
+    fill_gradients([p])
+    for _ in range(5):
+        optimizer.param_groups = [dict(optimizer.param_groups[0])]
+        optimizer.step()
+    assert len(optimizer._kept._by_groups) == 1 and optimizer.state[p]["step"] == 5
+
+
+def test_without_the_handle_nothing_stays_alive():
+    module = model()
+    optimizer = fusedopt.AdamW(module.parameters())
+    fusedopt.step_in_backward(optimizer)
+    loss(module, 0).backward()
+    gone = [weakref.ref(optimizer), *map(weakref.ref, module.parameters())]
+    del module, optimizer
+    gc.collect()
+    assert all(reference() is None for reference in gone)
+
+
+def test_an_interrupt_leaves_whole_steps(monkeypatch):
+    """Also the first one, whose state is made."""
+    module = model()
+    optimizer = fusedopt.AdamW(module.parameters())
+    fusedopt.step_in_backward(optimizer)
+    seen = []
+
+    def interrupted(*arguments, step=fusedopt.AdamW._step):
+        step(*arguments)
+        seen.append(1)
+        if len(seen) == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(fusedopt.AdamW, "_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        loss(module, 0).backward()
+    done = [p for p in module.parameters() if p in optimizer.state]
+    assert len(done) == 1 and done[0].grad is None and optimizer.state[done[0]]["step"] == 1
 
 
 @pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU engine is not built")

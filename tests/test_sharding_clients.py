@@ -93,6 +93,36 @@ def test_fsdp2(ranks, name, world, hybrid, clip):
     ranks.run(world, train_fsdp2, name, clip, hybrid)
 
 
+def train_tensor_parallel():
+    """Tensor parallel layers, sharded by FSDP2 as well: strided shards, and shards in two dimensions."""
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    torch.manual_seed(3)
+    ours = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    alone = copy.deepcopy(ours)
+    parallelize_module(ours, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(ours, mesh=mesh["data"])
+    a = fusedopt.AdamW(ours.parameters(), lr=0.02, max_grad_norm=0.1)
+    b = torch.optim.AdamW(alone.parameters(), lr=0.02)
+    for x, _ in batches():
+        for module, optimizer, part in ((ours, a, x.chunk(2)[mesh.get_local_rank("data")]), (alone, b, x)):
+            optimizer.zero_grad()
+            module(part).square().mean().backward()
+        norm = nn.utils.clip_grad_norm_(alone.parameters(), 0.1)
+        a.step(), b.step()
+        close(a.grad_norm, norm, 1e-5)
+    assert len({type(x) for p in ours.parameters() for x in p.placements}) > 1
+    for p, q in zip(ours.parameters(), alone.parameters(), strict=True):
+        close(whole(p), q.detach(), 1e-4)
+
+
+def test_fsdp2_of_tensor_parallel_layers(ranks):
+    ranks.run(4, train_tensor_parallel)
+
+
 def train_mixed_precision():
     """Parameters in fp32, forwards and backwards in bf16, gradients reduced in fp32."""
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -180,7 +210,7 @@ def test_zero_with_its_process_group(ranks):
     ranks.run(2, train_zero)
 
 
-def scale_together(kind, sharded_scaler):
+def scale_together(kind, sharded_scaler, unscales):
     """An infinity on one rank: all skip, and all scale back."""
     from torch.distributed import get_rank
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
@@ -200,6 +230,8 @@ def scale_together(kind, sharded_scaler):
         if t in (0, 2) and get_rank() == 1:
             g = next(p.grad for p in module.parameters() if p.grad.numel())
             getattr(g, "_local_tensor", g).view(-1)[0] = math.inf
+        if unscales:
+            scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
         same = [torch.equal(whole(p), q) for p, q in zip(module.parameters(), before, strict=True)]
@@ -209,8 +241,9 @@ def scale_together(kind, sharded_scaler):
 
 @pytest.mark.parametrize("sharded_scaler", [False, True])
 @pytest.mark.parametrize("kind", ["fsdp2", "stages"])
-def test_grad_scalers_decide_together(ranks, kind, sharded_scaler):
-    ranks.run(2, scale_together, kind, sharded_scaler)
+@pytest.mark.parametrize("unscales", [False, True])
+def test_grad_scalers_decide_together(ranks, kind, sharded_scaler, unscales):
+    ranks.run(2, scale_together, kind, sharded_scaler, unscales)
 
 
 def save(folder, name, ours):

@@ -183,9 +183,12 @@ void CpuJob::add_cohort(std::size_t i) {
 }
 
 py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                        bool skip_nonfinite) {
+                        bool skip_nonfinite, bool frees) {
   if (!scan(threads)) return py::none();
-  return launch(engine, threads, inverse_scale, max_norm, measure, /*update=*/true, skip_nonfinite, /*squared_norm=*/0);
+  py::object outcome =
+      launch(engine, threads, inverse_scale, max_norm, measure, /*update=*/true, skip_nonfinite, /*squared_norm=*/0);
+  if (frees) roster_.free_gradients();
+  return outcome;
 }
 
 py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,

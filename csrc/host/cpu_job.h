@@ -23,9 +23,10 @@ class CpuJob {
   void check(int threads) { roster_.check(threads); }
 
   // A scan, then the measuring and stepping that was asked for, and the counters of what was stepped. From the end of
-  // the scan on, this thread runs no Python. Returns (squared norm, skipped); None when a job must be made anew.
+  // the scan on, this thread runs no Python, but what letting go of gradients runs, which are taken from their
+  // parameters if `frees`. Returns (squared norm, skipped); None when a job must be made anew.
   py::object step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                  bool skip_nonfinite);
+                  bool skip_nonfinite, bool frees);
   // The same after a scan, in one or more parts. Raises if any tensor is not what it was in the scan.
   py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
                 bool update, bool skip_nonfinite, double squared_norm);

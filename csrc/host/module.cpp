@@ -106,7 +106,7 @@ PYBIND11_MODULE(_host, m) {
   using fusedopt::host::CpuJob;
   add_class<CpuJob>(m, "CpuJob")
       .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
-           py::arg("measure"), py::arg("skip_nonfinite"))
+           py::arg("measure"), py::arg("skip_nonfinite"), py::arg("frees") = false)
       .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
            py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
       .def_property_readonly("stepped", &CpuJob::stepped)

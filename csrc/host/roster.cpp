@@ -88,7 +88,7 @@ bool Roster::expect_local(PyObject* tensor, Member* out) {
   const auto local = py::reinterpret_steal<py::object>(torch.local(tensor));
   const auto placement = local ? py::reinterpret_steal<py::object>(torch.placement(tensor)) : py::object();
   if (!placement || !torch.is_readable(local.ptr()) || !expect(local.ptr(), out)) return false;
-  dtensors_.push_back({tensor, local, placement, expected_.size() - 1});
+  dtensors_.push_back({tensor, placement, expected_.size() - 1, local});
   return true;
 }
 
@@ -106,7 +106,8 @@ void Roster::find_written() {
     if (!torch.is_tensor(value)) return true;
     tensors.push_back(torch.is_dtensor(value) ? py::reinterpret_steal<py::object>(torch.local(value))
                                               : py::reinterpret_borrow<py::object>(value));
-    return static_cast<bool>(tensors.back());
+    if (!tensors.back()) PyErr_Clear();  // without a part that is here
+    return true;
   };
   for (const Group& group : groups_) {
     const int replaces = truth(group.option(differentiable));

@@ -66,6 +66,8 @@ class Roster {
   void check(int threads);
   // Lets go of the step's gradients.
   void release();
+  // Takes the step's gradients from their parameters.
+  void free_gradients();
   // The same groups stand in another list now.
   void rebind(py::object param_groups) { param_groups_ = std::move(param_groups); }
 
@@ -113,7 +115,8 @@ class Roster {
   bool read_all(int threads, SourceOf source_of, const void* context);
   bool read_groups(SourceOf source_of, const void* context);
   bool can_be_silent() const;
-  bool parts_are_unchanged();
+  bool find_parts();
+  bool parts_are_unchanged() const;
   bool fetch_gradients();
   PyObject* local_gradient(std::size_t i, PyObject* gradient);
   bool fetch_gradients_silently();
@@ -148,8 +151,9 @@ class Roster {
   // A tensor that is spread over ranks: the part that is here, and how it is spread, when it was planned.
   struct DTensor {
     PyObject* whole;
-    py::object local, placement;
+    py::object placement;
     std::size_t expected;  // the part's place in expected_
+    py::object local;      // the part, held from a scan to the end of its step only: it may be moved out of memory
   };
   std::vector<DTensor> dtensors_;
   struct Span {

@@ -63,7 +63,7 @@ bool Roster::read_all(int threads, SourceOf source_of, const void* context) {
   if (!silent && !fetch_gradients()) return false;
   if (!groups_are_unchanged()) return false;
   if (!silent && !states_are_unchanged()) return false;
-  if (!parts_are_unchanged()) return false;
+  if (!find_parts()) return false;
   const auto meanwhile = [&] { return !silent || (fetch_gradients_silently() && states_are_unchanged()); };
   if (!tensors_are_unchanged(threads, meanwhile)) return false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
@@ -84,24 +84,26 @@ bool Roster::read_groups(SourceOf source_of, const void* context) {
 
 bool Roster::can_be_silent() const { return silent_ && torch.abi() && !torch.abi()->has_function_mode(); }
 
-// What is spread over ranks is spread as it was, and has the same memory here, whichever tensor stands for it.
-bool Roster::parts_are_unchanged() {
+// Of what is spread over ranks as it was, the part that is here now: whichever tensor it is, its memory is compared
+// with the planned one like any other's.
+bool Roster::find_parts() {
   for (DTensor& t : dtensors_) {
-    auto local = py::reinterpret_steal<py::object>(torch.local(t.whole));
-    const auto placement = local ? py::reinterpret_steal<py::object>(torch.placement(t.whole)) : py::object();
-    if (!placement || !placement.is(t.placement)) return false;
-    if (local.is(t.local)) continue;
-    Geometry now;
-    if (!torch.is_plain(local.ptr()) || !torch.read(local.ptr(), Access::kWrite, &now) ||
-        !is_expected(now, expectations_[t.expected], dims_.data())) {
-      return false;
-    }
-    expected_[t.expected] = local.ptr();
-    expectations_[t.expected].tensor = Torch::handle(local.ptr());
-    expectations_[t.expected].type = Py_TYPE(local.ptr());
-    t.local = std::move(local);
+    t.local = py::reinterpret_steal<py::object>(torch.local(t.whole));
+    const auto placement = t.local ? py::reinterpret_steal<py::object>(torch.placement(t.whole)) : py::object();
+    if (!placement || !placement.is(t.placement) || !torch.is_plain(t.local.ptr())) return false;
+    expected_[t.expected] = t.local.ptr();
+    expectations_[t.expected].tensor = Torch::handle(t.local.ptr());
+    expectations_[t.expected].type = Py_TYPE(t.local.ptr());
   }
   return true;
+}
+
+// The part that is here is the tensor that the scan found.
+bool Roster::parts_are_unchanged() const {
+  return std::all_of(dtensors_.begin(), dtensors_.end(), [](const DTensor& t) {
+    const auto now = py::reinterpret_steal<py::object>(torch.local(t.whole));
+    return now && now.is(t.local);
+  });
 }
 
 // Of a gradient of entry i the part that is here, if it is spread as its parameter is. Steals and returns a reference;
@@ -275,7 +277,7 @@ bool Roster::is_still_valid(int threads) {
   const std::vector<std::size_t> strides = step_strides_;
   const std::vector<std::int64_t> dims = step_dims_;
   forget_addresses();
-  if (!tensors_are_unchanged(threads, [] { return true; })) return false;
+  if (!parts_are_unchanged() || !tensors_are_unchanged(threads, [] { return true; })) return false;
   for (std::size_t i = 0; i < entries_.size(); ++i) {
     if (gradients_[i] && !addresses_[i] && !find_address(i)) return false;
   }
@@ -314,7 +316,15 @@ void Roster::release() {
     gradients_[i] = nullptr;  // first: letting go may run Python
     if (gradient) Py_DECREF(Torch::object(gradient));
   }
+  for (DTensor& t : dtensors_) t.local = py::object();
   forget_addresses();
+}
+
+void Roster::free_gradients() {
+  static PyObject* const name = PyUnicode_InternFromString("grad");
+  for (std::size_t i = 0; i < gradients_.size(); ++i) {
+    if (gradients_[i] && PyObject_SetAttr(briefs_[i].param, name, Py_None)) throw py::error_already_set();
+  }
 }
 
 void Roster::forget_addresses() {

@@ -131,6 +131,15 @@ class Plan:
         outcome = self._job.step(self._engine, torch.get_num_threads(), inverse, max_norm, measure, skip_nonfinite)
         return outcome and (outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
 
+    def step_and_free(self) -> bool:
+        """Scan, update, and take the gradients from their parameters, in one; False as of scan, and nothing is done."""
+        if self._is_replaced() or (host.CHECKED and not self.scan()):
+            return False
+        try:
+            return self._job.step(self._engine, torch.get_num_threads(), 1.0, math.inf, False, False, True) is not None
+        finally:
+            self._job.release()
+
     def check(self) -> None:
         """Raise if a tensor is not what it was in the scan."""
         self._job.check(torch.get_num_threads())
