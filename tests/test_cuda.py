@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from conftest import AVAILABLE
 from helpers import ALL, BY_NAME, close, fill_gradients, fill_growing_gradients, params
 
 import fusedopt
+from fusedopt.bench.variants import EXTENSION, VARIANTS, build
 from fusedopt.engines import cuda, tables
+from fusedopt.inspection import cuda as inspection
 from fusedopt.launch import Scaling
 
 ENGINE = cuda.load() if "cuda" in AVAILABLE else None
@@ -231,7 +235,7 @@ def test_two_launches_where_one_does_not_fit():
 @on_threads
 def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch):
     """The shares of four programs, computed by any number of them, which claim them in any order."""
-    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, 4))
+    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, sizes, cut=tables.partition: cut(n_tiles, 4, sizes))
     ps = params((100_001,), (3, 100), (60_001,), *[(7,)] * 50)
     fill_growing_gradients(ps, 6)
     squares = set()
@@ -282,3 +286,41 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     for k in kernels:
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
         assert k["loads_other"] == 0 and k["stores_other"] == 0, k
+        assert k["norm_loads_in_flight"] >= 8, k
+        assert k["scalar_loads_in_flight"] >= CHOICES["MASKED_ELEMENTS"] * n_operands(k["name"]), k
+
+
+POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
+CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text())}
+STATES = {
+    "AdaBound": 2,
+    "Adagrad": 1,
+    "Lion": 1,
+    "NAdam": 2,
+    "NAdamW": 2,
+    "RAdam": 2,
+    "RMSprop": 1,
+    "SGD": 0,
+    "Adam": 2,
+}
+
+
+def n_operands(kernel):
+    """Of the largest variant that a kernel steps; each switch that is on adds a state."""
+    variants = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large"))
+    return max(2 + STATES[rule] + arguments.count("true") for rule, arguments in variants)
+
+
+@built
+@pytest.mark.nightly
+def test_fewer_loads_in_flight_are_seen(monkeypatch):
+    """The machine code of builds that read one tile, and one element, at a time."""
+    chosen = [v for v in VARIANTS if str(v) in ("cuda norm-tiles-1", "cuda masked-elements-1")]
+    assert set(build(chosen, "90").values()) == {None}
+    found = []
+    for variant in chosen:
+        monkeypatch.setattr(inspection, "_extension", lambda variant=variant: str(variant.folder / EXTENSION))
+        (small, _) = inspection.inspect({"adam"}, "90")
+        found.append((small.norm_loads_in_flight, small.scalar_loads_in_flight))
+    (norm, _), (_, scalar) = found
+    assert norm < 8 and scalar < CHOICES["MASKED_ELEMENTS"] * 4

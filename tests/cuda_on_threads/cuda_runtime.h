@@ -15,6 +15,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -25,6 +26,8 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+// Reads what a GPU would only ask for, so that a tool that watches memory sees where that is.
+#define FUSEDOPT_PREFETCH_LINE(address) static_cast<void>(*reinterpret_cast<const volatile char*>(address))
 
 struct uint2 {
   unsigned x, y;
@@ -71,7 +74,7 @@ struct Block {
   std::map<const void*, std::vector<std::uint64_t>> shared;
   ucontext_t scheduler;
   unsigned current = 0;
-  int arrived_at_grid = 0;
+  std::optional<std::barrier<>::arrival_token> arrival;  // at the grid's meeting
 };
 
 inline thread_local Block* block = nullptr;
@@ -104,9 +107,13 @@ const std::uint64_t* show(T value) {
   return &mine[block->current / kWarp * kWarp];
 }
 
-inline void meet_grid() {
+inline unsigned arrive_at_grid() {
   wait(block->all);
-  if (block->current == 0) block->grid.meeting.arrive_and_wait();
+  if (block->current == 0) block->arrival = block->grid.meeting.arrive();
+  return 0;
+}
+inline void wait_for_grid() {
+  if (block->current == 0) block->grid.meeting.wait(std::move(*block->arrival));
   wait(block->all);
 }
 
@@ -157,7 +164,7 @@ inline void launch(dim3 blocks, dim3 threads, void (*body)(void*), void* argumen
   std::vector<std::thread> team;
   for (unsigned i = 0; i < blocks.x; ++i) {
     team.emplace_back([&, i] {
-      Block b{grid, {i, 0, 0}, body, argument, {}, {}, {}, {}, {}, {}};
+      Block b{grid, {i, 0, 0}, body, argument, {}, {}, {}, {}, {}, {}, 0, {}};
       run_block(b);
     });
   }
