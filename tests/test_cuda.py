@@ -78,6 +78,32 @@ def test_nothing_beyond_a_row_is_touched(programs, offset):
 
 
 @on_threads
+def test_nothing_beyond_a_row_is_asked_for_ahead():
+    """Rows that end where memory does. Host threads read what a GPU is asked to bring to its cache, and would crash."""
+    program = f"""
+import ctypes, mmap, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest, torch, fusedopt
+protect = ctypes.CDLL(None).mprotect
+def at_the_end(n, dtype):
+    pages = mmap.mmap(-1, 5 * mmap.PAGESIZE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    last = whole.data_ptr() + 4 * mmap.PAGESIZE
+    assert protect(ctypes.c_void_p(last), mmap.PAGESIZE, 0) == 0
+    return whole[: 4 * mmap.PAGESIZE].view(dtype)[-n:]
+for dtype in (torch.float32, torch.bfloat16):
+    for n in (1, 8, 52, 256, 260, 2100):
+        p = torch.nn.Parameter(at_the_end(n, dtype).normal_())
+        p.grad = at_the_end(n, dtype).fill_(1.0)
+        optimizer = fusedopt.AdamW([p], engine="cuda", max_grad_norm=1.0)
+        for _ in range(2):
+            optimizer.step()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr)
+
+
+@on_threads
 @pytest.mark.parametrize("count", [100, 1000, 5000])
 def test_step_tables_of_all_sizes(count):
     """By value in small arguments, in large ones, and in the device's memory."""

@@ -29,7 +29,7 @@ OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
 PROGRAMS_PER_PROCESSOR: int | None = None
 CUT_PER_PROCESSOR = 8
 # Shares, see fusedopt/engines/tables.py. Whether 4 or 16 programs on a processor claim them, the last one ends at most
-# 6% later than if all ended at once, by calculation. Untested.
+# 10% later than if all ended at once, by calculation. Untested.
 SHARE_SIZES = (1, 1, 2, 4, 8)
 STAGES: int | None = None  # rounds of the loops over full tiles that are under way at once; None: Triton's choice
 KEEPS_KERNELS = False  # launch what was compiled by itself, without looking it up by its arguments. Untested

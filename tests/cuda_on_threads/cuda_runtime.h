@@ -79,7 +79,8 @@ struct Block {
 
 inline thread_local Block* block = nullptr;
 
-// Whether blocks are held up where they count, so that they claim what there is to do in any order.
+// Whether blocks are held up where they count, so that they claim what there is to do in any order, and warps of a
+// block at any place where they wait, so that one comes far ahead of another that it should have waited for.
 inline bool disorder = false;
 extern "C" __attribute__((visibility("default"), used)) inline void set_disorder(bool on) { disorder = on; }
 
@@ -147,10 +148,16 @@ inline void run_block(Block& b) {
     lane.context.uc_stack.ss_size = kStack;
     makecontext(&lane.context, enter_lane, 0);
   }
+  bool is_held_up = false;
   for (unsigned left = n; left;) {
     left = 0;
     for (b.current = 0; b.current < n; ++b.current) {
+      if (b.current % kWarp == 0) is_held_up = disorder && std::rand() % 8 != 0;
       if (b.lanes[b.current].done) continue;
+      if (is_held_up) {
+        ++left;
+        continue;
+      }
       threadIdx.x = b.current;
       swapcontext(&b.scheduler, &b.lanes[b.current].context);
       left += !b.lanes[b.current].done;
