@@ -77,13 +77,16 @@ def _cuda() -> Iterator[Variant]:
         "masked-elements": (1, 8),
         "halves-in-two": (1,),
         "streaming-stores": (1,),
+        "prefetch": (0,),
+        "early-prepare": (0,),
     }
     for name, values in choices.items():
         for value in values:
             yield Variant(f"{name}-{value}", "cuda", {name.replace("-", "_").upper(): value})
     for waves in (2, 4, 8):
         yield Variant(f"waves-{waves}", "cuda", settings=((cuda, "WAVES", waves),))
-    yield Variant("even-shares", "cuda", settings=((tables, "SHARE_SIZES", (1,)),))
+    for name, sizes in (("even", (1,)), ("halved", triton.SHARE_SIZES)):
+        yield Variant(f"{name}-shares", "cuda", settings=((tables, "SHARE_SIZES", sizes),))
     yield Variant("two-launches", "cuda", one_launch=False)
 
 
@@ -98,9 +101,13 @@ def _triton() -> Iterator[Variant]:
         yield variant(f"tile-{tile}", "TILES", dict.fromkeys(triton.TILES, tile))
     for name, options in (("free-registers", {}), ("stages-2", triton.OPTIONS["cuda"] | {"num_stages": 2})):
         yield variant(name, "OPTIONS", triton.OPTIONS | {"cuda": options})
-    for programs in (4, 16):
+    for programs in (4, 8, 16):
         yield variant(f"programs-{programs}", "PROGRAMS_PER_PROCESSOR", programs)
-    yield Variant("even-shares", "triton", settings=((tables, "SHARE_SIZES", (1,)),))
+    for stages in (2, 3):
+        yield variant(f"loop-stages-{stages}", "STAGES", stages)
+    yield variant("kept-kernel", "KEEPS_KERNELS", True)
+    for name, sizes in (("even", (1,)), ("large", tables.SHARE_SIZES)):
+        yield variant(f"{name}-shares", "SHARE_SIZES", sizes)
 
 
 VARIANTS = (*_cuda(), *_triton())

@@ -7,6 +7,8 @@ table          dtype, shape                what it holds
 ``tiles``      int64 (n_rows + 1)          the number of tiles before each row; at the end, of all
 ``shares``     int64 (n_shares + 1, 2)     the first tile of each share, and its row; at the end, the number of tiles
                                            and the last row
+``borders``    int64 (n_borders)           the numbers of rows that no share has whole: what updates a share counts the
+                                           step of the others
 ``layouts``    int64                       of each strided row the number of dimensions, the words of each, and of each,
                                            innermost first, its size and every operand's stride
 ``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each

@@ -79,7 +79,8 @@ def close(a, b, tolerance=2e-6):
 def set_programs(monkeypatch, engine, n):
     """How many programs the GPU engines launch at most, whatever the device holds at once."""
     if engine == "triton":
-        monkeypatch.setattr(triton, "_programs", lambda device: n)
+        monkeypatch.setattr(triton, "processors", lambda device: n)
+        monkeypatch.setattr(triton, "PROGRAMS_PER_PROCESSOR", 1)
         return
     extension = cuda.load()
 

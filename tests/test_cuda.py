@@ -1,9 +1,11 @@
 """The CUDA engine: launches that fail, on host threads, and its machine code; its numbers are in test_tiles.py."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,37 @@ from conftest import AVAILABLE
 from helpers import ALL, fill_gradients, params
 
 import fusedopt
+from fusedopt.bench.variants import EXTENSION, VARIANTS, build
 from fusedopt.engines import cuda
+from fusedopt.inspection import cuda as inspection
 
 on_threads = pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs a C++ compiler, and no GPU")
+
+
+@on_threads
+def test_nothing_beyond_a_row_is_asked_for_ahead():
+    """Rows that end where memory does. Host threads read what a GPU is asked to bring to its cache, and would crash."""
+    program = f"""
+import ctypes, mmap, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import conftest, torch, fusedopt
+protect = ctypes.CDLL(None).mprotect
+def at_the_end(n, dtype):
+    pages = mmap.mmap(-1, 5 * mmap.PAGESIZE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
+    last = whole.data_ptr() + 4 * mmap.PAGESIZE
+    assert protect(ctypes.c_void_p(last), mmap.PAGESIZE, 0) == 0
+    return whole[: 4 * mmap.PAGESIZE].view(dtype)[-n:]
+for dtype in (torch.float32, torch.bfloat16):
+    for n in (1, 8, 52, 256, 260, 2100):
+        p = torch.nn.Parameter(at_the_end(n, dtype).normal_())
+        p.grad = at_the_end(n, dtype).fill_(1.0)
+        optimizer = fusedopt.AdamW([p], engine="cuda", max_grad_norm=1.0)
+        for _ in range(2):
+            optimizer.step()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, (run.returncode, run.stderr)
 
 
 @on_threads
@@ -83,3 +113,41 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     for k in kernels:
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
         assert k["loads_other"] == 0 and k["stores_other"] == 0, k
+        assert k["norm_loads_in_flight"] >= 8, k
+        assert k["scalar_loads_in_flight"] >= CHOICES["MASKED_ELEMENTS"] * n_operands(k["name"]), k
+
+
+POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
+CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text())}
+STATES = {
+    "AdaBound": 2,
+    "Adagrad": 1,
+    "Lion": 1,
+    "NAdam": 2,
+    "NAdamW": 2,
+    "RAdam": 2,
+    "RMSprop": 1,
+    "SGD": 0,
+    "Adam": 2,
+}
+
+
+def n_operands(kernel):
+    """Of the largest variant that a kernel steps; each switch that is on adds a state."""
+    variants = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large"))
+    return max(2 + STATES[rule] + arguments.count("true") for rule, arguments in variants)
+
+
+@built
+@pytest.mark.nightly
+def test_fewer_loads_in_flight_are_seen(monkeypatch):
+    """The machine code of builds that read one tile, and one element, at a time."""
+    chosen = [v for v in VARIANTS if str(v) in ("cuda norm-tiles-1", "cuda masked-elements-1")]
+    assert set(build(chosen, "90").values()) == {None}
+    found = []
+    for variant in chosen:
+        monkeypatch.setattr(inspection, "_extension", lambda variant=variant: str(variant.folder / EXTENSION))
+        (small, _) = inspection.inspect({"adam"}, "90")
+        found.append((small.norm_loads_in_flight, small.scalar_loads_in_flight))
+    (norm, _), (_, scalar) = found
+    assert norm < 8 and scalar < CHOICES["MASKED_ELEMENTS"] * 4

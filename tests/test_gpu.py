@@ -274,7 +274,7 @@ def test_two_launches_where_one_does_not_fit(monkeypatch, engine, device):
         pytest.skip("it always launches twice")
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     too_many = 33 * processors  # 32 are the most that any processor holds
-    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, too_many))
+    monkeypatch.setattr(tables, "partition", lambda n, _, sizes, cut=tables.partition: cut(n, too_many, sizes))
     results = []
     for programs in (processors, too_many):
         torch.manual_seed(0)

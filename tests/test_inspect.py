@@ -51,6 +51,56 @@ def test_a_jump_back_into_a_loop_is_not_another_loop():
     assert (report.loads_128, report.loads_other, report.stores_128, report.stores_other) == (1, 1, 1, 0)
 
 
+FLIGHT = """
+        /*0000*/                   LDG.E.128 R8, desc[UR4][R4.64] ;
+        /*0010*/               @P0 LDG.E.128 R12, desc[UR4][R4.64+0x200] ;
+        /*0020*/                   LDG.E.128 R16, desc[UR4][R6.64] ;
+        /*0030*/                   FADD R2, {used}, R3 ;
+        /*0040*/                   LDG.E.128 R20, desc[UR4][R6.64] ;
+        /*0050*/                   FADD R2, R20, R2 ;
+        /*0060*/               @P1 BRA 0x0000 ;
+        /*0070*/                   EXIT ;
+"""
+
+
+@pytest.mark.parametrize(
+    ("used", "flight"),
+    [("R40", 4), ("R8", 3), ("R11", 3), ("-R15.reuse", 3), ("R19", 3), ("UR8", 4), ("R8.64", 3), ("R7.64", 3)],
+)
+def test_loads_in_flight_are_those_before_the_first_use_of_any(used, flight):
+    report = code.report("k", "sm_90", 32, 0, code.sass(FLIGHT.format(used=used)))
+    assert (report.norm_loads_in_flight, report.scalar_loads_in_flight) == (flight, 0)
+
+
+def test_loads_on_different_ways_are_not_in_flight_together():
+    """Predicated by one predicate and by its opposite, and behind one branch and beside it."""
+    opposite = """
+        /*0000*/               @P1 LDG.E.128 R8, desc[UR4][R4.64] ;
+        /*0010*/              @!P1 LDG.E.128 R8, desc[UR4][R6.64] ;
+        /*0020*/              @!P1 LDG.E.128 R12, desc[UR4][R6.64] ;
+        /*0030*/                   {between} ;
+        /*0040*/               @P1 LDG.E.128 R16, desc[UR4][R6.64] ;
+        /*0050*/               @P2 BRA 0x0000 ;
+        /*0060*/                   EXIT ;
+    """
+    for between, flight in (("NOP", 2), ("ISETP.GT.AND P1, PT, R2, R3, PT", 3)):
+        report = code.report("k", "sm_90", 32, 0, code.sass(opposite.format(between=between)))
+        assert report.norm_loads_in_flight == flight
+    branch = """
+        /*0000*/               @P0 BRA 0x0040 ;
+        /*0010*/                   LDG.E R8, desc[UR4][R4.64] ;
+        /*0020*/                   LDG.E R9, desc[UR4][R6.64] ;
+        /*0030*/                   BRA 0x0050 ;
+        /*0040*/                   LDG.E.U16 R10, desc[UR4][R6.64] ;
+        /*0050*/                   LDG.E R11, desc[UR4][R6.64] ;
+        /*0060*/                   STG.E desc[UR4][R6.64], R11 ;
+        /*0070*/               @P2 BRA 0x0000 ;
+        /*0080*/                   EXIT ;
+    """
+    report = code.report("k", "sm_90", 32, 0, code.sass(branch))
+    assert (report.norm_loads_in_flight, report.scalar_loads_in_flight) == (0, 3)
+
+
 AMD = """
 kernel:
         s_load_dwordx2 s[0:1], s[4:5], 0x0
@@ -68,6 +118,7 @@ def test_amd_assembly():
     report = code.report("k", "gfx942", 32, 0, code.amdgcn(AMD))
     assert (report.loads_128, report.loads_other, report.stores_128, report.stores_other) == (1, 1, 1, 0)
     assert (report.kernel_stores_128, report.kernel_stores_other) == (1, 1)
+    assert report.norm_loads_in_flight is None and report.scalar_loads_in_flight is None
 
 
 def inspected(tmp_path, *options):

@@ -58,7 +58,7 @@ def test_a_state_that_must_be_exact_is_not_narrow(engine, how):
 @pytest.mark.parametrize("n_tiles", [0, 1, 5, 119, 120, 1000, 12_345, 2**31 - 1])
 @pytest.mark.parametrize("programs", [1, 3, 8])
 def test_shares_cover_the_tiles_and_the_last_are_the_large_ones(n_tiles, programs):
-    begins = partition(n_tiles, programs)
+    begins = partition(n_tiles, programs, SHARE_SIZES)
     sizes = [b - a for a, b in zip(begins, [*begins[1:], n_tiles], strict=True)]
     assert begins[0] == 0 and sum(sizes) == n_tiles and (min(sizes) > 0 or not n_tiles)
     if n_tiles >= 120 * programs:

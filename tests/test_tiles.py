@@ -207,7 +207,7 @@ def test_as_many_signatures_as_there_are(engine, device):
 
 def test_norm_has_the_same_bits_whoever_computes_the_shares(monkeypatch, engine, device, tile, disorder):
     """The shares of four programs, computed by any number of them, which claim them in any order."""
-    monkeypatch.setattr(tables, "partition", lambda n_tiles, _, cut=tables.partition: cut(n_tiles, 4))
+    monkeypatch.setattr(tables, "partition", lambda n, _, sizes, cut=tables.partition: cut(n, 4, sizes))
     ps = params((390 * tile + 161,), (3, 100), (234 * tile + 97,), *[(7,)] * 50, device=device)
     fill_growing_gradients(ps, 6)
     squares = set()

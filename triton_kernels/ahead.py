@@ -11,6 +11,7 @@ TYPES = {
     "rows": "*i64",
     "tiles": "*i64",
     "shares": "*i64",
+    "borders": "*i64",
     "layouts": "*i64",
     "step_table": "*i64",
     "partials": "*fp64",
@@ -20,6 +21,7 @@ TYPES = {
     "found_inf": "*fp32",
     "n_rows": "i32",
     "n_shares": "i32",
+    "n_borders": "i32",
 }
 
 

@@ -25,14 +25,14 @@ def _squares(
 @triton.jit
 def _sum(
     words, layouts, grad, begin, end, numel, T: tl.constexpr, SIGNATURES: tl.constexpr, K: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The sum of squares in tiles [begin, end) of a row."""
     total = tl.zeros((), tl.float64)
     full_end = whole_tiles((grad,), begin, end, numel, SIGNATURES, K, TILE)
     for run in range(begin, full_end, RUN):
         part = tl.zeros((TILE,), T)
-        for t in range(run, tl.minimum(run + RUN, full_end)):
+        for t in tl.range(run, tl.minimum(run + RUN, full_end), num_stages=STAGES):
             part += _squares(words, layouts, grad, tl.cast(t, tl.int64) * TILE, numel, T, SIGNATURES, K, TILE, True)
         total += tl.sum(part).to(tl.float64)
     PART: tl.constexpr = TILE // PARTS
@@ -45,20 +45,21 @@ def _sum(
 @triton.jit
 def _row(
     words, layouts, grad, begin, end, SIGNATURES: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     numel = tl.load(words + NUMEL)
     T: tl.constexpr = compute(SIGNATURES, K)
-    total = _sum(words, layouts, grad, begin, end, numel, T, SIGNATURES, K, TILE)
+    total = _sum(words, layouts, grad, begin, end, numel, T, SIGNATURES, K, TILE, STAGES)
     if T != tl.float64:
         if not (total < float("inf")):  # the squares may have overflowed, not the gradients
-            total = _sum(words, layouts, grad, begin, end, numel, tl.float64, SIGNATURES, K, TILE)
+            total = _sum(words, layouts, grad, begin, end, numel, tl.float64, SIGNATURES, K, TILE, STAGES)
     return total
 
 
 @triton.jit(do_not_specialize=["n_shares"])
 def norm(
     rows, tiles, shares, layouts, step_table, partials, numbers, counts, n_shares, SIGNATURES: tl.constexpr,
-    WIDTH: tl.constexpr, TILE: tl.constexpr,
+    WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Writes the sum of the squares of all gradients to the first of ``numbers``.
 
@@ -75,6 +76,7 @@ def norm(
         SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
         TILE: Elements of a tile, a power of two.
+        STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
     """
     share = tl.program_id(0)
     while share < n_shares:
@@ -87,7 +89,7 @@ def norm(
             words, grad, signature = row_of(rows, step_table, row, WIDTH)
             for k in tl.static_range(count(SIGNATURES)):
                 if (grad != 0) & (signature == k):
-                    total += _row(words, layouts, grad, low, high, SIGNATURES, k, TILE)
+                    total += _row(words, layouts, grad, low, high, SIGNATURES, k, TILE, STAGES)
             left -= high - low
             row += 1
         tl.store(partials + share, total)

@@ -107,7 +107,7 @@ def _counted(scalars):
 @triton.jit
 def _row(
     words, layouts, grad, begin, end, engine, c, DIRECTION: tl.constexpr, SIGNATURES: tl.constexpr,
-    K: tl.constexpr, TILE: tl.constexpr,
+    K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [begin, end) of a row, the last first: the norm kernel has just read the last."""
     numel = tl.load(words + NUMEL)
@@ -120,22 +120,35 @@ def _row(
     PART: tl.constexpr = TILE // PARTS
     for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
         _step(words, layouts, addresses, at, numel, engine, c, DIRECTION, SIGNATURES, K, PART, False)
-    for back in range(begin, full_end):
+    for back in tl.range(begin, full_end, num_stages=STAGES):
         at = (begin + full_end - 1 - back).to(tl.int64) * TILE
         _step(words, layouts, addresses, at, numel, engine, c, DIRECTION, SIGNATURES, K, TILE, True)
 
 
 @triton.jit
-def _count_step(
-    rows, step_table, records, n_rows, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Counts the step in all rows that have a gradient."""
-    FIRST: tl.constexpr = OPERAND_ADDRESSES + ADDRESSES * (1 + N_STATES)
+def _count_cohort(rows, tiles, first, last, begin, end, scalars, FIRST: tl.constexpr, WIDTH: tl.constexpr):
+    """Counts the step in those of a cohort's rows [first, last] that are whole in the share of tiles [begin, end)."""
+    tl.debug_barrier()  # all threads have read the scalars that told the cohort's rows from others
     lanes = tl.arange(0, 128)
-    for at in range(0, n_rows, 128):
+    for at in range(first, last + 1, 128):
         row = at + lanes
-        cohort = _cohort(rows, step_table, row, row < n_rows, WIDTH)
+        mask = row <= last
+        low, high = tl.load(tiles + row, mask=mask, other=0), tl.load(tiles + row + 1, mask=mask, other=0)
+        whole = (begin <= low) & (low < high) & (high <= end)
+        store_scalars(rows, row, mask & whole, scalars, FIRST, WIDTH)
+
+
+@triton.jit
+def _count_borders(
+    rows, borders, step_table, records, n_borders, PREPARE: tl.constexpr, N_SCALARS: tl.constexpr,
+    N_HYPER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Counts the step in the other rows; all programs are done with them."""
+    lanes = tl.arange(0, 128)
+    for at in range(0, n_borders, 128):
+        mask = at + lanes < n_borders
+        row = tl.load(borders + at + lanes, mask=mask, other=0)
+        cohort = _cohort(rows, step_table, row, mask, WIDTH)
         active = cohort >= 0
         scalars = _counted(load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH))
         if N_SCALARS > 1:  # more than `step`: the rule advances them
@@ -144,18 +157,21 @@ def _count_step(
         store_scalars(rows, row, active, scalars, FIRST, WIDTH)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_shares"], do_not_specialize_on_alignment=["grad_scale", "found_inf"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_shares", "n_borders"], do_not_specialize_on_alignment=["grad_scale", "found_inf"]
+)
 def step(
-    rows, tiles, shares, layouts, step_table, numbers, counts, grad_scale, found_inf, n_rows, n_shares,
-    DIRECTION: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, n_rows, n_shares,
+    n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
+    N_HYPER: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step of every row that has a gradient, unless it is skipped.
 
     Args:
-        rows: See fusedopt/layout.py for these seven.
+        rows: See fusedopt/layout.py for these eight.
         tiles: Tiles before each row.
         shares: Where each begins.
+        borders: Rows that no share has whole.
         layouts: Of strided rows.
         step_table: What changes from step to step.
         numbers: What is told of the step; the squared norm, if it was measured.
@@ -164,6 +180,7 @@ def step(
         found_inf: One float; not 0 to skip the step.
         n_rows: How many.
         n_shares: How many.
+        n_borders: How many.
         DIRECTION: The rule's, see rules/.
         PREPARE: The rule's.
         N_STATES: How many states the rule has at most.
@@ -172,11 +189,12 @@ def step(
         SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
         TILE: Elements of a tile, a power of two.
+        STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
     """
     records = step_table + GRADS + n_rows
     factor, skipped, norm = _decide(step_table, numbers, grad_scale, found_inf)
+    FIRST: tl.constexpr = OPERAND_ADDRESSES + ADDRESSES * (1 + N_STATES)  # of a row's scalars
     if skipped == 0:
-        FIRST: tl.constexpr = OPERAND_ADDRESSES + ADDRESSES * (1 + N_STATES)  # of a row's scalars
         claimed = tl.program_id(0)
         while claimed < n_shares:
             following = claim(n_shares, counts + SHARES_UPDATED)
@@ -190,6 +208,7 @@ def step(
                 c, counted = PREPARE(load_hyper(record, active, 2, N_HYPER), _counted(scalars), (cohort & 1) != 0)
                 c = to_type(c, widest(SIGNATURES))
                 engine = to_type(_engine_scalars(record, factor, active, N_HYPER), widest(SIGNATURES))
+                last = row
                 same = left > 0
                 while same:
                     low, high = segment(tiles, row, begin, end)
@@ -197,7 +216,7 @@ def step(
                     for k in tl.static_range(count(SIGNATURES)):
                         if active & (signature == k):
                             _row(
-                                words, layouts, grad, low, high, engine, c, DIRECTION, SIGNATURES, k, TILE,
+                                words, layouts, grad, low, high, engine, c, DIRECTION, SIGNATURES, k, TILE, STAGES,
                             )  # fmt: skip
                     left -= high - low
                     row -= 1
@@ -206,10 +225,15 @@ def step(
                     ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
                     for k in tl.static_range(N_SCALARS):
                         same = same & (ahead[k] == scalars[k])
+                if N_SCALARS > 0:
+                    if active:
+                        _count_cohort(rows, tiles, row + 1, last, begin, end, counted, FIRST, WIDTH)
             claimed = following
     if is_last(counts):
         tl.store(numbers + NORM, norm)
         tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
         if (skipped == 0) & (N_SCALARS > 0):
-            _count_step(rows, step_table, records, n_rows, PREPARE, N_STATES, N_SCALARS, N_HYPER, WIDTH)
+            _count_borders(
+                rows, borders, step_table, records, n_borders, PREPARE, N_SCALARS, N_HYPER, FIRST, WIDTH,
+            )  # fmt: skip

@@ -38,11 +38,12 @@ T* pointer(const py::dict& addresses, const char* name) {
 }
 
 Launcher make_launcher(const KernelSelection& selection, const py::dict& addresses, int device, int blocks, int rows,
-                       int shares, int width, int n_states, int words) {
+                       int shares, int borders, int width, int n_states, int words) {
   Tables t{};
   t.rows = pointer<const std::int64_t>(addresses, "rows");
   t.tiles = pointer<const std::int64_t>(addresses, "tiles");
   t.shares = pointer<const std::int64_t>(addresses, "shares");
+  t.borders = pointer<const std::int64_t>(addresses, "borders");
   t.layouts = pointer<const std::int64_t>(addresses, "layouts");
   t.signatures = pointer<const std::uint32_t>(addresses, "signatures");
   t.step_table = pointer<const std::int64_t>(addresses, "step_table");
@@ -51,6 +52,7 @@ Launcher make_launcher(const KernelSelection& selection, const py::dict& address
   t.counts = pointer<int>(addresses, "counts");
   t.n_rows = rows;
   t.n_shares = shares;
+  t.n_borders = borders;
   t.width = width;
   t.n_states = n_states;
   return Launcher(selection, t, device, blocks, words);
@@ -95,7 +97,8 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
       .def("encode", &encode, py::arg("signatures"), py::arg("n_states"), "The words of the table of signatures.");
   py::class_<Launcher>(m, "Launcher", py::module_local())
       .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("device"), py::arg("blocks"),
-           py::arg("rows"), py::arg("shares"), py::arg("width"), py::arg("n_states"), py::arg("words"))
+           py::arg("rows"), py::arg("shares"), py::arg("borders"), py::arg("width"), py::arg("n_states"),
+           py::arg("words"))
       .def_readwrite("in_one_launch", &Launcher::in_one_launch)
       .def("run", &run, py::arg("words"), py::arg("stream"), py::arg("measure"), py::arg("update"),
            py::arg("grad_scale"), py::arg("found_inf"));

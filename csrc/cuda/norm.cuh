@@ -19,27 +19,46 @@ __device__ __forceinline__ double squares(const float* g) {
   return wide;
 }
 
-// The same of up to kNormTiles whole tiles, in their order.
-template <int Count>
-__device__ __forceinline__ double squares(const Row<kGrad, kGrad + 1>& row, int tile) {
-  const Codec codec = row.signature.codec(kGrad);
+// Adds the squares of Count whole tiles, in their order, in sums of kNormTiles. All loads are under way before the
+// first value is needed, for where the gradient's element is wide or narrow is known to the compiler.
+template <bool Halves, int Count>
+__device__ __forceinline__ void add_squares(double& sum, const Row<kGrad, kGrad + 1>& row, int tile) {
+  const Codec half = row.signature.codec(kGrad) == Codec::bf16 ? Codec::bf16 : Codec::f16;
+  const Codec codec = Halves ? half : Codec::f32;
   Whole::Raw raw[Count];
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
-    const Whole at(row.start(tile + i * kForwards), codec != Codec::f32);
+    const Whole at(row.start(tile + i * kForwards), Halves);
     at.fetch(raw[i], row.address[kGrad][0], codec, kGrad);
   }
-  double sum = 0;
+  double part = 0;
 #pragma unroll
   for (int i = 0; i < Count; ++i) {
     float g[Whole::kCount];
     decode<Whole>(g, raw[i], codec);
-    sum += squares(g);
+    part += squares(g);
+    if ((i + 1) % kNormTiles && i + 1 < Count) continue;
+    sum += part;
+    part = 0;
   }
-  return sum;
 }
 
-// The same of any range of elements.
+// The same of `left` whole tiles. Those of narrow elements have half as many loads, so twice as many are read at once.
+template <bool Halves>
+__device__ __forceinline__ void add_whole(double& sum, const Row<kGrad, kGrad + 1>& row, int tile, int left) {
+  constexpr int kMost = Halves && !kHalvesInTwo ? 2 * kNormTiles : kNormTiles;
+#pragma unroll 1
+  for (; left >= kMost; left -= kMost, tile += kMost * kForwards) add_squares<Halves, kMost>(sum, row, tile);
+  if (kMost > kNormTiles && left >= kNormTiles) {
+    add_squares<Halves, kNormTiles>(sum, row, tile);
+    left -= kNormTiles;
+    tile += kNormTiles * kForwards;
+  }
+#pragma unroll 1
+  for (; left > 0; --left, tile += kForwards) add_squares<Halves, 1>(sum, row, tile);
+}
+
+// The squares of any range of elements.
 __device__ __forceinline__ double squares(const Row<kGrad, kGrad + 1>& row, std::int64_t begin, std::int64_t end) {
   using Fetch = Masked<kGrad, 1, true>;
   const Codec codec = row.signature.codec(kGrad);
@@ -71,12 +90,11 @@ __device__ __forceinline__ void measure(const Arguments<Words>& a) {
       row.template split<kForwards>(
           first, count, [&](std::int64_t begin, std::int64_t end) { sum += squares(row, begin, end); },
           [&](int tile, int left) {
-#pragma unroll 1
-            for (; left >= kNormTiles; left -= kNormTiles, tile += kNormTiles * kForwards) {
-              sum += squares<kNormTiles>(row, tile);
+            if (row.signature.codec(kGrad) == Codec::f32) {
+              add_whole<false>(sum, row, tile, left);
+            } else {
+              add_whole<true>(sum, row, tile, left);
             }
-#pragma unroll 1
-            for (; left > 0; --left, tile += kForwards) sum += squares<1>(row, tile);
           });
     });
     sum = block_sum(sum);

@@ -20,6 +20,12 @@
 #if !defined(FUSEDOPT_STREAMING_STORES)
 #define FUSEDOPT_STREAMING_STORES 0
 #endif
+#if !defined(FUSEDOPT_PREFETCH)
+#define FUSEDOPT_PREFETCH 1
+#endif
+#if !defined(FUSEDOPT_EARLY_PREPARE)
+#define FUSEDOPT_EARLY_PREPARE 1
+#endif
 
 namespace fusedopt::cuda {
 
@@ -47,5 +53,12 @@ constexpr bool kHalvesInTwo = FUSEDOPT_HALVES_IN_TWO;
 
 // Store past the caches. Untested.
 constexpr bool kStreamingStores = FUSEDOPT_STREAMING_STORES;
+
+// Ask for a warp's first tile of a cohort while one thread prepares. Untested.
+constexpr bool kPrefetch = FUSEDOPT_PREFETCH;
+
+// Prepare the first cohort before it is known what becomes of the step. Where that takes a grid sync, between arriving
+// and waiting: the other blocks have what they wait for, and this one would wait anyway. Untested.
+constexpr bool kEarlyPrepare = FUSEDOPT_EARLY_PREPARE;
 
 }  // namespace fusedopt::cuda

@@ -24,6 +24,12 @@ enum SignatureFlag : std::uint32_t {
   kVariant = 16,  // times the variant of the rule
 };
 
+// The codec of an operand, by a signature's words of codecs.
+FUSEDOPT_HD Codec codec_in(const std::uint32_t* words, int operand) {
+  const std::uint32_t word = words[operand / kCodecsInWord] >> (kCodecBits * (operand % kCodecsInWord));
+  return static_cast<Codec>(word & ((1u << kCodecBits) - 1));
+}
+
 // Of a row with up to N operands.
 template <int N>
 struct Signature {
@@ -31,17 +37,14 @@ struct Signature {
   std::uint32_t codecs[codec_words(N)];
 
   FUSEDOPT_HD bool has(SignatureFlag flag) const { return flags & flag; }
-  FUSEDOPT_HD int variant() const { return static_cast<int>(flags / kVariant); }
-  FUSEDOPT_HD Codec codec(int operand) const {
-    const std::uint32_t word = codecs[operand / kCodecsInWord] >> (kCodecBits * (operand % kCodecsInWord));
-    return static_cast<Codec>(word & ((1u << kCodecBits) - 1));
-  }
+  FUSEDOPT_HD Codec codec(int operand) const { return codec_in(codecs, operand); }
 };
 
 struct Tables {
   const std::int64_t* rows;
   const std::int64_t* tiles;
   const std::int64_t* shares;
+  const std::int64_t* borders;
   const std::int64_t* layouts;
   const std::uint32_t* signatures;  // n_states decides how many words each has
   const std::int64_t* step_table;   // null when it comes by value
@@ -52,6 +55,7 @@ struct Tables {
   const float* found_inf;
   int n_rows;
   int n_shares;
+  int n_borders;
   int width;     // words of a row
   int n_states;  // of the rule, at most
   bool measure, update;

@@ -20,6 +20,12 @@ __device__ __forceinline__ T* global(std::int64_t address) {
   return static_cast<T*>(__cvta_global_to_generic(static_cast<std::size_t>(address)));
 }
 
+// Asks for the line of 128 bytes that has an address, in L2. Host threads read there instead.
+#if !defined(FUSEDOPT_PREFETCH_LINE)
+#define FUSEDOPT_PREFETCH_LINE(pointer) asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer))
+#endif
+__device__ __forceinline__ void prefetch(std::int64_t address) { FUSEDOPT_PREFETCH_LINE(address); }
+
 __device__ __forceinline__ int size_of(Codec codec) { return codec == Codec::f32 ? 4 : codec == Codec::f64 ? 8 : 2; }
 
 // Eight elements for each lane, in runs of 16 bytes of the narrowest type, so that each access of a warp is dense.

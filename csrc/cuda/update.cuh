@@ -1,105 +1,9 @@
 // The pass that steps: cohort by cohort, tile by tile.
 #pragma once
 
-#include "core/step.h"
-#include "cuda/walk.cuh"
+#include "cuda/cohort.cuh"
 
 namespace fusedopt::cuda {
-
-// -------------------------------------------------------------------------------------------------------- cohorts
-
-// What a rule prepares for the rows of a cohort, and the engine for them.
-template <class Rule, class T>
-struct CohortCoefficients {
-  EngineScalars<T> engine;
-  typename Rule::template Coefficients<T> rule;
-
-  template <class U>
-  __device__ __forceinline__ CohortCoefficients<Rule, U> as() const {
-    return {engine.template as<U>(), cast_coefficients<Rule, U>(reinterpret_cast<const double*>(&rule))};
-  }
-};
-
-// Where a group's record begins in the step table.
-template <class Rule, int Words>
-__device__ __forceinline__ int record_of(const Arguments<Words>& a, int row) {
-  const int group = static_cast<int>(row_words(a.tables, row)[kGroup]);
-  return kGrads + a.tables.n_rows + group * record_words(kHyper<Rule>);
-}
-
-// A number of a record: a value, or where the device finds it.
-template <int Words>
-__device__ __forceinline__ double record_number(const Arguments<Words>& a, int record, int number) {
-  const std::int64_t source = step_word(a, record + 2 * number + 1);
-  return source ? load_number(source) : __longlong_as_double(step_word(a, record + 2 * number));
-}
-
-// The addresses of a row's scalars.
-__device__ __forceinline__ const std::int64_t* scalars_of(const Tables& t, int row) {
-  return row_words(t, row) + kOperandAddresses + kAddresses * (1 + t.n_states);
-}
-
-template <class Rule>
-struct Numbers {
-  double hyper[kHyper<Rule> + 1], scalars[kScalars<Rule> + 1];
-
-  // `step` already counts the step to come.
-  template <int Words>
-  __device__ __forceinline__ Numbers(const Arguments<Words>& a, int row, int record) {
-#pragma unroll
-    for (int k = 0; k < kHyper<Rule>; ++k) hyper[k] = record_number(a, record, 2 + k);
-    const std::int64_t* addresses = scalars_of(a.tables, row);
-#pragma unroll
-    for (int k = 0; k < kScalars<Rule>; ++k) scalars[k] = load_number(addresses[k]) + (k == 0 ? 1 : 0);
-  }
-};
-
-template <class Rule, int Words>
-__device__ __forceinline__ CohortCoefficients<Rule, double> prepare_cohort(const Arguments<Words>& a, int row,
-                                                                           double factor) {
-  const int record = record_of<Rule>(a, row), flags = record + 2 * (2 + kHyper<Rule>);
-  Numbers<Rule> numbers(a, row, record);
-  CohortCoefficients<Rule, double> c;
-  c.engine = engine_scalars(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
-                            record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0);
-  prepare<Rule>(numbers.hyper, numbers.scalars, grad_word(a, row) & kNewState, reinterpret_cast<double*>(&c.rule));
-  return c;
-}
-
-// Whether a row has the hyperparameters and counters of another; one without a gradient fits to any.
-template <class Rule, int Words>
-__device__ __forceinline__ bool is_same_cohort(const Arguments<Words>& a, int row, int other) {
-  const Tables& t = a.tables;
-  const std::int64_t grad = grad_word(a, row), of_other = grad_word(a, other);
-  if (!grad) return true;
-  if (!of_other || (grad & kNewState) != (of_other & kNewState)) return false;
-  if (row_words(t, row)[kGroup] != row_words(t, other)[kGroup]) return false;
-  bool same = true;
-#pragma unroll
-  for (int k = 0; k < kScalars<Rule>; ++k) {
-    same &= load_number(scalars_of(t, row)[k]) == load_number(scalars_of(t, other)[k]);
-  }
-  return same;
-}
-
-// The first of the rows before `row`, and not before `first`, that are all of its cohort. The block looks together.
-template <class Rule, int Words>
-__device__ __forceinline__ int first_of_cohort(const Arguments<Words>& a, int row, int first) {
-  FUSEDOPT_SHARED(int, others);
-  int found = row;
-  for (bool all = true; all && found > first;) {
-    if (threadIdx.x == 0) others = 0;
-    __syncthreads();
-    const int candidate = found - 1 - static_cast<int>(threadIdx.x);
-    const bool fits = candidate >= first && is_same_cohort<Rule>(a, candidate, row);
-    if (!fits) atomicMax(&others, kThreads - static_cast<int>(threadIdx.x));
-    __syncthreads();
-    all = others == 0;
-    found -= kThreads - others;
-    __syncthreads();
-  }
-  return found;
-}
 
 // ---------------------------------------------------------------------------------------------------------- tiles
 
@@ -179,6 +83,26 @@ __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begi
 
 // ------------------------------------------------------------------------------------------------------------ pass
 
+// Asks for the tile that this warp is to step first, of [begin, end), in L2: a line of 128 bytes for each lane, eight
+// of an operand. It does not wait for them, nor for the row that it looks up to do so.
+template <class Rule, int Words>
+__device__ __forceinline__ void prefetch_tile(const Arguments<Words>& a, int begin, int end, int last_row) {
+  constexpr int kLine = 128, kLanes = 8;
+  const Tables& t = a.tables;
+  const int tile = end - 1 - warp_id(), operand = lane_id() / kLanes;
+  if (tile < begin) return;
+  const int row = seek(t, last_row, tile);
+  const std::int64_t grad = grad_word(a, row), *words = row_words(t, row);
+  const std::uint32_t* signature = signature_of(t, row);
+  if (!grad || signature[0] & kStrided || operand >= kOperands<Rule>) return;
+  const int address = kOperandAddresses + max(operand - 1, 0) * kAddresses;
+  const int size = size_of(codec_in(signature + 1, operand)), at = lane_id() % kLanes * kLine;
+  const std::int64_t first = (tile - t.tiles[row]) * kTile * size + at;
+  if (at < kTile * size && first < words[kNumel] * size) {
+    prefetch((operand == kGrad ? grad & ~kNewState : words[address]) + first);
+  }
+}
+
 // Calls with the rule's variant of a number.
 template <class Rule, class... More, class Call>
 __device__ __forceinline__ void with_variant(int number, Call call) {
@@ -193,38 +117,81 @@ __device__ __forceinline__ void with_variant(int number, Call call) {
   }
 }
 
-// Steps the shares that this block claims, the last first, cohort by cohort; one thread prepares.
+// What a block has prepared.
+template <class Rule>
+__device__ __forceinline__ Prepared<Rule>& prepared() {
+  FUSEDOPT_SHARED(Prepared<Rule>, of_block);
+  return of_block;
+}
+
+// A block on its way through cohorts; all of its threads know the same.
+template <class Rule, class... More>
+struct Cohorts {
+  using Key = KeyOf<Rule>;  // variants have the same scalars
+  bool has_prepared = false;
+  int row, first, begin;  // of the cohort at hand: its last row, its first, and its first tile
+  bool is_active;
+
+  // The rule's variant of the row at hand; where there is only one, nothing is read.
+  template <class Call>
+  __device__ __forceinline__ void with_variant(const Tables& t, Call call) const {
+    cuda::with_variant<Rule, More...>(sizeof...(More) ? static_cast<int>(signature_of(t, row)[0] / kVariant) : 0, call);
+  }
+
+  // Goes to the cohort that has tile end - 1 of a share, and has one thread prepare what is not yet.
+  template <int Words>
+  __device__ __forceinline__ void go(const Arguments<Words>& a, const Share& mine, int end, int near, double factor) {
+    FUSEDOPT_SHARED(Key, prepared_for);
+    row = seek(a.tables, near, end - 1);
+    with_variant(a.tables, [&]<class Variant>() {
+      const Key key(a, row);
+      is_active = key.number >= 0;
+      first = first_of_cohort(a, key, row, mine.first_row);
+      begin = max(mine.begin, static_cast<int>(a.tables.tiles[first]));
+      const bool is_new = is_active && !(has_prepared && key == prepared_for);
+      if (kPrefetch && is_new) prefetch_tile<Variant>(a, begin, end, row);
+      __syncthreads();  // all know the key, and are done with what was prepared before
+      if (is_new && threadIdx.x == 0) {
+        prepared_for = key;
+        prepared<Variant>() = prepare_cohort<Variant>(a, key, factor);
+      }
+      has_prepared |= is_new;
+    });
+  }
+};
+
+// Steps the shares that this block claims, the last first, cohort by cohort, and counts the step in rows that are whole
+// in a share. meet() says what becomes of the step; the first cohort is prepared before, which needs nothing of it but
+// the factor.
 template <int Words, class... Rules>
-__device__ __forceinline__ void update(const Arguments<Words>& a, double factor) {
+__device__ __forceinline__ const Decision& update(const Arguments<Words>& a, auto meet) {
   const Tables& t = a.tables;
-  int prepared_for = -1;  // the row, as the thread that prepares knows
+  Cohorts<Rules...> cohorts;
+  if (kEarlyPrepare) {
+    const Share mine = share(t, t.n_shares - 1 - static_cast<int>(blockIdx.x));
+    if (mine.begin < mine.end) cohorts.go(a, mine, mine.end, mine.last_row, 1);
+  }
+  const Decision& decision = meet();
+  if (decision.skipped) return decision;
+  if (cohorts.has_prepared && threadIdx.x == 0) {
+    cohorts.with_variant(
+        t, [&]<class Rule>() { prepared<Rule>().coefficients.engine.gradient_factor *= decision.factor; });
+  }
   each_claim(t.n_shares, t.counts + kSharesUpdated, [&](int claim) {
     const Share mine = share(t, t.n_shares - 1 - claim);
-    int left = mine.end;
-    int row = mine.last_row;
-    while (left > mine.begin) {
-      row = seek(t, row, left - 1);
-      const std::uint32_t* signature =
-          t.signatures + row_words(t, row)[kSignature] * (1 + codec_words(kFirstState + t.n_states));
-      with_variant<Rules...>(static_cast<int>(signature[0] / kVariant), [&]<class Rule>() {
-        using Prepared = CohortCoefficients<Rule, double>;
-        FUSEDOPT_SHARED(Prepared, prepared);
-        __syncthreads();
-        if (threadIdx.x == 0 && grad_word(a, row)) {
-          if (prepared_for < 0 || !is_same_cohort<Rule>(a, row, prepared_for)) {
-            prepared = prepare_cohort<Rule>(a, row, factor);
-          }
-          prepared_for = row;
-        }
-        const int first = first_of_cohort<Rule>(a, row, mine.first_row);
-        __syncthreads();
-        const int begin = max(mine.begin, static_cast<int>(t.tiles[first]));
-        update_tiles<Rule>(a, begin, left, row, prepared);
-        left = begin;
-        row = max(first - 1, 0);
+    int near = mine.last_row;
+    for (int end = mine.end; end > mine.begin; end = cohorts.begin) {
+      cohorts.go(a, mine, end, near, decision.factor);
+      __syncthreads();
+      near = max(cohorts.first - 1, 0);
+      if (!cohorts.is_active) continue;
+      cohorts.with_variant(t, [&]<class Rule>() {
+        update_tiles<Rule>(a, cohorts.begin, end, cohorts.row, prepared<Rule>().coefficients);
+        count_cohort<Rule>(a, mine, cohorts.first, cohorts.row, prepared<Rule>().scalars);
       });
     }
   });
+  return decision;
 }
 
 }  // namespace fusedopt::cuda

@@ -59,22 +59,22 @@ __device__ __forceinline__ void each_claim(int count, int* claims, Body body) {
 
 // ----------------------------------------------------------------------------------------------------------- rows
 
-// The row of a tile: at or after `row` if the tile is, else before it. All lanes look at once.
+// The row of a tile, looked for from `row` on, both ways: all lanes at once, and without a wait between the ways.
 __device__ __forceinline__ int seek(const Tables& t, int row, int tile) {
-  const int lane = lane_id();
-  for (;;) {
-    const int next = row + 1 + lane;
-    const int passed = __popc(__ballot_sync(kAll, next <= t.n_rows && t.tiles[next] <= tile));
-    row += passed;
-    if (passed < 32) break;
-  }
-  for (;;) {
-    const int before = row - lane;
-    const int behind = __popc(__ballot_sync(kAll, before >= 0 && t.tiles[before] > tile));
-    row -= behind;
-    if (behind < 32) break;
+  for (int moved = 32; moved == 32 || moved == -32; row += moved) {
+    const int next = row + 1 + lane_id(), before = row - lane_id();
+    const std::int64_t of_next = next <= t.n_rows ? t.tiles[next] : INT64_MAX;
+    const std::int64_t of_before = before >= 0 ? t.tiles[before] : 0;
+    const int passed = __popc(__ballot_sync(kAll, of_next <= tile)),
+              behind = __popc(__ballot_sync(kAll, of_before > tile));
+    moved = passed - behind;  // one of which is 0
   }
   return row;
+}
+
+// The words of a row's signature.
+__device__ __forceinline__ const std::uint32_t* signature_of(const Tables& t, int row) {
+  return t.signatures + row_words(t, row)[kSignature] * (1 + codec_words(kFirstState + t.n_states));
 }
 
 // Some of a warp's tiles: every kWarps-th of a row, `count` of them from `first` on; backwards where Step is negative.
@@ -114,7 +114,7 @@ struct Row {
     first_tile = static_cast<int>(t.tiles[row]);
     active = grad != 0;
     numel = words[kNumel];
-    const std::uint32_t* s = t.signatures + words[kSignature] * (1 + codec_words(kFirstState + t.n_states));
+    const std::uint32_t* s = signature_of(t, row);
     signature.flags = s[0];
 #pragma unroll
     for (int k = 0; k < codec_words(N); ++k) signature.codecs[k] = s[1 + k];

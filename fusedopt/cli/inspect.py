@@ -1,13 +1,19 @@
-"""``fusedopt inspect``: registers, spills and access widths of compiled kernels. Needs no GPU.
+"""``fusedopt inspect``: registers, spills, access widths and loads under way of compiled kernels. Needs no GPU.
 
 ``loads_128``, ``loads_other``, ``stores_128`` and ``stores_other`` count the accesses of tensor data in the loops
 over full tiles, 16 bytes wide for each thread or not; the same names behind ``kernel_`` count all accesses of
 global memory in the kernel: also of tables, and of what is left over beside full tiles.
 
+``norm_loads_in_flight`` says how many 16-byte loads the best innermost loop without stores issues before it uses the
+value of any of them: that of the norm, whose main loop it is. ``scalar_loads_in_flight`` says the same of narrower
+loads in the best innermost loop with stores and without 16-byte accesses: of what is left over beside full tiles. Both
+are null for AMD's GPUs.
+
 JSON::
 
     {"kernels": [{"name", "arch", "registers", "spills", "loads_128", "loads_other", "stores_128", "stores_other",
-                  "kernel_loads_128", "kernel_loads_other", "kernel_stores_128", "kernel_stores_other"}],
+                  "kernel_loads_128", "kernel_loads_other", "kernel_stores_128", "kernel_stores_other",
+                  "norm_loads_in_flight", "scalar_loads_in_flight"}],
      "versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed}}
 """
 
@@ -88,9 +94,9 @@ def _names(asked: list[str] | None) -> list[str]:
 
 
 def _print(kernels: list[Report]) -> None:
-    headings = ("kernel", "registers", "spills", "loads", "stores", "all loads", "all stores")
+    headings = ("kernel", "registers", "spills", "loads", "stores", "all loads", "all stores", "in flight")
     table = report.table(
-        f"Kernels for {kernels[0].arch}: accesses of 16 bytes + others, in full tiles and in all",
+        f"Kernels for {kernels[0].arch}: accesses of 16 bytes + others, in full tiles and in all; loads in flight",
         *headings,
         numeric=headings[1:],
     )
@@ -103,5 +109,6 @@ def _print(kernels: list[Report]) -> None:
             f"{k.stores_128} + {k.stores_other}",
             f"{k.kernel_loads_128} + {k.kernel_loads_other}",
             f"{k.kernel_stores_128} + {k.kernel_stores_other}",
+            "" if k.norm_loads_in_flight is None else f"{k.norm_loads_in_flight} + {k.scalar_loads_in_flight}",
         )
     report.console.print(table)

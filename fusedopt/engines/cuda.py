@@ -104,6 +104,7 @@ class Plan(DevicePlan):
             "rows": t.rows,
             "tiles": t.tiles,
             "shares": t.shares,
+            "borders": t.borders,
             "layouts": t.layouts,
             "signatures": self._signatures,
             "step_table": self.step_table.on_device,
@@ -114,7 +115,7 @@ class Plan(DevicePlan):
         addresses = {name: tensor.data_ptr() for name, tensor in tables.items()}
         n_words = self.step_table.words.numel()
         self._launcher = extension.Launcher(
-            selection, addresses, index, t.programs, t.count, t.n_shares, t.width, len(names[0]), n_words
+            selection, addresses, index, t.programs, t.count, t.n_shares, t.n_borders, t.width, len(names[0]), n_words
         )
         self._words = self.step_table.words.data_ptr() if self.step_table.by_value else 0
 

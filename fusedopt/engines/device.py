@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
+from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
 from fusedopt.layout import StepWord, record_width
 from fusedopt.rule import LAST_FLOAT_STEP
@@ -38,6 +39,7 @@ class DevicePlan:
         programs: How many the engine launches at most.
         tile: Elements of a tile.
         by_value: How many words of the step table a launch takes by value.
+        sizes: Of shares, see fusedopt/engines/tables.py; None for those there.
     """
 
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
@@ -53,6 +55,7 @@ class DevicePlan:
         programs: int,
         tile: int,
         by_value: int = 0,
+        sizes: tuple[int, ...] | None = None,
     ) -> None:
         self.members = members
         self._params = [p for p, _ in optimizer.members(members)]
@@ -62,7 +65,7 @@ class DevicePlan:
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
         with on_device(self.device):
-            self.table = Rows(optimizer, members, self.device, names[:2], programs, tile)
+            self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes or tables.SHARE_SIZES)
             words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(len(names[2]))
             self.step_table = StepTable(words, self.device, words <= by_value)
             self.status = optimizer.status(self.device, nth)
@@ -164,7 +167,8 @@ class DevicePlan:
         """The device memory that launches of this plan use."""
         t, s = self.table, self.status
         step_table = [] if self.step_table.by_value else [self.step_table.on_device]
-        return [t.rows, t.tiles, t.shares, t.layouts, self.partials, s.numbers, s.counts, s.one, s.zero, *step_table]
+        standing = t.rows, t.tiles, t.shares, t.borders, t.layouts
+        return [*standing, self.partials, s.numbers, s.counts, s.one, s.zero, *step_table]
 
     def _here(self, value: Tensor | None, default: Tensor) -> Tensor:
         if value is None:

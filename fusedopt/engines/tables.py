@@ -7,7 +7,7 @@ differs from what the device has.
 from __future__ import annotations
 
 import struct
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from itertools import accumulate
 from typing import Any
 
@@ -40,12 +40,17 @@ def refuse_capture(device: torch.device, why: str) -> None:
         )
 
 
-def partition(n_tiles: int, programs: int) -> list[int]:
+def partition(n_tiles: int, programs: int, sizes: tuple[int, ...]) -> list[int]:
     """The first tile of each share, for a launch of up to ``programs``; how many compute them, and which, is free."""
-    sizes = SHARE_SIZES if n_tiles >= sum(SHARE_SIZES) * programs else (1,)
+    sizes = sizes if n_tiles >= sum(sizes) * programs else (1,)
     n = max(1, min(programs, n_tiles))
     bounds = [0, *accumulate(size for size in sizes for _ in range(n))]
     return [n_tiles * bound // bounds[-1] for bound in bounds[:-1]]
+
+
+def _is_whole(first: int, end: int, begins: list[int]) -> bool:
+    """Whether a share has a row's tiles, and there are any."""
+    return first < end and bisect_right(begins, first) == bisect_left(begins, end)
 
 
 class StepStatus:
@@ -141,11 +146,12 @@ class Rows:
         names: The rule's states, and its scalars, in the engine's order.
         programs: How many the engine launches at most.
         tile: Elements of a tile.
+        sizes: Of shares, see SHARE_SIZES.
 
     Attributes:
-        rows, tiles, shares, layouts: On the device.
+        rows, tiles, shares, borders, layouts: On the device.
         width: Words of a row.
-        count, n_shares: How many rows and shares.
+        count, n_shares, n_borders: How many rows, shares and borders.
         programs: How many to launch.
         signatures: Of the rows; a row has its number among them.
     """
@@ -158,19 +164,22 @@ class Rows:
         names: tuple[tuple[str, ...], tuple[str, ...]],
         programs: int,
         tile: int,
+        sizes: tuple[int, ...],
     ) -> None:
         self.width = row_width(len(names[0]), len(names[1]))
         self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
         which = set(members)
         everyone = [(g, group, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
-        rows = [
-            (self._row(optimizer, p, group, g) if i in which else None) or [0] * self.width
-            for i, (g, group, p) in enumerate(everyone)
+        planned = [
+            self._row(optimizer, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
         ]
+        rows = [row or [0] * self.width for row in planned]
         tiles = [0, *accumulate(-(-row[RowWord.NUMEL] // tile) for row in rows)]
-        shares = [(begin, min(bisect_right(tiles, begin), len(rows)) - 1) for begin in partition(tiles[-1], programs)]
-        self.count, self.n_shares = len(rows), len(shares)
+        begins = partition(tiles[-1], programs, sizes)
+        shares = [(begin, min(bisect_right(tiles, begin), len(rows)) - 1) for begin in begins]
+        borders = [i for i, row in enumerate(planned) if row and not _is_whole(tiles[i], tiles[i + 1], begins)]
+        self.count, self.n_shares, self.n_borders = len(rows), len(shares), len(borders)
         self.programs = min(programs, self.n_shares)
 
         def on_device(values: Any) -> Tensor:
@@ -178,6 +187,7 @@ class Rows:
 
         self.rows, self.tiles = on_device(rows), on_device(tiles)
         self.shares = on_device([*shares, (tiles[-1], len(rows) - 1)])
+        self.borders = on_device(borders or [0])
         self.layouts = on_device(self._layouts or [0])
         self.signatures = tuple(self._signatures)
 

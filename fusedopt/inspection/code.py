@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import networkx
+
+from fusedopt.inspection.flight import loads_in_flight
 
 WIDE = 128
 
@@ -24,17 +27,32 @@ class Instruction:
         bits: How wide an access is for one thread.
         label: Where it stands; may be empty.
         target: Where a branch goes.
+        registers: Numbers of the general registers that it names; of NVIDIA's only.
+        written: Those that a load writes.
+        guard: The predicate, such as "P1" or "!P1", without which it does nothing; may be empty.
+        predicates: Those that it names otherwise, and may change.
     """
 
     kind: str
     bits: int = 0
     label: str = ""
     target: str = ""
+    registers: frozenset[int] = frozenset()
+    written: frozenset[int] = frozenset()
+    guard: str = ""
+    predicates: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What ``fusedopt inspect`` tells of a kernel; the first four counts are of its main loops."""
+    """What ``fusedopt inspect`` tells of a kernel; the first four counts are of its main loops.
+
+    Attributes:
+        norm_loads_in_flight: 16-byte loads that the best innermost loop without stores has under way at once; None for
+            AMD's, whose registers are not looked at.
+        scalar_loads_in_flight: The same of narrower loads in innermost loops with stores and without 16-byte accesses:
+            of what is not a full tile.
+    """
 
     name: str
     arch: str
@@ -48,10 +66,14 @@ class Report:
     kernel_loads_other: int
     kernel_stores_128: int
     kernel_stores_other: int
+    norm_loads_in_flight: int | None
+    scalar_loads_in_flight: int | None
 
 
 def report(name: str, arch: str, registers: int, spills: int, code: list[Instruction]) -> Report:
     """Count a kernel's accesses."""
+    flow = _flow(code)
+    loops = dict(_innermost(flow))
 
     def count(instructions: list[Instruction]) -> list[int]:
         return [
@@ -60,16 +82,23 @@ def report(name: str, arch: str, registers: int, spills: int, code: list[Instruc
             for wide in (True, False)
         ]
 
-    return Report(name, arch, registers, spills, *count(main_loops(code)), *count(code))
+    def in_flight(wide: bool, stores: bool) -> int | None:
+        if not any(i.registers for i in code):
+            return None
+        chosen = [
+            (header, body)
+            for header, body in loops.items()
+            if (body in mains) == wide and any(code[i].kind == "store" for i in body) == stores
+        ]
+        return max(
+            (loads_in_flight(code, flow, *loop, lambda i: (i.bits >= WIDE) == wide) for loop in chosen), default=0
+        )
 
-
-def main_loops(code: list[Instruction]) -> list[Instruction]:
-    """The instructions of all innermost loops that have a 16-byte access."""
-    flow = _flow(code)
-    loops = [body for header, body in _loops(flow).items()]
-    innermost = [body for body in loops if not any(other < body for other in loops)]
-    wide = [body for body in innermost if any(code[i].bits >= WIDE for i in body)]
-    return [code[i] for i in sorted(set().union(*wide))]
+    mains = [body for body in loops.values() if any(code[i].bits >= WIDE for i in body)]
+    main = [code[i] for i in sorted(set().union(*mains))]
+    counts = name, arch, registers, spills, *count(main), *count(code)
+    norm, scalar = in_flight(True, False), in_flight(False, True)
+    return Report(*counts, norm_loads_in_flight=norm, scalar_loads_in_flight=scalar)
 
 
 def _flow(code: list[Instruction]) -> networkx.DiGraph:
@@ -83,6 +112,12 @@ def _flow(code: list[Instruction]) -> networkx.DiGraph:
         if instruction.kind not in ("jump", "end") and n + 1 < len(code):
             flow.add_edge(n, n + 1)
     return flow
+
+
+def _innermost(flow: networkx.DiGraph) -> Iterator[tuple[int, frozenset[int]]]:
+    """The loops without another inside, by header."""
+    loops = _loops(flow)
+    return ((at, body) for at, body in loops.items() if not any(other < body for other in loops.values()))
 
 
 def _loops(flow: networkx.DiGraph) -> dict[int, frozenset[int]]:
@@ -128,8 +163,19 @@ def sass(text: str) -> list[Instruction]:
             target = f"{int(found[-1], 16):x}" if found else ""
         elif first in ("EXIT", "RET") and not predicate:
             kind = "end"
-        code.append(Instruction(kind, bits, f"{int(address, 16):x}", target))
+        label, guard = f"{int(address, 16):x}", predicate.strip(" @")
+        predicates = frozenset(re.findall(r"\bU?P\d\b", operands))
+        named, written = _registers(kind, bits, operands)
+        code.append(Instruction(kind, bits, label, target, named, written, guard, predicates))
     return code
+
+
+def _registers(kind: str, bits: int, operands: str) -> tuple[frozenset[int], frozenset[int]]:
+    """The numbers of the registers that an instruction of NVIDIA's names, and of those that it loads."""
+    named = {int(n) + k for n, pair in re.findall(r"\bR(\d+)(\.64)?", operands) for k in range(1 + bool(pair))}
+    data = re.search(r"(?:^|\s)R(\d+)", operands) if kind in ("load", "store") else None  # no address, in brackets
+    moved = range(int(data[1]), int(data[1]) + max(bits // 32, 1)) if data else range(0)
+    return frozenset(named.union(moved)), frozenset(moved if kind == "load" else ())
 
 
 _AMD_WIDTH = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 64, "b64": 64}

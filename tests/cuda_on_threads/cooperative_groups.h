@@ -6,7 +6,8 @@
 namespace cooperative_groups {
 
 struct Grid {
-  void sync() const { on_threads::meet_grid(); }
+  unsigned barrier_arrive() const { return on_threads::arrive_at_grid(); }
+  void barrier_wait(unsigned&&) const { on_threads::wait_for_grid(); }
 };
 inline Grid this_grid() { return {}; }
 

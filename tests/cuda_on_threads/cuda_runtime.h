@@ -15,6 +15,7 @@
 #include <cstring>
 #include <map>
 #include <memory>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -25,6 +26,8 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
+// Reads what a GPU would only ask for, so that a tool that watches memory sees where that is.
+#define FUSEDOPT_PREFETCH_LINE(address) static_cast<void>(*reinterpret_cast<const volatile char*>(address))
 
 struct uint2 {
   unsigned x, y;
@@ -71,12 +74,13 @@ struct Block {
   std::map<const void*, std::vector<std::uint64_t>> shared;
   ucontext_t scheduler;
   unsigned current = 0;
-  int arrived_at_grid = 0;
+  std::optional<std::barrier<>::arrival_token> arrival;  // at the grid's meeting
 };
 
 inline thread_local Block* block = nullptr;
 
-// Whether blocks are held up where they count, so that they claim what there is to do in any order.
+// Whether blocks are held up where they count, so that they claim what there is to do in any order, and warps of a
+// block at any place where they wait, so that one comes far ahead of another that it should have waited for.
 inline bool disorder = false;
 extern "C" __attribute__((visibility("default"), used)) inline void set_disorder(bool on) { disorder = on; }
 
@@ -104,9 +108,13 @@ const std::uint64_t* show(T value) {
   return &mine[block->current / kWarp * kWarp];
 }
 
-inline void meet_grid() {
+inline unsigned arrive_at_grid() {
   wait(block->all);
-  if (block->current == 0) block->grid.meeting.arrive_and_wait();
+  if (block->current == 0) block->arrival = block->grid.meeting.arrive();
+  return 0;
+}
+inline void wait_for_grid() {
+  if (block->current == 0) block->grid.meeting.wait(std::move(*block->arrival));
   wait(block->all);
 }
 
@@ -140,10 +148,16 @@ inline void run_block(Block& b) {
     lane.context.uc_stack.ss_size = kStack;
     makecontext(&lane.context, enter_lane, 0);
   }
+  bool is_held_up = false;
   for (unsigned left = n; left;) {
     left = 0;
     for (b.current = 0; b.current < n; ++b.current) {
+      if (b.current % kWarp == 0) is_held_up = disorder && std::rand() % 8 != 0;
       if (b.lanes[b.current].done) continue;
+      if (is_held_up) {
+        ++left;
+        continue;
+      }
       threadIdx.x = b.current;
       swapcontext(&b.scheduler, &b.lanes[b.current].context);
       left += !b.lanes[b.current].done;
@@ -157,7 +171,7 @@ inline void launch(dim3 blocks, dim3 threads, void (*body)(void*), void* argumen
   std::vector<std::thread> team;
   for (unsigned i = 0; i < blocks.x; ++i) {
     team.emplace_back([&, i] {
-      Block b{grid, {i, 0, 0}, body, argument, {}, {}, {}, {}, {}, {}};
+      Block b{grid, {i, 0, 0}, body, argument, {}, {}, {}, {}, {}, {}, 0, {}};
       run_block(b);
     });
   }

@@ -1,0 +1,160 @@
+// Cohorts: rows in a run that one `prepare` serves, for they have a group and the counters in common.
+#pragma once
+
+#include "core/step.h"
+#include "cuda/walk.cuh"
+
+namespace fusedopt::cuda {
+
+// What a rule prepares for the rows of a cohort, and the engine for them.
+template <class Rule, class T>
+struct CohortCoefficients {
+  EngineScalars<T> engine;
+  typename Rule::template Coefficients<T> rule;
+
+  template <class U>
+  __device__ __forceinline__ CohortCoefficients<Rule, U> as() const {
+    return {engine.template as<U>(), cast_coefficients<Rule, U>(reinterpret_cast<const double*>(&rule))};
+  }
+};
+
+// The addresses of a row's scalars.
+__device__ __forceinline__ const std::int64_t* scalars_of(const Tables& t, int row) {
+  return row_words(t, row) + kOperandAddresses + kAddresses * (1 + t.n_states);
+}
+
+// What tells cohorts apart: twice the group, plus one if states are new, and the N scalars before the step. Rows
+// without a gradient have -1. With a key one can compare when the step of its row has been counted, with the row one
+// cannot.
+template <int N>
+struct CohortKey {
+  int number;
+  double scalars[N + 1];
+
+  CohortKey() = default;
+
+  template <int Words>
+  __device__ __forceinline__ CohortKey(const Arguments<Words>& a, int row) {
+    const std::int64_t grad = grad_word(a, row);
+    const int group = static_cast<int>(row_words(a.tables, row)[kGroup]);
+    const std::int64_t* addresses = scalars_of(a.tables, row);
+    number = grad ? 2 * group + static_cast<int>(grad & kNewState) : -1;
+#pragma unroll
+    for (int k = 0; k < N; ++k) scalars[k] = grad ? load_number(addresses[k]) : 0;
+  }
+
+  __device__ __forceinline__ bool operator==(const CohortKey& other) const {
+    bool same = number == other.number;
+#pragma unroll
+    for (int k = 0; k < N; ++k) same &= scalars[k] == other.scalars[k];
+    return same;
+  }
+};
+
+// The first of the rows before `row`, and not before `first`, that are all of its cohort; a row without a gradient fits
+// to any. All lanes look at once, and every warp by itself.
+template <int N, int Words>
+__device__ __forceinline__ int first_of_cohort(const Arguments<Words>& a, const CohortKey<N>& key, int row, int first) {
+  for (int found = 32; found == 32; row -= found) {
+    const int candidate = row - 1 - lane_id();
+    bool fits = candidate >= first;
+    if (fits) {
+      const CohortKey<N> other(a, candidate);
+      fits = other.number < 0 || other == key;
+    }
+    const unsigned all = __ballot_sync(kAll, fits);
+    found = __popc(all & ~(all + 1));  // those before the first that does not fit
+  }
+  return row;
+}
+
+template <class Rule>
+using KeyOf = CohortKey<kScalars<Rule>>;
+
+// Of the cohort of a key: its scalars after the step, and its coefficients.
+template <class Rule>
+struct Prepared {
+  double scalars[kScalars<Rule> + 1];
+  CohortCoefficients<Rule, double> coefficients;
+};
+
+// Where a group's record begins in the step table.
+template <class Rule>
+__device__ __forceinline__ int record_of(const Tables& t, const KeyOf<Rule>& key) {
+  return kGrads + t.n_rows + (key.number >> 1) * record_words(kHyper<Rule>);
+}
+
+// A number of a record: a value, or where the device finds it.
+template <int Words>
+__device__ __forceinline__ double record_number(const Arguments<Words>& a, int record, int number) {
+  const std::int64_t source = step_word(a, record + 2 * number + 1);
+  return source ? load_number(source) : __longlong_as_double(step_word(a, record + 2 * number));
+}
+
+// Advances the scalars and calls the rule.
+template <class Rule, int Words>
+__device__ __forceinline__ void advance(const Arguments<Words>& a, const KeyOf<Rule>& key, double* scalars,
+                                        double* coefficients) {
+  const int record = record_of<Rule>(a.tables, key);
+  double hyper[kHyper<Rule> + 1];
+#pragma unroll
+  for (int k = 0; k < kHyper<Rule>; ++k) hyper[k] = record_number(a, record, 2 + k);
+#pragma unroll
+  for (int k = 0; k < kScalars<Rule>; ++k) scalars[k] = key.scalars[k] + (k == 0 ? 1 : 0);  // `step` is the first
+  fusedopt::prepare<Rule>(hyper, scalars, key.number & 1, coefficients);
+}
+
+template <class Rule, int Words>
+__device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>& a, const KeyOf<Rule>& key,
+                                                         double factor) {
+  const int record = record_of<Rule>(a.tables, key), flags = record + 2 * (2 + kHyper<Rule>);
+  Prepared<Rule> p;
+  p.coefficients.engine =
+      engine_scalars(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
+                     record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0);
+  advance<Rule>(a, key, p.scalars, reinterpret_cast<double*>(&p.coefficients.rule));
+  return p;
+}
+
+// --------------------------------------------------------------------------------------------------------- counting
+
+template <class Rule>
+__device__ __forceinline__ void store_scalars(const Tables& t, int row, const double* scalars) {
+  const std::int64_t* addresses = scalars_of(t, row);
+#pragma unroll
+  for (int k = 0; k < kScalars<Rule>; ++k) store_number(addresses[k], scalars[k]);
+}
+
+// Counts the step in those of a cohort's rows [first, last] that are whole in a share: nobody else reads their scalars.
+template <class Rule, int Words>
+__device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Share& mine, int first, int last,
+                                             const double* scalars) {
+  const Tables& t = a.tables;
+  if constexpr (kScalars<Rule> > 0) {
+#pragma unroll 1
+    for (int row = first + static_cast<int>(threadIdx.x); row <= last; row += kThreads) {
+      const int begin = static_cast<int>(t.tiles[row]), end = static_cast<int>(t.tiles[row + 1]);
+      const bool is_whole = mine.begin <= begin && begin < end && end <= mine.end;
+      if (is_whole && grad_word(a, row)) store_scalars<Rule>(t, row, scalars);
+    }
+  }
+}
+
+// Counts the step in the other rows; all blocks are done with them.
+template <class Rule, int Words>
+__device__ __forceinline__ void count_borders(const Arguments<Words>& a) {
+  const Tables& t = a.tables;
+  if constexpr (kScalars<Rule> > 0) {
+#pragma unroll 1
+    for (int k = static_cast<int>(threadIdx.x); k < t.n_borders; k += kThreads) {
+      const int row = static_cast<int>(t.borders[k]);
+      const KeyOf<Rule> key(a, row);
+      if (key.number < 0) continue;
+      double scalars[kScalars<Rule> + 1], coefficients[kCoefficients<Rule>];  // without a use unless the rule advances
+      advance<Rule>(a, key, scalars, coefficients);
+      store_scalars<Rule>(t, row, scalars);
+    }
+  }
+}
+
+}  // namespace fusedopt::cuda
