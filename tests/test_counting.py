@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import close, params
-from test_cuda import ENGINE, set_programs
+from helpers import close, params, set_programs
 
 import fusedopt
 from fusedopt.engines import cuda, tables, triton
@@ -28,11 +27,11 @@ def programs(monkeypatch, engine, request):
     monkeypatch.setattr(triton, "INTERPRETED_PROGRAMS", request.param)
     monkeypatch.setattr(triton, "INTERPRETED_TILE", 256)
     if engine == "cuda":
-        set_programs(monkeypatch, request.param)
-        ENGINE.set_disorder(request.param > 1)
+        set_programs(monkeypatch, engine, request.param)
+        cuda.load().set_disorder(request.param > 1)
     yield request.param
     if engine == "cuda":
-        ENGINE.set_disorder(False)
+        cuda.load().set_disorder(False)
 
 
 def build(name, shapes, engine, steps):
@@ -110,7 +109,7 @@ def test_borders_are_the_rows_that_no_share_has_whole(engine, sizes, monkeypatch
     monkeypatch.setattr(triton, "INTERPRETED_PROGRAMS", 3)
     monkeypatch.setattr(triton, "INTERPRETED_TILE", 256)
     if engine == "cuda":
-        set_programs(monkeypatch, 3)
+        set_programs(monkeypatch, engine, 3)
     rng = random.Random(1)
     for _ in range(10):
         ps = params(*[(rng.choice((0, 5, 256, 700, 5000, 40_000)),) for _ in range(rng.randint(1, 60))])
