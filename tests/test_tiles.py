@@ -160,6 +160,18 @@ def test_a_norm_that_single_precision_cannot_square(engine, device):
     close(optimizer.grad_norm.cpu(), torch.tensor(math.sqrt(340) * 1e25))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_norm_of_any_number_of_tiles(monkeypatch, engine, device, tile, dtype):
+    """Of a warp: read eight, four, or one at a time. Whole numbers add up without rounding."""
+    set_programs(monkeypatch, engine, 1)
+    for tiles in range(1, 60):
+        (p,) = params((tile * tiles + 3,), dtype=dtype, device=device)
+        p.grad = (torch.arange(p.numel(), device=device) % 11 - 5).to(dtype)
+        optimizer = fusedopt.SGD([p], lr=0.0, engine=engine, max_grad_norm=1.0)
+        optimizer.step()
+        assert float(optimizer._plans[0].status.squared_norm) == p.grad.double().square().sum()
+
+
 def test_two_launches_with_a_hook_between(engine, device):
     """As ranks do that add up their norms: measured, added, and updated by the sum."""
     ours = params((70,), (300,), device=device)
