@@ -6,22 +6,20 @@ import math
 import sys
 import threading
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from copy import deepcopy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, engines, planner
+from fusedopt.checkpoint import loaded_groups, loaded_state
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
 from fusedopt.plans import Planned, Plans
 from fusedopt.ranks import Ranks, are_there, settle_gradients
 from fusedopt.rule import Rule
-from fusedopt.state import adopt_state
 
 ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -289,8 +287,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _step_supports_amp_scaling(self, yes: bool) -> None:
         self._handles_amp = yes
 
-    # --------------------------------------------------------------- outcome
-
     def _finish(self, plans: list[Any]) -> None:
         """A step on plans is over."""
         for plan in plans:
@@ -380,45 +376,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         for part in ("state", "param_groups"):
             if part not in state_dict:
                 raise ValueError(f"the loaded state dict has no {part!r}")
-        groups = self._loaded_groups(state_dict["param_groups"])
-        state = self._loaded_state(state_dict, groups)
+        groups = loaded_groups(self.rule, state_dict["param_groups"], self.param_groups)
+        state = loaded_state(self.rule, state_dict, groups)
         self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
-
-    def _loaded_groups(self, saved_groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        if len(saved_groups) != len(self.param_groups):
-            raise ValueError(
-                f"the loaded state dict has {len(saved_groups)} param groups, the optimizer {len(self.param_groups)}"
-            )
-        groups = []
-        for i, (saved, group) in enumerate(zip(saved_groups, self.param_groups, strict=True)):
-            if len(saved["params"]) != len(group["params"]):
-                raise ValueError(
-                    f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
-                    f"the optimizer's {len(group['params'])}"
-                )
-            options = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
-            loaded = {**group, **options, "params": group["params"]}
-            checks.group(self.rule, loaded, i, stepping=True)
-            groups.append(loaded)
-        return groups
-
-    def _loaded_state(self, state_dict: dict[str, Any], groups: list[dict[str, Any]]) -> defaultdict[Any, Any]:
-        places = {}
-        for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
-            for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
-                places[key] = (p, group, checks.Label(group, g, i, p))
-        state: defaultdict[Any, Any] = defaultdict(dict)
-        for key, value in state_dict["state"].items():
-            if key not in places:
-                state[key] = value
-                continue
-            p, group, name = places[key]
-            checks.state_tensors(self.rule, p, value, name)
-            checks.whole_state(self.rule, value, group, name)
-            state[p] = adopt_state(self.rule, p, value, copy=True)
-        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

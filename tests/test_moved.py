@@ -113,23 +113,24 @@ def test_param_groups_and_state_replaced(engine):
 
 @pytest.fixture
 def mesh():
-    """A mesh of this process alone."""
+    """A mesh of this process alone, whose group has no threads: other tests fork."""
     import torch.distributed as dist
     from torch.distributed.tensor import init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
     yield init_device_mesh("cpu", (1,))
     dist.destroy_process_group()
 
 
 def test_parts_of_dtensors(engine, mesh):
     """Of a parameter, a state or a gradient: in another tensor around the same memory, or in other memory."""
-    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor import DTensor, Replicate, Shard
 
     theirs = params((5, 3), (0, 2), (7,))
     placements = [[Shard(0)], [Shard(0)], [Replicate()]]
     ours = [
-        torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, x))
+        torch.nn.Parameter(DTensor.from_local(p.detach().clone(), mesh, x))
         for p, x in zip(theirs, placements, strict=True)
     ]
     a, b = fusedopt.AdamW(ours, engine=engine, max_grad_norm=1.0), torch.optim.AdamW(theirs)
@@ -154,5 +155,5 @@ def test_parts_of_dtensors(engine, mesh):
         torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         a.step(), b.step()
     for p, q in zip(ours, theirs, strict=True):
-        close(p.detach().full_tensor(), q.detach())
+        close(p.detach()._local_tensor, q.detach())
         assert a.state[p]["exp_avg"].placements == p.placements
