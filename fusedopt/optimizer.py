@@ -204,15 +204,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         plans = planned.plans if planned else []
         # Collectives come in the same order on all ranks, whatever each has planned; who they are must be known first.
         looks = planned is not None and (planned.ranks.matter or (scaling.found_inf is not None and are_there()))
-        stands = planned is not None and (not looks or all(plan.scan() for plan in plans))
-        ranks = planned.ranks if planned and stands else self._ranks()
-        self._agree(scaling, ranks)
-        if not stands:
-            self._settle(ranks)
         is_asynchronous = planned is not None and all(plan.asynchronous for plan in plans)
         new_state, outcome = NewState(), None
         request = scaling, max_norm, measures, self.skip_nonfinite
         try:
+            stands = planned is not None and (not looks or all(plan.scan() for plan in plans))
+            ranks = planned.ranks if planned and stands else self._ranks()
+            self._agree(scaling, ranks)
+            if not stands:
+                self._settle(ranks)
             if not is_asynchronous and self._refuses(scaling, ranks, measures):
                 return
             if planned:

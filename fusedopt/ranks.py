@@ -106,18 +106,19 @@ def _reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
     """A value reduced over groups, one after another; it is left as it is."""
     device, value = value.device, value.detach().clone()
     for group in groups:
-        value = value.to(_device_of(group))
+        kind = _device_of(group)
+        value = value if value.device.type == kind else value.to(kind)
         dist.all_reduce(value, op, group)
     return value.to(device)
 
 
-def _device_of(group: Any) -> torch.device:
-    """Where a group reduces, whatever has the value on this rank: on others something else may have it."""
+def _device_of(group: Any) -> str:
+    """The kind of device on which a group reduces, whichever has the value here: on other ranks it may be another."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
     for kind, backend in backends.items():
         if kind != "cpu" and backend != "gloo" and torch.get_device_module(kind).is_available():
-            return torch.device(kind)
-    return torch.device("cpu")
+            return kind
+    return "cpu"
 
 
 def are_there() -> bool:

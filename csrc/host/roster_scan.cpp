@@ -90,7 +90,7 @@ bool Roster::find_parts() {
   for (DTensor& t : dtensors_) {
     t.local = py::reinterpret_steal<py::object>(torch.local(t.whole));
     const auto placement = t.local ? py::reinterpret_steal<py::object>(torch.placement(t.whole)) : py::object();
-    if (!placement || !placement.is(t.placement) || !torch.is_plain(t.local.ptr())) return false;
+    if (!placement || !placement.is(t.placement) || !torch.is_readable(t.local.ptr())) return false;
     expected_[t.expected] = t.local.ptr();
     expectations_[t.expected].tensor = Torch::handle(t.local.ptr());
     expectations_[t.expected].type = Py_TYPE(t.local.ptr());
