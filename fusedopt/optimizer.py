@@ -202,11 +202,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._refuse_capture()
             planned = None
         plans = planned.plans if planned else []
-        # Collectives come in the same order on all ranks, whatever each has planned; who they are must be known first.
-        looks = planned is not None and (planned.ranks.matter or (scaling.found_inf is not None and are_there()))
+        # Sums come in the same order on all ranks, whatever each has planned; who they are must be known first.
+        is_scaled = scaling.found_inf is not None and are_there()
+        looks = planned is not None and (is_scaled or (measures and planned.ranks.matter))
         is_asynchronous = planned is not None and all(plan.asynchronous for plan in plans)
-        new_state, outcome = NewState(), None
-        request = scaling, max_norm, measures, self.skip_nonfinite
+        new_state, outcome, request = NewState(), None, (scaling, max_norm, measures, self.skip_nonfinite)
         try:
             stands = planned is not None and (not looks or all(plan.scan() for plan in plans))
             ranks = planned.ranks if planned and stands else self._ranks()
@@ -216,6 +216,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not is_asynchronous and self._refuses(scaling, ranks, measures):
                 return
             if planned:
+                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
+            if outcome is None and planned and not looks and ranks.have_dtensors:
+                self._settle(ranks)
                 outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
             if outcome is None:
                 self._refuse_capture()
@@ -246,8 +249,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise
         finally:
             self._finish(plans)
-
-    # ----------------------------------------------------------------- ranks
 
     def _ranks(self) -> Ranks:
         return Ranks((p for group in self.param_groups for p in group["params"]), self.process_group)
