@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from helpers import close
+from sharding import whole
 from torch import nn
 
 import fusedopt
@@ -58,11 +59,6 @@ def optimizers(module, other, name, **options):
     else:  # torch's fused SGD takes no DTensors
         b = getattr(torch.optim, name)(other.parameters(), **options, fused=name != "SGD", foreach=name == "SGD")
     return lambda **ours: getattr(fusedopt, name)(module.parameters(), **options, **ours), b
-
-
-def whole(t):
-    t = t.detach()
-    return t.full_tensor() if hasattr(t, "full_tensor") else t
 
 
 def train_fsdp2(name, clip, hybrid):
