@@ -201,7 +201,7 @@ class BuildExtensions(build_ext):
                 ninja.compile(CSRC / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
                 for rule in RULES
             ]
-            for source in ("codec", "engine", "stream"):
+            for source in ("codec", "engine", "stream", "sums"):
                 objects.append(ninja.compile(CSRC / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
             # Its checks would take a minute to compile, and it only passes on.
             module = f"{plain} {python} -DFUSEDOPT_MODULE=_cpu_{level}"

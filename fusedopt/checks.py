@@ -128,11 +128,25 @@ def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any) -> None
         raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup, or None")
 
 
+def scope(rule: type[Rule], given: Any) -> str:
+    """Over what an optimizer's rule takes its sums."""
+    if given is None:
+        return rule.scopes[0]
+    if given not in rule.scopes:
+        raise ValueError(f"scope is {given!r}; it may be {', '.join(map(repr, rule.scopes))}")
+    return given
+
+
 def needs_one_gradient(optimizer: Any) -> None:
     """A parameter can be stepped as soon as its own gradient is there."""
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
         if value not in (None, False):
             raise RuntimeError(f"{name}={value!r} needs all gradients at once, and this optimizer steps in backward")
+    if optimizer.rule.has_sums() and optimizer.scope in ("group", "all"):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} adds up over {optimizer.scope!r}, which needs all gradients at once, and it "
+            "steps in backward"
+        )
 
 
 def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
@@ -223,14 +237,27 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     return None
 
 
+def tensors_are_whole(optimizer: Any) -> None:
+    """No parameter is known to be a piece of a tensor, or of several, over all of which the rule must add up."""
+    if not optimizer.rule.has_sums() or optimizer.scope in ("group", "all"):
+        return
+    groups = optimizer.param_groups
+    for label, p in zip(labels(groups), (p for group in groups for p in group["params"]), strict=True):
+        if getattr(p, "_fsdp_flattened", False):
+            raise RuntimeError(
+                f"{label} is a piece of tensors that FullyShardedDataParallel flattened, and "
+                f"{type(optimizer).__name__} adds up over whole tensors; shard with fully_shard, whose DTensors say how"
+            )
+
+
 def norm_is_whole(groups: Sequence[Group]) -> None:
     """No parameter is known to be sharded by what does not say among which ranks."""
     for label, p in zip(labels(groups), (p for group in groups for p in group["params"]), strict=True):
         if getattr(p, "_fsdp_flattened", False):
             raise RuntimeError(
-                f"{label} is sharded among ranks by FullyShardedDataParallel, and max_grad_norm and skip_nonfinite "
-                "would see this rank's part of its gradient only; give the optimizer the ranks among which it is "
-                "sharded, as process_group=model.process_group"
+                f"{label} is sharded among ranks by FullyShardedDataParallel, and what is added up over gradients "
+                "(max_grad_norm, skip_nonfinite, a rule's sums) would be of this rank's part only; give the optimizer "
+                "the ranks among which it is sharded, as process_group=model.process_group"
             )
 
 

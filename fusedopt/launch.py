@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fusedopt.interrupts import held_back
+from fusedopt.passes import Pass
 from fusedopt.ranks import Ranks
+from fusedopt.sums import Joint
 
 
 @dataclass(slots=True)
@@ -85,49 +87,62 @@ def launch(
     measure: bool,
     skip_nonfinite: bool,
     ranks: Ranks | None,
+    joint: Joint | None,
     *,
     wait: bool,
 ) -> tuple[float | Tensor, bool] | None:
     """Run a step on all plans, which hold the step's gradients from then on.
 
     Plans are updated in their order. No signal handler runs between the update of a parameter and that of its counters,
-    or of another parameter. Where gradients are measured, and parts of them are on other ranks, all plans measure
-    before any updates, and between the two the ranks add up what they measured.
+    or of another parameter. Where the gradients' norm or a rule's sums span plans or ranks, all plans do a pass before
+    any does the next, and what they found is joined between the two.
 
     Returns:
         The gradients' norm, and whether the step was skipped, if that is known: without asking where a plan is not
         asynchronous; and with ``wait``. None if a plan is not what it was, and nothing was done.
     """
-    if not plans and not (measure and ranks):
+    if not plans and not joint and not (measure and ranks):
         return 0.0, False
-    is_one_pass = len(plans) == 1 and not (measure and ranks)
-    if is_one_pass and plans[0].indivisible:
+    is_alone = len(plans) == 1 and not joint and not (measure and ranks)
+    if is_alone and plans[0].indivisible:
         outcome = plans[0].step(scaling, max_norm, measure, skip_nonfinite)
         return outcome and outcome[1:]
-    if is_one_pass:
+    if is_alone:
+        (plan,) = plans
         with held_back():
-            if not plans[0].scan():
+            if not plan.scan():
                 return None
-            _, norm, skipped = plans[0].run(scaling, max_norm, measure, True, skip_nonfinite, None)
-    else:  # the norm spans plans, or more: measure on all before updating any
+            passes = plan.passes | Pass.NORM if measure else plan.passes
+            _, norm, skipped = plan.run(passes, scaling, max_norm, skip_nonfinite, None)
+    else:
         if not all(plan.scan() for plan in plans):
             return None
         totals: list[Any] = [None] * len(plans)
         if measure:
-            squares = [plan.run(scaling, math.inf, True, False, False, None)[0] for plan in plans]
+            squares = [plan.run(Pass.NORM, scaling, math.inf, False, None)[0] for plan in plans]
             if ranks:
                 measured = [torch.as_tensor(square, dtype=torch.float64) for square in squares]
                 squares = [ranks.sum(zip((plan.reduction for plan in plans), measured, strict=True))]
-            if not plans:
-                return _of_others(float(squares[0]), scaling, skip_nonfinite)
             totals = [_sum(squares, plan) for plan in plans]
+        else:
+            squares = [0.0]
+
+        def run(passes: Pass) -> list[Any]:
+            return [
+                plan.run(plan.passes & passes, scaling, max_norm, skip_nonfinite, total)
+                for plan, total in zip(plans, totals, strict=True)
+            ]
+
+        if joint:
+            joint.measured(plans, run)
         with held_back():
             for plan in plans:  # much may have run since it was scanned
                 plan.check()
-            outcomes = [
-                plan.run(scaling, max_norm, False, True, skip_nonfinite, total)
-                for plan, total in zip(plans, totals, strict=True)
-            ]
+            outcomes = run(Pass.UPDATE if joint else ~Pass.NORM)
+            if joint:
+                joint.concluded(plans, run)
+        if not plans:
+            return _of_others(float(squares[0]), scaling, skip_nonfinite)
         _, norm, skipped = next((o for o in outcomes if not isinstance(o[2], Tensor)), outcomes[0])
     if isinstance(skipped, Tensor):
         skipped = wait and bool(skipped)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, engines, planner
+from fusedopt.amp import TakesScaling
 from fusedopt.checkpoint import loaded_groups, loaded_state
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
@@ -20,11 +20,13 @@ from fusedopt.planner import NewState
 from fusedopt.plans import Planned, Plans
 from fusedopt.ranks import Ranks, are_there, settle_gradients
 from fusedopt.rule import Rule
+from fusedopt.sums import Joint
 
 ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "engine")
+_OF_SOME = ("scope",)  # that not every subclass takes
 
 
 def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
@@ -34,12 +36,12 @@ def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
         given: Its ``locals()``, before anything else is among them.
         fixed: Options of the groups that it does not take.
     """
-    own = {name: given[name] for name in _OWN}
-    options = {name: value for name, value in given.items() if name not in ("self", "params", "__class__", *_OWN)}
+    own = {name: given[name] for name in (*_OWN, *_OF_SOME) if name in _OWN or name in given}
+    options = {name: value for name, value in given.items() if name not in ("self", "params", "__class__", *own)}
     return {"defaults": {**options, **fixed}, **own}
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
     """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
@@ -58,6 +60,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             where tensors do not show it: those of pipeline stages, FSDP1 or ZeRO. Their norms are added up, and a step
             is clipped, skipped or scaled back on all of them or on none. DTensors show of themselves how they are
             sharded.
+        scope: Over what the rule's sums are taken, see fusedopt/rule.py; of rules that leave it open.
         engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
             must be able to step every parameter. See ``fusedopt info``.
 
@@ -117,8 +120,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
         engine: str = "auto",
+        scope: str | None = None,
     ) -> None:
         checks.options(max_grad_norm, skip_nonfinite, process_group)
+        self.scope = checks.scope(self.rule, scope)
         engines.require(engine)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
@@ -185,26 +190,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._step(self._scaling())
         return loss
 
-    def _scaling(self) -> Scaling:
-        """What a GradScaler has handed over."""
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        if found_inf is not None and not isinstance(found_inf, Tensor):  # it had no gradient to look at
-            device = grad_scale.device if isinstance(grad_scale, Tensor) else "cpu"
-            found_inf = torch.zeros((), dtype=torch.float32, device=device)
-        return Scaling(grad_scale, found_inf)
-
     def _step(self, scaling: Scaling) -> None:
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
+        adds_up = measures or self.rule.has_sums()
         planned = self._kept.find(self.param_groups)
-        if planned is None or not planned.is_for(measures, self.process_group):
+        if planned is None or not planned.is_for(adds_up, self.process_group):
             self._refuse_capture()
             planned = None
         plans = planned.plans if planned else []
         # Sums come in the same order on all ranks, whatever each has planned; who they are must be known first.
         is_scaled = scaling.found_inf is not None and are_there()
-        looks = planned is not None and (is_scaled or (measures and planned.ranks.matter))
+        looks = planned is not None and (is_scaled or (adds_up and planned.ranks.matter))
         is_asynchronous = planned is not None and all(plan.asynchronous for plan in plans)
         new_state, outcome, request = NewState(), None, (scaling, max_norm, measures, self.skip_nonfinite)
         try:
@@ -216,10 +214,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not is_asynchronous and self._refuses(scaling, ranks, measures):
                 return
             if planned:
-                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
+                outcome = launch(plans, *request, *self._joint(plans, ranks), wait=False)
             if outcome is None and planned and not looks and ranks.have_dtensors:
                 self._settle(ranks)
-                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=False)
+                outcome = launch(plans, *request, *self._joint(plans, ranks), wait=False)
             if outcome is None:
                 self._refuse_capture()
                 self._finish(plans)
@@ -231,11 +229,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if is_asynchronous and self._refuses(scaling, ranks, measures):
                     return
                 plans = planner.plan(self, new_state, measures, ranks)
-                outcome = launch(plans, *request, ranks if ranks.are_many else None, wait=bool(new_state))
+                outcome = launch(plans, *request, *self._joint(plans, ranks), wait=bool(new_state))
                 if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
                 if plans:
-                    self._kept.keep(Planned(self.param_groups, plans, ranks, measures))
+                    self._kept.keep(Planned(self.param_groups, plans, ranks, adds_up))
             norm, skipped = outcome
             self._norm = norm if measures else None
             if skipped:
@@ -253,56 +251,19 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _ranks(self) -> Ranks:
         return Ranks((p for group in self.param_groups for p in group["params"]), self.process_group)
 
+    def _joint(self, plans: list[Any], ranks: Ranks) -> tuple[Ranks | None, Joint | None]:
+        """With whom a step on plans is done together, and what they join."""
+        many = ranks if ranks.are_many else None
+        return many, Joint.of(self.rule, self.scope, self.param_groups, many, plans)
+
     def _settle(self, ranks: Ranks) -> None:
         if ranks.have_dtensors:
             settle_gradients(p for group in self.param_groups if not group["differentiable"] for p in group["params"])
-
-    def _agree(self, scaling: Scaling, ranks: Ranks) -> None:
-        """What a GradScaler found on one rank, it found on all; in place, so that all of them scale back."""
-        if scaling.found_inf is None or not ranks.are_many:
-            return
-        found_inf = ranks.maximum(scaling.found_inf)
-        scaling.found_inf.copy_(found_inf)
-        scaler = self._scaler and self._scaler()
-        if scaler and id(self) in scaler._per_optimizer_states:
-            own = scaler._per_optimizer_states[id(self)]["found_inf_per_device"]
-            if not own:
-                own[found_inf.device] = torch.zeros_like(found_inf)
-            for found in own.values():
-                found.copy_(found_inf.expand_as(found))
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler hands ``grad_scale`` and ``found_inf`` to step(), and does not unscale by itself.
-
-        Of what it found it hands on a sum, and has its own for itself, by which it scales back. Ranks that agree on the
-        one must agree on the other, so it is remembered who asks.
-        """
-        if self._in_backward:
-            raise RuntimeError("a GradScaler needs all gradients at once, and this optimizer steps in backward")
-        asking = sys._getframe(1).f_locals.get("self")
-        self._scaler = weakref.ref(asking) if isinstance(asking, torch.amp.GradScaler) else None
-        return self._handles_amp
-
-    @_step_supports_amp_scaling.setter
-    def _step_supports_amp_scaling(self, yes: bool) -> None:
-        self._handles_amp = yes
 
     def _finish(self, plans: list[Any]) -> None:
         """A step on plans is over."""
         for plan in plans:
             plan.finish()
-
-    def _refuses(self, scaling: Scaling, ranks: Ranks, measures: bool) -> bool:
-        """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
-        if scaling.refuses:
-            self._skipped += 1
-            self._norm = math.inf if measures else None
-            if measures and ranks.are_many:
-                ranks.sum([])  # others may measure, to see on their devices that they do not step
-            return True
-        scaling.read()
-        return False
 
     def _refuse_capture(self) -> None:
         """A step that must plan cannot be captured: it makes states and tables, and waits for devices."""
@@ -389,12 +350,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         self.__dict__.setdefault("_scaler", None)
         self.__dict__.setdefault("_handles_amp", True)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("scope", self.rule.scopes[0])
         self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_statuses", {})
         self.__dict__.setdefault("_retained", [])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in _OWN}
+        own = {name: self.__dict__[name] for name in (*_OWN, *_OF_SOME)}
         norm = None if self._norm is None else float(self._norm)
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}

@@ -20,16 +20,18 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     Args:
         optimizer: Gets the states that parameters with gradients lack.
         new_state: Gets an entry for each of them, also when an exception comes.
-        measures: Whether the step measures gradients. Parameters that are sharded otherwise are then of other plans, so
-            that each can be asked for its sums.
+        measures: Whether the step measures gradients. Where it does, or the rule adds anything up, parameters that are
+            sharded otherwise are of other plans, so that each can be asked for its sums.
         ranks: Of the optimizer's parameters.
 
     Raises:
         RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
     """
-    if measures:
+    adds_up = measures or optimizer.rule.has_sums()
+    if adds_up:
         ranks.refuse_overlap()
-    if measures and ranks.are_hidden:
+    checks.tensors_are_whole(optimizer)
+    if adds_up and ranks.are_hidden:
         checks.norm_is_whole(optimizer.param_groups)
     assigned = _assign(optimizer)
     # States that are yet to be made share no memory.
@@ -40,7 +42,7 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     new = {i for i, _, _ in new_state}
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
-        reduction = Reduction.of(p) if measures and ranks.are_many else Reduction()
+        reduction = Reduction.of(p) if adds_up and ranks.are_many else Reduction()
         which.setdefault((waves[i], name, engines.plan_device(name, p), reduction), []).append(i)
     plans = []
     for (_, name, device, reduction), members in sorted(which.items(), key=lambda item: item[0][0]):

@@ -90,19 +90,20 @@ class Ranks:
         total = torch.zeros_like(like)
         for reduction in self.reductions:
             mine = [part.to(like.device) for of, part in parts if of == reduction]
-            total = total + _reduced(sum(mine, torch.zeros_like(like)), reduction.groups(), dist.ReduceOp.SUM)
-        return _reduced(total, self._everyone(), dist.ReduceOp.SUM)
+            total = total + reduced(sum(mine, torch.zeros_like(like)), reduction.groups(), dist.ReduceOp.SUM)
+        return reduced(total, self.everyone(), dist.ReduceOp.SUM)
 
     def maximum(self, value: Tensor) -> Tensor:
         """The largest value of any rank."""
         groups = dict.fromkeys(group for reduction in self.reductions for group in reduction.groups())
-        return _reduced(value, [*groups, *self._everyone()], dist.ReduceOp.MAX)
+        return reduced(value, [*groups, *self.everyone()], dist.ReduceOp.MAX)
 
-    def _everyone(self) -> list[Any]:
+    def everyone(self) -> list[Any]:
+        """The process group, if there is one."""
         return [] if self.process_group is None else [self.process_group]
 
 
-def _reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
+def reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
     """A value reduced over groups, one after another; it is left as it is."""
     device, value = value.device, value.detach().clone()
     for group in groups:

@@ -4,13 +4,31 @@ A rule knows no tensor of the optimizer, no dtype and no engine. It has names (t
 engine and in ``state_dict``), and two functions: ``prepare``, once per step for tensors whose steps
 advance together, in double precision, and ``direction``, elementwise. The engine owns the order of
 everything else: unscale, clip, maximize, coupled L2, *rule*, decoupled decay, ``p -= lr * d``.
+
+A rule that must know sums before it can step has two functions more: ``measure``, elementwise, whose
+values are added up, and ``finish``, in double precision, which puts what follows from the sums into
+the coefficients. They are added up over segments, which are tensors or slices of them, and those of a
+scope: where ``finish`` looks at a segment, it is told of both.
+
+===========  =======================================  ============================================
+scope        segments                                 over what ``finish`` is told the whole
+===========  =======================================  ============================================
+"tensor"     tensors                                  the same tensor
+"channel"    slices of dimension 0; tensors of fewer  their tensor
+             than two dimensions are one segment
+"group"      tensors                                  all of a param group
+"all"        tensors                                  all of the optimizer
+===========  =======================================  ============================================
+
+Only tensors with a gradient in the step are added up. Where ranks have parts of a tensor, or other
+tensors of a scope, the sums are those of the whole.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -81,6 +99,7 @@ BETAS = (
     Hyper("beta2", "betas", 1, high=1.0, high_open=True),
 )
 EPS = Hyper("eps")
+RULE = "<rule>"
 
 
 class Rule(ABC):
@@ -93,6 +112,12 @@ class Rule(ABC):
         states: State tensors, named as in ``torch.optim``.
         scalars: 0-dim states and their initial values. ``step``, if there, is first, and the engine
             advances it before ``prepare`` sees it.
+        measures: Names of what ``measure`` adds up; none for most rules.
+        scopes: Over what sums can be taken; the first, unless the optimizer is constructed with another.
+        epilogue: Names of what ``conclude`` adds up while it steps. They are scalars, and each has, after a
+            step, the sum over the scope.
+        shared: Scalars that a scope's parameters have in common, also those without a gradient. They are
+            advanced by themselves, hyperparameters and what ``finish`` is told of the scope alone.
         decoupled: Whether weight decay is decoupled: True, False, or the group's flag that says so.
     """
 
@@ -101,6 +126,10 @@ class Rule(ABC):
     settings: ClassVar[tuple[Hyper, ...]] = ()
     states: ClassVar[tuple[State, ...]] = ()
     scalars: ClassVar[dict[str, float]] = {}
+    measures: ClassVar[tuple[str, ...]] = ()
+    scopes: ClassVar[tuple[str, ...]] = ("tensor",)
+    epilogue: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
     decoupled: ClassVar[bool | str] = "decoupled_weight_decay"
 
     @staticmethod
@@ -120,6 +149,36 @@ class Rule(ABC):
         p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """``d`` of ``p -= lr * d``, and the new state. Changes none of its arguments."""
+
+    @staticmethod
+    def measure(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
+        """What is to be added up before the step, in the order of ``measures``. Changes none of its arguments."""
+        raise NotImplementedError
+
+    score: ClassVar[Callable[[SimpleNamespace, SimpleNamespace], float] | None] = None
+    """``score(c, m)``: a number of a segment, whose maximum over the scope ``finish`` is told; None without."""
+
+    @staticmethod
+    def finish(c: SimpleNamespace, s: SimpleNamespace, m: SimpleNamespace) -> None:
+        """What follows from the sums.
+
+        Args:
+            c: Coefficients, as ``prepare`` made them; to be changed.
+            s: Scalars by name, after ``prepare``; may be changed, where the scope is not "channel" or by what
+                is told of the scope.
+            m: Sums over the segment by name; ``m.whole``: those over the scope; ``m.largest``: of the scores there.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def conclude(p: Tensor, g: Tensor, d: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
+        """What is to be added up after the step, in the order of ``epilogue``; ``p`` and ``state`` are after it."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_sums(cls) -> bool:
+        """Whether anything is added up besides the gradients' norm."""
+        return bool(cls.measures or cls.epilogue)
 
     @classmethod
     def conflict(cls, group: Group) -> str | None:

@@ -45,10 +45,14 @@ constexpr Names<N> split_fields(std::string_view list) {
 #define FUSEDOPT_HYPER(...) FUSEDOPT_FIELDS(Hyper, hyper, __VA_ARGS__)
 #define FUSEDOPT_SCALARS(...) FUSEDOPT_FIELDS(Scalars, scalars, __VA_ARGS__)
 
-// The same for Coefficients<T>, of T, and `coefficients`.
-#define FUSEDOPT_COEFFICIENTS(...) \
-  template <class T>               \
-  struct Coefficients {            \
-    T __VA_ARGS__;                 \
-  };                               \
-  static constexpr auto coefficients = FUSEDOPT_NAMES(__VA_ARGS__)
+// The same of T, for Struct<T>.
+#define FUSEDOPT_FIELDS_OF(Struct, names, ...) \
+  template <class T>                           \
+  struct Struct {                              \
+    T __VA_ARGS__;                             \
+  };                                           \
+  static constexpr auto names = FUSEDOPT_NAMES(__VA_ARGS__)
+
+#define FUSEDOPT_COEFFICIENTS(...) FUSEDOPT_FIELDS_OF(Coefficients, coefficients, __VA_ARGS__)
+#define FUSEDOPT_MEASURES(...) FUSEDOPT_FIELDS_OF(Measures, measures, __VA_ARGS__)
+#define FUSEDOPT_EPILOGUE(...) FUSEDOPT_FIELDS_OF(Epilogue, epilogue, __VA_ARGS__)

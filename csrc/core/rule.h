@@ -8,6 +8,15 @@
 //                                           scalars (`step` already counts this step; `new_state` is true when the
 //                                           state was created for this step)
 //   direction(p, g, state, c) -> d          once per element; updates state[], returns d of p -= lr * d
+// One that must know sums before it can step has more, see fusedopt/rule.py for what they are taken over:
+//   FUSEDOPT_MEASURES                       names of the sums
+//   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten
+//   score(c, m) -> double                   if there: of a segment's Measures<double>; finish() is told the largest
+//   finish(c, s, m)                         in double, once per segment: what follows from the sums, to coefficients
+//                                           and scalars
+// And one that adds up while it steps:
+//   FUSEDOPT_EPILOGUE                       names of the sums, which are scalars
+//   conclude(p, g, d, state, c) -> Epilogue<T>   once per element, of what there is after its step
 // Rules that differ in the number of states are template variants with one name.
 #pragma once
 
@@ -38,14 +47,47 @@ constexpr int kHyper = static_cast<int>(Rule::hyper.size());
 template <class Rule>
 constexpr int kCoefficients = static_cast<int>(Rule::coefficients.size());
 
+using NameSpan = std::span<const std::string_view>;
+
+template <class Rule>
+constexpr NameSpan measures_of = [] {
+  if constexpr (requires { Rule::measures; }) {
+    return NameSpan(Rule::measures);
+  } else {
+    return NameSpan();
+  }
+}();
+template <class Rule>
+constexpr NameSpan epilogue_of = [] {
+  if constexpr (requires { Rule::epilogue; }) {
+    return NameSpan(Rule::epilogue);
+  } else {
+    return NameSpan();
+  }
+}();
+template <class Rule>
+constexpr int kMeasures = static_cast<int>(measures_of<Rule>.size());
+template <class Rule>
+constexpr int kEpilogue = static_cast<int>(epilogue_of<Rule>.size());
+template <class Rule>
+constexpr bool kHasScore = requires { &Rule::score; };
+
 // What the languages agree on, in this order.
 struct RuleNames {
   std::string_view rule;
-  std::span<const std::string_view> states, scalars, hyper, coefficients;
+  NameSpan states, scalars, hyper, coefficients, measures, epilogue;
 };
 
 template <class Rule>
-constexpr RuleNames names_of{Rule::name, Rule::states, Rule::scalars, Rule::hyper, Rule::coefficients};
+constexpr RuleNames names_of{Rule::name,         Rule::states,       Rule::scalars,    Rule::hyper,
+                             Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>};
+
+// What `finish` is told: the segment's sums, those of its scope, and the largest score there.
+template <class Measures>
+struct Sums : Measures {
+  Measures whole;
+  double largest;
+};
 
 // Coefficients<double>, as a plain run, to Coefficients<T>.
 template <class Rule, class T>
@@ -68,6 +110,30 @@ FUSEDOPT_HD void prepare(const double* hyper, double* scalars, bool new_state, d
   __builtin_memcpy(&h, hyper, sizeof(double) * kHyper<Rule>);
   __builtin_memcpy(&s, scalars, sizeof(double) * kScalars<Rule>);
   const typename Rule::template Coefficients<double> c = Rule::prepare(h, s, new_state);
+  __builtin_memcpy(scalars, &s, sizeof(double) * kScalars<Rule>);
+  __builtin_memcpy(coefficients, &c, sizeof(c));
+}
+
+// Rule::score and Rule::finish, likewise.
+template <class Rule>
+FUSEDOPT_HD double score(const double* coefficients, const double* own) {
+  typename Rule::template Measures<double> m;
+  __builtin_memcpy(&m, own, sizeof(m));
+  return Rule::score(cast_coefficients<Rule, double>(coefficients), m);
+}
+
+template <class Rule>
+FUSEDOPT_HD void finish(double* coefficients, double* scalars, const double* own, const double* whole,
+                        double largest) {
+  using Measures = typename Rule::template Measures<double>;
+  Sums<Measures> m;
+  __builtin_memcpy(static_cast<Measures*>(&m), own, sizeof(Measures));
+  __builtin_memcpy(&m.whole, whole, sizeof(Measures));
+  m.largest = largest;
+  typename Rule::Scalars s;
+  __builtin_memcpy(&s, scalars, sizeof(double) * kScalars<Rule>);
+  typename Rule::template Coefficients<double> c = cast_coefficients<Rule, double>(coefficients);
+  Rule::finish(c, s, m);
   __builtin_memcpy(scalars, &s, sizeof(double) * kScalars<Rule>);
   __builtin_memcpy(coefficients, &c, sizeof(c));
 }

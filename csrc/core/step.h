@@ -7,6 +7,10 @@
 
 namespace fusedopt {
 
+// The passes of a step, see fusedopt/passes.py; in the order of their bits.
+constexpr auto pass_names = FUSEDOPT_NAMES(NORM, SUMS, SCOPES, UPDATE, EPILOGUE);
+enum Pass : int { kNormPass = 1, kSumsPass = 2, kScopesPass = 4, kUpdatePass = 8, kEpiloguePass = 16 };
+
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 // What becomes of a step, once the sum of the gradients' squares is known.
@@ -47,15 +51,32 @@ FUSEDOPT_HD EngineScalars<double> engine_scalars(double gradient_factor, double 
   return {gradient_factor, is_decoupled ? 0 : weight_decay, is_decoupled ? 1 - lr * weight_decay : 1, lr};
 }
 
-// One element's step, in the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction;
-// decoupled decay and write. Its values come from operands, and go back to be rounded into them.
+// What a rule measures of an element, as its step would see it.
 template <class Rule, class T>
+FUSEDOPT_HD typename Rule::template Measures<T> measure_element(T p, T g, T* state, const EngineScalars<T>& e,
+                                                                const typename Rule::template Coefficients<T>& c) {
+  g *= e.gradient_factor;
+  if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
+  return Rule::template measure<T>(p, g, state, c);
+}
+
+// One element's step, in the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction;
+// decoupled decay and write. Its values come from operands, and go back to be rounded into them. Calls conclude(g, d)
+// then.
+template <class Rule, class T, class Conclude>
 FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
-                              const typename Rule::template Coefficients<T>& c) {
+                              const typename Rule::template Coefficients<T>& c, Conclude conclude) {
   g *= e.gradient_factor;
   if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
   const T d = Rule::template direction<T>(p, g, state, c);
   p = e.decay_factor * p - e.lr * d;
+  conclude(g, d);
+}
+
+template <class Rule, class T>
+FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
+                              const typename Rule::template Coefficients<T>& c) {
+  step_element<Rule, T>(p, g, state, e, c, [](T, T) {});
 }
 
 }  // namespace fusedopt

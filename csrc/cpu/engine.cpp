@@ -2,30 +2,12 @@
 
 #include <atomic>
 
+#include "cpu/sum.h"
+#include "cpu/sums.h"
 #include "cpu/tile.h"
 
 namespace fusedopt::cpu {
 namespace {
-
-constexpr int kLanes = 16;
-
-// Sum of squares in double: exact products of float inputs, added in a fixed order of lanes.
-template <class T>
-double sum_squares(const T* x, std::int64_t n) {
-  double lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) {
-      const double value = x[i + k];
-      lanes[k] += value * value;
-    }
-  }
-  for (int k = 0; i < n; ++i, ++k) lanes[k] += static_cast<double>(x[i]) * x[i];
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
-  return lanes[0];
-}
 
 template <class T>
 double norm_as(const Segment& segment) {
@@ -49,27 +31,10 @@ void each_share(const Job& job, Claims& claims, bool backward, Body body) {
   }
 }
 
-void prefetch(const Row& row) {
-  const std::size_t n = row.active ? kFirstState + row.kernel->names.states.size() : 0;
-  for (std::size_t k = 0; k < n; ++k) __builtin_prefetch(row.addresses[k]);
-}
-
-// Calls body(segment) for every active row of a share.
-template <class Body>
-void each_segment(const Job& job, std::int64_t share, Body body) {
-  const Share first = job.shares[share], last = job.shares[share + 1];
-  for (std::int32_t r = first.row; r <= last.row; ++r) {
-    const Row& row = job.rows[r];
-    if (r < last.row) prefetch(job.rows[r + 1]);  // 30% less time for tensors of 64 elements; farther ahead, 10%
-    const Segment segment{row, r == first.row ? first.begin : 0, r == last.row ? last.begin : row.numel};
-    if (row.active && segment.begin < segment.end) body(segment);
-  }
-}
-
 // The pass that measures the gradients: a share's sum of squares.
 double norm(const Job& job, std::int64_t share) {
   double sum = 0;
-  each_segment(job, share, [&](const Segment& segment) {
+  each_segment(job, share, [&](const Segment& segment, std::int64_t) {
     const bool is_wide = segment.row.codecs[kGrad] == Codec::f64;
     sum += (is_wide ? norm_as<double> : norm_as<float>)(segment);
   });
@@ -78,11 +43,11 @@ double norm(const Job& job, std::int64_t share) {
 
 // The pass that steps.
 void update(const Job& job, std::int64_t share, double factor) {
-  each_segment(job, share, [&](const Segment& segment) {
+  each_segment(job, share, [&](const Segment& segment, std::int64_t row) {
     const Cohort& cohort = job.cohorts[segment.row.cohort];
-    const EngineScalars<double> engine =
-        engine_scalars(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled);
-    segment.row.kernel->update(segment, engine, job.coefficients + cohort.coefficients);
+    const EngineScalars<double> engine = scalars_of(cohort, factor);
+    if (job.sums.rows) return update_with_sums(job, segment, row, share, engine);
+    segment.row.kernel->update(segment, engine, job.coefficients + cohort.coefficients, nullptr);
   });
 }
 
@@ -95,23 +60,34 @@ double total(const Job& job) {
 }  // namespace
 
 void run(Job& job) {
-  Claims norms, updates;
+  Claims norms, measures, updates;
   Decision decision;
+  const auto asked = [&](Pass pass) { return (job.passes & pass) != 0; };
 #pragma omp parallel num_threads(job.threads) if (job.threads > 1)
   {
-    if (job.measure) {
+    if (asked(kNormPass)) {
       each_share(job, norms, /*backward=*/false, [&](std::int64_t share) { job.partials[share] = norm(job, share); });
 #pragma omp barrier
     }
 #pragma omp single
     {
-      if (job.measure) job.squared_norm = total(job);
+      if (asked(kNormPass)) job.squared_norm = total(job);
       decision = decide(job.squared_norm, job.inverse_scale, /*found_inf=*/false, job.max_norm, job.skip_nonfinite);
     }
-    if (job.update && !decision.skipped) {
-      // Backwards, so that the gradients that the norm touched last are still in cache.
-      const double factor = decision.factor;
+    const double factor = decision.factor;
+    if (asked(kSumsPass) && !decision.skipped) {
+      each_share(job, measures, /*backward=*/false, [&](std::int64_t share) { measure(job, share, factor); });
+#pragma omp barrier
+      add_segments(job);
+    }
+    if (asked(kScopesPass) && !decision.skipped) add_scopes(job);
+    if (asked(kUpdatePass) && !decision.skipped) {
+      // Backwards, so that the gradients that the pass before touched last are still in cache.
       each_share(job, updates, /*backward=*/true, [&](std::int64_t share) { update(job, share, factor); });
+      if (job.sums.n_epilogue) {
+#pragma omp barrier
+        add_epilogue(job);
+      }
     }
   }
   job.skipped = decision.skipped;

@@ -22,7 +22,14 @@ struct Segment;
 struct Kernel {
   RuleNames names;
   void (*prepare)(const double* hyper, double* scalars, bool new_state, double* coefficients);
-  void (*update)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients);
+  // Steps a segment, and adds what the rule concludes to its sums.
+  void (*update)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+                 double* epilogue);
+  // Null where the rule has none. `measure` adds to a segment's sums.
+  void (*measure)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+                  double* measures);
+  double (*score)(const double* coefficients, const double* own);
+  void (*finish)(double* coefficients, double* scalars, const double* own, const double* whole, double largest);
 };
 
 // Rows whose steps advance together under the same hyperparameters.
@@ -30,6 +37,7 @@ struct Cohort {
   double lr, weight_decay, sign;
   bool is_decoupled;
   std::size_t coefficients;  // where they begin in Job::coefficients
+  std::size_t scalars;       // where they begin in Job::scalars
 };
 
 struct Row {
@@ -42,7 +50,7 @@ struct Row {
   bool active;  // has a gradient in this step
 };
 
-// The elements of a row that are in one share.
+// Elements of a row: those that are in one share, or fewer.
 struct Segment {
   const Row& row;
   std::int64_t begin, end;
@@ -54,22 +62,54 @@ struct Share {
   std::int64_t begin;
 };
 
+// What a row's elements are added up to. Its segments are neighbours of equal length, the whole row at most.
+struct RowSums {
+  std::int64_t first_segment, n_segments, segment_length;
+  std::int64_t first_share;
+  std::int64_t scope;
+};
+
+// Sums of rows, see fusedopt/sums.py for the last four. A share and a segment that meet have a slot of their own, the
+// sum of their numbers: from one to the next, either is another.
+struct SumTables {
+  const RowSums* rows = nullptr;  // null where the rule adds nothing up
+  bool has_scopes = false;        // of more than a segment
+  std::size_t n_measures = 0, n_epilogue = 0;
+  double* slots = nullptr;           // of n_measures each
+  double* epilogue_slots = nullptr;  // of n_epilogue each; of a share and a row
+  const double* none = nullptr;      // n_measures zeros
+  double *segments = nullptr, *wholes = nullptr, *largest = nullptr, *epilogue = nullptr;
+};
+
 struct Job {
   const Row* rows;
+  std::int64_t n_rows;
   const Share* shares;  // n_shares + 1
   std::int64_t n_shares;
   const Cohort* cohorts;
   const double* coefficients;
+  const double* scalars;
   double* partials;  // n_shares, sums of the gradients' squares
+  SumTables sums;
 
   int threads;
-  bool measure;  // sum the squares
-  bool update;   // step, unless it is skipped
+  int passes;  // bits of Pass; those after the norm are left out where the step is skipped
   bool skip_nonfinite;
   double inverse_scale;  // 1 / loss scale
   double max_norm;       // clip to it; infinity: don't
   double squared_norm;   // an input where it is not measured
   bool skipped;          // out
 };
+
+// Finishes a segment's coefficients and scalars; of a row that has no segment, what its scope tells.
+inline void finish_segment(const Job& job, std::int64_t row, std::int64_t segment, double* coefficients,
+                           double* scalars) {
+  const SumTables& sums = job.sums;
+  const bool exists = sums.rows[row].n_segments > 0;
+  const double* const own = exists ? sums.segments + static_cast<std::size_t>(segment) * sums.n_measures : sums.none;
+  const auto scope = static_cast<std::size_t>(sums.rows[row].scope);
+  const double* const whole = sums.has_scopes ? sums.wholes + scope * (sums.n_measures + 1) : own;
+  job.rows[row].kernel->finish(coefficients, scalars, own, whole, sums.has_scopes ? sums.largest[scope] : -kInfinity);
+}
 
 }  // namespace fusedopt

@@ -30,8 +30,8 @@ void CpuJob::Counter::write(double value) const {
 }
 
 CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state,
-               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
-    : roster_(std::move(param_groups), groups, std::move(state), members, new_state) {
+               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state, bool in_channels)
+    : roster_(std::move(param_groups), groups, std::move(state), members, new_state), in_channels_(in_channels) {
   if (roster_.groups()) n_scalars_ = roster_.group(0).kernel().names.scalars.size();  // all groups have one rule
   std::size_t n_operands = 0;
   for (std::size_t i = 0; i < roster_.size(); ++i) {
@@ -51,7 +51,7 @@ void CpuJob::add_row(const Entry& entry) {
     row.addresses = addresses_.data() + addresses_.size();
     std::vector<Codec> signature;
     const std::int64_t* const shape = roster_.dims(entry.param.dims);
-    const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex);
+    const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
     const auto take = [&](DType dtype, void* address, const std::int64_t* strides) {
       addresses_.push_back(address);
       signature.push_back(plain(dtype));
@@ -96,6 +96,37 @@ void CpuJob::cut_into_shares() {
   partials_.resize(shares_.size());
 }
 
+void CpuJob::keep_sums(bool has_scopes, const std::vector<std::int64_t>& first,
+                       const std::vector<std::int64_t>& scopes, const std::vector<std::uintptr_t>& addresses,
+                       const std::vector<std::size_t>& shared) {
+  if (first.size() != rows_.size() + 1 || scopes.size() != rows_.size() || addresses.size() != 4) {
+    throw std::invalid_argument("sums are of another optimizer");
+  }
+  const RuleNames& names = roster_.group(0).kernel().names;  // all groups have one rule
+  sums_.has_scopes = has_scopes;
+  sums_.n_measures = names.measures.size();
+  sums_.n_epilogue = names.epilogue.size();
+  const auto table = [&](std::size_t k) { return reinterpret_cast<double*>(addresses[k]); };
+  sums_.segments = table(0);
+  sums_.wholes = table(1);
+  sums_.largest = table(2);
+  sums_.epilogue = table(3);
+  for (std::size_t r = 0, share = 0; r < rows_.size(); ++r) {
+    const std::int64_t n = first[r + 1] - first[r];
+    while (share + 2 < shares_.size() && shares_[share + 1].row < static_cast<std::int32_t>(r)) ++share;
+    const std::int64_t length = in_channels_ && n ? rows_[r].numel / n : rows_[r].numel;
+    row_sums_.push_back({first[r], n, std::max<std::int64_t>(length, 1), static_cast<std::int64_t>(share), scopes[r]});
+  }
+  slots_.resize((shares_.size() + static_cast<std::size_t>(first.back())) * sums_.n_measures);
+  epilogue_slots_.resize((shares_.size() + rows_.size()) * sums_.n_epilogue);
+  sums_.rows = row_sums_.data();
+  none_.resize(sums_.n_measures);
+  sums_.none = none_.data();
+  sums_.slots = slots_.data();
+  sums_.epilogue_slots = epilogue_slots_.data();
+  shared_ = shared;
+}
+
 bool CpuJob::scan(int threads) {
   stepped_ = false;
   if (!roster_.scan(threads, nullptr, nullptr)) return false;
@@ -137,7 +168,7 @@ void CpuJob::prefetch_counters(std::size_t i) const {
 void CpuJob::lay_out(std::size_t i) {
   const Entry& entry = roster_.entry(i);
   const std::int64_t* const shape = roster_.dims(entry.param.dims);
-  const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex);
+  const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
   const Layout layout = order.layout_of(roster_.gradient_strides(i));
   Row& row = rows_[i];
   if (!layout.ndim && !(row.layouts && row.layouts[kGrad])) return;  // strides that do not matter
@@ -178,59 +209,106 @@ void CpuJob::add_cohort(std::size_t i) {
   coefficients_.resize(first + rows_[i].kernel->names.coefficients.size());
   const bool new_state = roster_.has_new_state(i);
   rows_[i].kernel->prepare(group.values.data() + 2, after_.data() + scalars, new_state, coefficients_.data() + first);
-  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first});
+  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first, scalars});
   cohort_keys_.push_back({static_cast<std::int32_t>(roster_.group_of(i)), new_state});
 }
 
-py::object CpuJob::step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+py::object CpuJob::step(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
                         bool skip_nonfinite, bool frees) {
   if (!scan(threads)) return py::none();
-  py::object outcome =
-      launch(engine, threads, inverse_scale, max_norm, measure, /*update=*/true, skip_nonfinite, /*squared_norm=*/0);
+  py::object outcome = launch(engine, threads, passes, inverse_scale, max_norm, skip_nonfinite, /*squared_norm=*/0);
   if (frees) roster_.free_gradients();
   return outcome;
 }
 
-py::tuple CpuJob::run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                      bool update, bool skip_nonfinite, double squared_norm) {
+py::tuple CpuJob::run(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
+                      bool skip_nonfinite, double squared_norm) {
   roster_.check(threads);
-  if (update) make_cohorts(Room::kAny);  // again: another part of the step may have advanced the same counters
-  return launch(engine, threads, inverse_scale, max_norm, measure, update, skip_nonfinite, squared_norm);
+  if (passes & ~kNormPass) make_cohorts(Room::kAny);  // again: another plan may have advanced the same counters
+  return launch(engine, threads, passes, inverse_scale, max_norm, skip_nonfinite, squared_norm);
 }
 
-py::tuple CpuJob::launch(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                         bool update, bool skip_nonfinite, double squared_norm) {
+py::tuple CpuJob::launch(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
+                         bool skip_nonfinite, double squared_norm) {
   auto* const entry = reinterpret_cast<void (*)(Job&)>(engine.get_pointer<void>());
   Job job{};
   job.threads = numel_ < kWorthThreads ? 1 : threads;
+  job.passes = passes;
   job.inverse_scale = inverse_scale;
   job.max_norm = max_norm;
-  job.measure = measure;
-  job.update = update;
   job.skip_nonfinite = skip_nonfinite;
   job.squared_norm = squared_norm;
   job.rows = rows_.data();
+  job.n_rows = static_cast<std::int64_t>(rows_.size());
   job.shares = shares_.data();
   job.n_shares = shares_.empty() ? 0 : static_cast<std::int64_t>(shares_.size()) - 1;
   job.cohorts = cohorts_.data();
   job.coefficients = coefficients_.data();
+  job.scalars = after_.data();
   job.partials = partials_.data();
+  job.sums = sums_;
   {
     py::gil_scoped_release release;
     entry(job);
   }
-  if (job.update && !job.skipped) advance_counters();
+  if (passes & kUpdatePass && !job.skipped) advance_counters(job);
+  if (passes & kEpiloguePass && !job.skipped) write_epilogue(job);
   return py::make_tuple(job.squared_norm, job.skipped);
 }
 
-void CpuJob::advance_counters() {
+void CpuJob::advance_counters(const Job& job) {
   stepped_ = true;
+  std::vector<double> coefficients, scalars;
   for (std::size_t i = 0; i < rows_.size(); ++i) {
     prefetch_counters(i + kCountersAhead);
-    if (!rows_[i].active) continue;
-    const double* const after = after_.data() + static_cast<std::size_t>(rows_[i].cohort) * n_scalars_;
+    if (!rows_[i].active) {
+      if (!shared_.empty()) advance_shared(job, i);
+      continue;
+    }
+    const double* after = after_.data() + static_cast<std::size_t>(rows_[i].cohort) * n_scalars_;
+    if (rows_[i].kernel->finish && n_scalars_) {
+      const double* const prepared = coefficients_.data() + cohorts_[static_cast<std::size_t>(rows_[i].cohort)].coefficients;
+      coefficients.assign(prepared, prepared + rows_[i].kernel->names.coefficients.size());
+      scalars.assign(after, after + n_scalars_);
+      finish_segment(job, static_cast<std::int64_t>(i), row_sums_[i].first_segment, coefficients.data(), scalars.data());
+      after = scalars.data();
+    }
     for (std::size_t k = 0; k < n_scalars_; ++k) counters(i)[k].write(after[k]);
     roster_.set_stepped(i);
+  }
+}
+
+// Whether anything of a row's scope is stepped, and its scalars are here.
+bool CpuJob::is_live(const Job& job, std::size_t i) const {
+  if (!rows_[i].kernel || !n_scalars_) return false;
+  if (!sums_.has_scopes) return rows_[i].active;
+  return job.sums.wholes[(static_cast<std::size_t>(row_sums_[i].scope) + 1) * (sums_.n_measures + 1) - 1] != 0;
+}
+
+// Scalars that a scope shares advance where there is no gradient, too.
+void CpuJob::advance_shared(const Job& job, std::size_t i) {
+  if (!is_live(job, i)) return;
+  const Kernel& kernel = *rows_[i].kernel;
+  const Group& group = roster_.group(roster_.group_of(i));
+  std::vector<double> scalars(n_scalars_), coefficients(kernel.names.coefficients.size());
+  for (std::size_t k = 0; k < n_scalars_; ++k) scalars[k] = counters(i)[k].read();
+  kernel.prepare(group.values.data() + 2, scalars.data(), /*new_state=*/false, coefficients.data());
+  if (kernel.finish) {
+    finish_segment(job, static_cast<std::int64_t>(i), row_sums_[i].first_segment, coefficients.data(), scalars.data());
+  }
+  for (const std::size_t k : shared_) counters(i)[k].write(scalars[k]);
+}
+
+// What was concluded of a scope is a scalar of each of its rows.
+void CpuJob::write_epilogue(const Job& job) const {
+  for (std::size_t i = 0; i < rows_.size(); ++i) {
+    if (!is_live(job, i)) continue;
+    const RuleNames& names = rows_[i].kernel->names;
+    const double* const found = job.sums.epilogue + static_cast<std::size_t>(row_sums_[i].scope) * sums_.n_epilogue;
+    for (std::size_t k = 0; k < sums_.n_epilogue; ++k) {
+      const auto at = std::find(names.scalars.begin(), names.scalars.end(), names.epilogue[k]) - names.scalars.begin();
+      counters(i)[at].write(found[k]);
+    }
   }
 }
 

@@ -13,23 +13,32 @@ namespace fusedopt::host {
 
 class CpuJob {
  public:
-  // See Roster.
+  // See Roster. in_channels: sums are taken over slices of dimension 0.
   CpuJob(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
-         const std::vector<std::size_t>& new_state);
+         const std::vector<std::size_t>& new_state, bool in_channels);
+
+  // Where what the rule adds up is kept, see fusedopt/sums.py.
+  // first: segment of each row, and how many there are
+  // scopes: of each row; n_scopes of them
+  // addresses: of segments, wholes, largest and epilogue
+  // shared: which scalars a scope has in common
+  void keep_sums(bool has_scopes, const std::vector<std::int64_t>& first,
+                 const std::vector<std::int64_t>& scopes, const std::vector<std::uintptr_t>& addresses,
+                 const std::vector<std::size_t>& shared);
 
   // True when all is as it was planned and a step can run; false when a job must be made anew.
   bool scan(int threads);
   // See Roster.
   void check(int threads) { roster_.check(threads); }
 
-  // A scan, then the measuring and stepping that was asked for, and the counters of what was stepped. From the end of
+  // A scan, then the passes that are asked for, by bits of Pass, and the counters of what was stepped. From the end of
   // the scan on, this thread runs no Python, but what letting go of gradients runs, which are taken from their
   // parameters if `frees`. Returns (squared norm, skipped); None when a job must be made anew.
-  py::object step(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
+  py::object step(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
                   bool skip_nonfinite, bool frees);
   // The same after a scan, in one or more parts. Raises if any tensor is not what it was in the scan.
-  py::tuple run(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                bool update, bool skip_nonfinite, double squared_norm);
+  py::tuple run(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
+                bool skip_nonfinite, double squared_norm);
 
   // The parameters were stepped since the last scan.
   bool stepped() const { return stepped_; }
@@ -64,11 +73,15 @@ class CpuJob {
   bool join_cohort(std::size_t i, Room room);
   bool is_in(std::size_t cohort, std::size_t i) const;
   void add_cohort(std::size_t i);
-  py::tuple launch(const py::capsule& engine, int threads, double inverse_scale, double max_norm, bool measure,
-                   bool update, bool skip_nonfinite, double squared_norm);
-  void advance_counters();
+  py::tuple launch(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
+                   bool skip_nonfinite, double squared_norm);
+  void advance_counters(const Job& job);
+  void advance_shared(const Job& job, std::size_t i);
+  void write_epilogue(const Job& job) const;
+  bool is_live(const Job& job, std::size_t i) const;
 
   Roster roster_;
+  bool in_channels_;
   std::vector<Row> rows_;
   std::vector<void*> addresses_;                       // of all rows' operands
   std::set<std::vector<Codec>> signatures_;            // of all rows
@@ -79,6 +92,10 @@ class CpuJob {
   std::deque<LayoutTable> tables_;
   std::deque<Layout> step_layouts_;  // of this step's other gradients
   std::deque<LayoutTable> step_tables_;
+  SumTables sums_;
+  std::vector<RowSums> row_sums_;
+  std::vector<double> slots_, epilogue_slots_, none_;
+  std::vector<std::size_t> shared_;  // scalars
   std::vector<Share> shares_;  // and where the last one ends
   std::vector<double> partials_;
   std::vector<Cohort> cohorts_;

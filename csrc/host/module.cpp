@@ -66,9 +66,6 @@ py::class_<T> add_class(py::module_& m, const char* name) {
     heap_type->ht_type.tp_traverse = traverse<T>;
   };
   py::class_<T> c(m, name, py::custom_type_setup(collected));
-  c.def(py::init<py::object, const py::list&, py::object, const std::vector<std::size_t>&,
-                 const std::vector<std::size_t>&>(),
-        py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"));
   c.def("scan", &T::scan, py::arg("threads"));
   c.def("release", &T::release);
   c.def("rebind", &T::rebind, py::arg("param_groups"));
@@ -104,16 +101,24 @@ PYBIND11_MODULE(_host, m) {
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 
   using fusedopt::host::CpuJob;
+  using Members = std::vector<std::size_t>;
   add_class<CpuJob>(m, "CpuJob")
-      .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
-           py::arg("measure"), py::arg("skip_nonfinite"), py::arg("frees") = false)
-      .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("inverse_scale"), py::arg("max_norm"),
-           py::arg("measure"), py::arg("update"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
+      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&, bool>(),
+           py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"),
+           py::arg("in_channels") = false)
+      .def("keep_sums", &CpuJob::keep_sums, py::arg("has_scopes"), py::arg("first"),
+           py::arg("scopes"), py::arg("addresses"), py::arg("shared"))
+      .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("passes"), py::arg("inverse_scale"),
+           py::arg("max_norm"), py::arg("skip_nonfinite"), py::arg("frees") = false)
+      .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("passes"), py::arg("inverse_scale"),
+           py::arg("max_norm"), py::arg("skip_nonfinite"), py::arg("squared_norm"))
       .def_property_readonly("stepped", &CpuJob::stepped)
       .def_property_readonly("rows", &CpuJob::rows)
       .def_property_readonly("cohorts", &CpuJob::cohorts);
   using fusedopt::host::DeviceTable;
   add_class<DeviceTable>(m, "DeviceTable")
+      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&>(),
+           py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"))
       .def("write", &DeviceTable::write, py::arg("words"))
       .def("commit", &DeviceTable::commit);
 }

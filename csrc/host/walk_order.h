@@ -10,10 +10,10 @@ namespace fusedopt::host {
 
 // The walking order of a parameter: by falling stride, so that a dense parameter of any memory
 // format (channels_last, transposed) is one run of memory. Complex tensors count as real ones with a
-// last dimension of 2.
+// last dimension of 2. With `slices`, dimension 0 is the outermost, whatever its stride.
 class WalkOrder {
  public:
-  WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex);
+  WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex, bool slices);
 
   std::int64_t numel() const { return numel_; }
 

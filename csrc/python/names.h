@@ -20,6 +20,8 @@ inline pybind11::dict describe(const RuleNames& rule) {
   d["scalars"] = names(rule.scalars);
   d["hyper"] = names(rule.hyper);
   d["coefficients"] = names(rule.coefficients);
+  d["measures"] = names(rule.measures);
+  d["epilogue"] = names(rule.epilogue);
   return d;
 }
 

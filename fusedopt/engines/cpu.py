@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, host
+from fusedopt.passes import Pass
 from fusedopt.rule import Rule
+from fusedopt.sums import CHANNEL, TENSOR, Sums
 
 
 @cache  # of success only: an exception is not remembered
@@ -91,7 +93,13 @@ class Plan:
         self._members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
-        self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state)
+        self.passes = Pass.of(rule, optimizer.scope)
+        self.sums = Sums(rule, optimizer.scope, self._groups, "cpu")
+        self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state, optimizer.scope == CHANNEL)
+        if rule.has_sums():
+            places, addresses = self.sums.places, [t.data_ptr() for t in self.sums.tensors()]
+            shared = [list(rule.scalars).index(name) for name in rule.shared]
+            self._job.keep_sums(optimizer.scope != TENSOR, places.first, places.scopes, addresses, shared)
         self._engine = engine.run
 
         self.reduction: Any = None
@@ -122,13 +130,14 @@ class Plan:
     def step(
         self, scaling: Any, max_norm: float, measure: bool, skip_nonfinite: bool
     ) -> tuple[float, float, bool] | None:
-        """Scan, measure and update in one. Returns squared norm, norm and whether it skipped; None as False of scan."""
+        """Scan, and do all passes, in one. Returns squared norm, norm and whether it skipped; None as False of scan."""
+        passes = self.passes | Pass.NORM if measure else self.passes
         if host.CHECKED:
-            return self.run(scaling, max_norm, measure, True, skip_nonfinite, None) if self.scan() else None
+            return self.run(passes, scaling, max_norm, skip_nonfinite, None) if self.scan() else None
         if self._is_replaced():
             return None
         inverse = scaling.inverse
-        outcome = self._job.step(self._engine, torch.get_num_threads(), inverse, max_norm, measure, skip_nonfinite)
+        outcome = self._job.step(self._engine, torch.get_num_threads(), passes, inverse, max_norm, skip_nonfinite)
         return outcome and (outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
 
     def step_and_free(self) -> bool:
@@ -136,7 +145,10 @@ class Plan:
         if self._is_replaced() or (host.CHECKED and not self.scan()):
             return False
         try:
-            return self._job.step(self._engine, torch.get_num_threads(), 1.0, math.inf, False, False, True) is not None
+            return (
+                self._job.step(self._engine, torch.get_num_threads(), self.passes, 1.0, math.inf, False, True)
+                is not None
+            )
         finally:
             self._job.release()
 
@@ -145,12 +157,12 @@ class Plan:
         self._job.check(torch.get_num_threads())
 
     def run(
-        self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None
+        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | None
     ) -> tuple[float, float, bool]:
-        """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
+        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
         inverse = scaling.inverse
         total, skipped = self._job.run(
-            self._engine, torch.get_num_threads(), inverse, max_norm, measure, update, skip_nonfinite, squared or 0.0
+            self._engine, torch.get_num_threads(), passes, inverse, max_norm, skip_nonfinite, squared or 0.0
         )
         return total, math.sqrt(total) * inverse, skipped
 

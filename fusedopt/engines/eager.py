@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, engines, memory
+from fusedopt.engines.eager_step import EagerSums, Step, real
+from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import lacks_state
+from fusedopt.sums import Sums
 
 
 def available() -> str | None:
@@ -53,6 +55,8 @@ class Plan:
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
         self.written = memory.Spans(memory.written(optimizer.param_groups, optimizer.state))
         self.reduction: Any = None
+        self.passes = Pass.of(optimizer.rule, optimizer.scope)
+        self.sums = Sums(optimizer.rule, optimizer.scope, optimizer.param_groups, "cpu")
         self.planned = {id(p): _place(p.grad) for _, p, _ in self._with_gradients()}
         # Another engine, where only the planner saw why it cannot.
         labels = checks.labels(optimizer.param_groups)
@@ -101,17 +105,37 @@ class Plan:
         """Nothing has to be what it was: torch looks at every tensor when it steps it."""
 
     def run(
-        self, scaling: Any, max_norm: float, measure: bool, update: bool, skip_nonfinite: bool, squared: float | None
+        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | None
     ) -> tuple[float, float, bool]:
-        """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
-        squared = float(self._squared_norm()) if measure else squared or 0.0
+        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
+        squared = float(self._squared_norm()) if Pass.NORM in passes else squared or 0.0
         factor, norm, skipped = _decide(squared, scaling.inverse, max_norm, skip_nonfinite)
-        if update and not skipped:
-            for i, p, group in self._with_gradients():
+        if not skipped:
+            self._step(passes, factor)
+        return squared, norm, skipped
+
+    def _step(self, passes: Pass, factor: float) -> None:
+        active = {i: (p, group) for i, p, group in self._with_gradients()}
+        sums = EagerSums(self.optimizer, self.sums, active)
+
+        def step(i: int) -> Step:
+            return Step(self.optimizer, *active[i], factor, i in self.new_state)
+
+        if Pass.SUMS in passes:
+            sums.add_segments(step)
+        if Pass.SCOPES in passes:
+            sums.add_scopes(step)
+        if Pass.UPDATE in passes:
+            self.sums.epilogue.zero_()
+            for i, (_, group) in active.items():
                 self.stepped_members.append(i)
                 with torch.set_grad_enabled(bool(group["differentiable"])):
-                    self._update(p, group, factor, i in self.new_state)
-        return squared, norm, skipped
+                    taken = step(i)
+                    sums.finish(i, taken)
+                    sums.add_epilogue(i, taken.update())
+            sums.share_scalars(sorted(set(self.members) - set(active)))
+        if Pass.EPILOGUE in passes:
+            sums.write_epilogue(self.members)
 
     def finish(self) -> None:
         """The step is over."""
@@ -123,45 +147,8 @@ class Plan:
         for _, p, _ in self._with_gradients():
             if p.grad is not None and (g := memory.local(p.grad)).numel():
                 wide = torch.float32 if p.device.type == "mps" else torch.float64
-                total = total + _real(g).to(wide).square().sum().cpu()
+                total = total + real(g).to(wide).square().sum().cpu()
         return total
-
-    def _update(self, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
-        """One parameter's step, in the order of every engine.
-
-        Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
-        """
-        rule, state = self.optimizer.rule, self.optimizer.state[p]
-        # Parts step alone; but only the DTensor itself has an autograd graph.
-        here = (lambda t: t) if group["differentiable"] else memory.local
-        for t in (p, p.grad, *state.values()):  # torch's operations don't look
-            if isinstance(t, Tensor) and (short := memory.shortage(memory.local(t))):
-                raise RuntimeError(f"a parameter, gradient or state was changed while a step was under way: {short}")
-        compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
-        h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
-        s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
-        if rule.scalars:
-            s.step += 1
-        c = rule.prepare(h, s, new_state)
-
-        gradient_factor, coupled_decay, decay_factor, lr = _engine_scalars(rule, group, factor)
-        names = [spec.name for spec in rule.active_states(group)]
-        value = _real(here(p)).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
-        assert p.grad is not None
-        g = _real(here(p.grad)).to(compute) * gradient_factor
-        if coupled_decay:
-            g = g + coupled_decay * value
-        d, new = rule.direction(value, g, {name: _real(here(state[name])).to(compute) for name in names}, c)
-        _write(here(p), decay_factor * value - lr * d)
-
-        for name in names:
-            if group["differentiable"]:
-                state[name] = _like(p, new[name])
-            else:
-                _write(here(state[name]), new[name])
-        for name in rule.scalars:
-            with torch.no_grad():
-                state[name].fill_(getattr(s, name))
 
 
 def _decide(
@@ -176,33 +163,6 @@ def _decide(
     return inverse_scale * (1.0 if clip > 1 else clip), norm, skip_nonfinite and not math.isfinite(norm)
 
 
-def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
-    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr.
-
-    The last two are tensors where lr is one and the step is differentiable.
-    """
-    lr = group["lr"] if group["differentiable"] else float(group["lr"])
-    weight_decay, decoupled = float(group["weight_decay"]), rule.is_decoupled(group)
-    gradient_factor = -factor if group["maximize"] else factor
-    return gradient_factor, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0, lr
-
-
 def _place(g: Tensor | None) -> list[tuple[Any, ...]]:
     """What tells the memory of a gradient, where it has any."""
     return [(t.data_ptr(), t.shape, t.stride()) for t in memory.comparable([] if g is None else [memory.local(g)])]
-
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _like(p: Tensor, real: Tensor) -> Tensor:
-    return torch.view_as_complex(real) if p.is_complex() else real
-
-
-def _write(t: Tensor, real: Tensor) -> None:
-    """Round a result of the compute type into a tensor, in place."""
-    if t.is_conj() or t.is_neg():  # converted first: torch copies float32 into negated halves with the wrong sign
-        t.copy_((torch.view_as_complex(real) if t.is_complex() else real).to(t.dtype))
-    else:
-        (torch.view_as_real(t) if t.is_complex() else t).copy_(real)

@@ -11,11 +11,14 @@ from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import Hyper, Rule, State
 
 
+MOMENTUM = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
+
+
 class SGDRule(Rule):
     """``b <- mu b + (1-tau) g`` (first step ``b <- g``); ``d = g + mu b`` with Nesterov, else b; g without momentum."""
 
     name = "sgd"
-    hyper = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
+    hyper = MOMENTUM
     states = (State("momentum_buffer", when="momentum"),)
 
     @classmethod

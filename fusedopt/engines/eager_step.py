@@ -1,0 +1,236 @@
+"""One parameter's step in plain torch, and what steps add up: the readable truth of every engine's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import memory
+from fusedopt.rule import Rule
+from fusedopt.sums import CHANNEL, TENSOR, Sums
+
+
+class Step:
+    """One parameter's step, up to what is written.
+
+    Args:
+        optimizer: Whose.
+        p: The parameter.
+        group: Its group.
+        factor: What unscales and clips its gradient.
+        new_state: Whether its state was made for this step.
+
+    Attributes:
+        c: The rule's coefficients.
+        s: Its scalars after the step.
+    """
+
+    def __init__(self, optimizer: Any, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
+        self.p, self._group = p, group
+        self._rule, self._state = optimizer.rule, optimizer.state[p]
+        self.is_differentiable = bool(group["differentiable"])
+        assert p.grad is not None
+        for t in (p, p.grad, *self._state.values()):  # torch's operations don't look
+            if isinstance(t, Tensor) and (short := memory.shortage(memory.local(t))):
+                raise RuntimeError(f"a parameter, gradient or state was changed while a step was under way: {short}")
+        self.c, self.s = prepared(self._rule, self._state, group, new_state, counts=True)
+        gradient_factor, coupled_decay, self._decay_factor, self._lr = _engine_scalars(self._rule, group, factor)
+        self.compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+        self._names = [spec.name for spec in self._rule.active_states(group)]
+        self._value = real(self._here(p)).to(self.compute, copy=self.is_differentiable)  # autograd may keep it
+        g = real(self._here(p.grad)).to(self.compute) * gradient_factor
+        self._g = g + coupled_decay * self._value if coupled_decay else g
+        self._old = {name: real(self._here(self._state[name])).to(self.compute) for name in self._names}
+
+    def _here(self, t: Tensor) -> Tensor:
+        """Parts step alone; but only the DTensor itself has an autograd graph."""
+        return t if self.is_differentiable else memory.local(t)
+
+    def measure(self) -> tuple[Tensor, ...]:
+        """What the rule measures."""
+        return self._rule.measure(self._value, self._g, self._old, self.c)
+
+    def update(self) -> tuple[Tensor, ...]:
+        """Write what the step changes; returns what the rule concludes.
+
+        In the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay
+        and write.
+        """
+        rule, p = self._rule, self.p
+        d, new = rule.direction(self._value, self._g, self._old, self.c)
+        value = self._decay_factor * self._value - self._lr * d
+        _write(self._here(p), value)
+        for name in self._names:
+            if self.is_differentiable:
+                self._state[name] = _like(p, new[name])
+            else:
+                _write(self._here(self._state[name]), new[name])
+        write_scalars(self._state, self.s, rule.scalars)
+        return rule.conclude(value, self._g, d, new, self.c) if rule.epilogue else ()
+
+
+def prepared(
+    rule: type[Rule], state: Mapping[str, Any], group: dict[str, Any], new_state: bool, *, counts: bool
+) -> tuple[SimpleNamespace, SimpleNamespace]:
+    """A parameter's coefficients and scalars after ``prepare``, of a step that counts or of none."""
+    h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
+    s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
+    if "step" in rule.scalars and counts:
+        s.step += 1
+    return rule.prepare(h, s, new_state), s
+
+
+@torch.no_grad()
+def write_scalars(state: Mapping[str, Any], s: SimpleNamespace, names: Iterable[str]) -> None:
+    """Put scalars into a parameter's state."""
+    for name in names:
+        state[name].fill_(getattr(s, name))
+
+
+class EagerSums:
+    """What a plan's step adds up.
+
+    Args:
+        optimizer: Whose.
+        sums: The plan's, which all this is written to.
+        active: The plan's parameters that have a gradient, with their groups, by number.
+    """
+
+    def __init__(self, optimizer: Any, sums: Sums, active: Mapping[int, tuple[Tensor, dict[str, Any]]]) -> None:
+        self._optimizer, self._rule, self._scope = optimizer, optimizer.rule, optimizer.scope
+        self._sums, self._places, self._active = sums, sums.places, active
+
+    def _rows(self, i: int) -> slice:
+        """The segments of a parameter."""
+        return slice(self._places.first[i], self._places.first[i + 1])
+
+    @torch.no_grad()
+    def add_segments(self, step: Callable[[int], Step]) -> None:
+        """The sums of all segments."""
+        self._sums.segments.zero_()
+        for i in self._active:
+            rows = self._rows(i)
+            for k, values in enumerate(step(i).measure()):
+                self._sums.segments[rows, k] = _sums_of(values, rows.stop - rows.start)
+
+    @torch.no_grad()
+    def add_scopes(self, step: Callable[[int], Step]) -> None:
+        """Those of all scopes, and the largest scores."""
+        wholes, largest = self._sums.wholes, self._sums.largest
+        wholes.zero_()
+        largest.fill_(-math.inf)
+        for i in self._active:
+            scope, rows = self._places.scopes[i], self._sums.segments[self._rows(i)]
+            wholes[scope, :-1] += rows.sum(0)
+            wholes[scope, -1] += 1
+            if self._rule.score:
+                c = step(i).c
+                for row in rows.tolist():
+                    score = self._rule.score(c, SimpleNamespace(**dict(zip(self._rule.measures, row, strict=True))))
+                    largest[scope] = max(float(largest[scope]), score)
+
+    def finish(self, i: int, step: Step) -> None:
+        """Put what follows from the sums into a step's coefficients."""
+        if not self._rule.measures:
+            return
+        if step.is_differentiable:
+            self._rule.finish(step.c, step.s, self._told(i, [values.double().sum() for values in step.measure()]))
+            return
+        rows = self._sums.segments[self._rows(i)].tolist()
+        if self._scope != CHANNEL:
+            self._rule.finish(step.c, step.s, self._told(i, rows[0]))
+            return
+        finished = []
+        for row in rows or [[0.0] * len(self._rule.measures)]:
+            c, s = SimpleNamespace(**vars(step.c)), SimpleNamespace(**vars(step.s))
+            self._rule.finish(c, s, self._told(i, row))
+            finished.append(c)
+        step.s = s
+        dims = real(memory.local(step.p)).dim() - 1
+        for name in vars(step.c):
+            column = torch.tensor([getattr(c, name) for c in finished], dtype=step.compute, device=step.p.device)
+            setattr(step.c, name, column[: len(rows)].reshape(-1, *[1] * dims))
+
+    def _told(self, i: int, row: list[Any]) -> SimpleNamespace:
+        """What ``finish`` is told of a segment."""
+        own = dict(zip(self._rule.measures, row, strict=True))
+        scope = self._places.scopes[i]
+        if self._scope == TENSOR:
+            m = SimpleNamespace(**own, whole=SimpleNamespace(**own))
+            m.largest = -math.inf
+            return m
+        whole = dict(zip(self._rule.measures, self._sums.wholes[scope].tolist(), strict=False))
+        return SimpleNamespace(**own, whole=SimpleNamespace(**whole), largest=float(self._sums.largest[scope]))
+
+    def add_epilogue(self, i: int, concluded: tuple[Tensor, ...]) -> None:
+        """What a step concluded."""
+        for k, values in enumerate(concluded):
+            self._sums.epilogue[self._places.scopes[i], k] += _sums_of(values.detach(), 1)[0]
+
+    def _is_live(self, i: int) -> bool:
+        """Whether anything of a parameter's scope is stepped."""
+        if self._scope in (TENSOR, CHANNEL):
+            return i in self._active
+        return bool(self._sums.wholes[self._places.scopes[i], -1])
+
+    def share_scalars(self, others: Iterable[int]) -> None:
+        """Scalars that a scope shares advance where there is no gradient, too."""
+        if not self._rule.shared:
+            return
+        zeros = [0.0] * len(self._rule.measures)
+        for i, (p, group) in zip(others, self._optimizer.members(others), strict=True):
+            state = self._optimizer.state.get(p, {})
+            if self._is_live(i) and all(name in state for name in self._rule.scalars):
+                c, s = prepared(self._rule, state, group, False, counts=False)
+                if self._rule.measures:
+                    self._rule.finish(c, s, self._told(i, zeros))
+                write_scalars(state, s, self._rule.shared)
+
+    def write_epilogue(self, members: list[int]) -> None:
+        """Put what was concluded into scalars."""
+        for i, (p, _) in zip(members, self._optimizer.members(members), strict=True):
+            state, found = self._optimizer.state.get(p, {}), self._sums.epilogue[self._places.scopes[i]].tolist()
+            if self._is_live(i) and all(name in state for name in self._rule.epilogue):
+                s = SimpleNamespace(**dict(zip(self._rule.epilogue, found, strict=True)))
+                write_scalars(state, s, self._rule.epilogue)
+
+
+def _sums_of(values: Tensor, n: int) -> Tensor:
+    """The sums of n equal slices, one after another."""
+    if not values.numel():
+        return torch.zeros(n, dtype=torch.float64)
+    wide = torch.float32 if values.device.type == "mps" else torch.float64
+    return values.to(wide).reshape(n, -1).sum(1).cpu().double()
+
+
+def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
+    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr.
+
+    The last two are tensors where lr is one and the step is differentiable.
+    """
+    lr = group["lr"] if group["differentiable"] else float(group["lr"])
+    weight_decay, decoupled = float(group["weight_decay"]), rule.is_decoupled(group)
+    gradient_factor = -factor if group["maximize"] else factor
+    return gradient_factor, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0, lr
+
+
+def real(t: Tensor) -> Tensor:
+    """A tensor, or the parts of a complex one."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def _like(p: Tensor, real: Tensor) -> Tensor:
+    return torch.view_as_complex(real) if p.is_complex() else real
+
+
+def _write(t: Tensor, real: Tensor) -> None:
+    """Round a result of the compute type into a tensor, in place."""
+    if t.is_conj() or t.is_neg():  # converted first: torch copies float32 into negated halves with the wrong sign
+        t.copy_((torch.view_as_complex(real) if t.is_complex() else real).to(t.dtype))
+    else:
+        (torch.view_as_real(t) if t.is_complex() else t).copy_(real)
