@@ -37,6 +37,7 @@ from fusedopt.bench.variants import VARIANTS, Variant, build
 from fusedopt.bench.workload import Footprint, Step, Tensors, Workload, ours, step_of
 from fusedopt.cli import report
 from fusedopt.launch import Scaling
+from fusedopt.passes import Pass
 
 DEFAULT, DEFAULT_ARCH = "default", "90"
 ROUNDS, WARMUP = 20, 3
@@ -232,14 +233,14 @@ def _step(variant: Variant, what: Workload, tensors: Tensors, only: str) -> Step
 
     def measure() -> None:
         plan.scan()
-        plan.run(Scaling(), math.inf, True, False, False, None)
+        plan.run(Pass.NORM, Scaling(), math.inf, False, None)
         plan.finish()
 
     squared = plan.status.squared_norm  # what the step has measured; a plan does not copy its own
 
     def update() -> None:
         plan.scan()
-        plan.run(Scaling(), what.clip or math.inf, False, True, False, squared)
+        plan.run(Pass.UPDATE, Scaling(), what.clip or math.inf, False, squared)
         plan.finish()
 
     return {"norm": measure, "update": update}.get(only) or step_of(optimizer, tensors.params, what)

@@ -14,9 +14,17 @@ table          dtype, shape                what it holds
 ``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each
                                            row, and a record for each group
 ``partials``   float64 (n_shares)          sums of the gradients' squares
+``row_sums``   int64 (n_rows + 1, 5)       where a row's sums go, see :class:`SumsWord`; the last has only the
+                                           number of segments
+``slots``      float64 (n_slots, n_sums)   what each share adds up of each segment; see below
 ``numbers``    float64, `StatusNumber`     what a launch tells of the step
 ``counts``     int32, `StatusCount`        the same; what counts a launch's progress is 0 between launches
 =============  ==========================  =============================================================================
+
+A row may have several segments, over which its elements are added up (fusedopt/sums.py). Then each segment has tiles of
+its own, the last of which may be short; else all of a row's elements are one. The sums of what one worker on a share, a
+"run", finds in a segment are at slot ``run + segment``: along the tiles one of the two grows with every slot. Epilogues
+have slots of their own, and rows for segments.
 
 csrc/core/device_tables.h has the same places for C++, and a test compares the two.
 """
@@ -64,6 +72,16 @@ class GroupFlag(IntEnum):
     SIGN = 1  # -1 to maximize
 
 
+class SumsWord(IntEnum):
+    """Of a row of ``row_sums``."""
+
+    FIRST_SEGMENT = 0
+    SEGMENT_LENGTH = 1  # elements; of complex tensors, real numbers
+    SCOPE = 2
+    FIRST_SHARE = 3  # that has tiles of it
+    LAST_SHARE = 4
+
+
 class StatusNumber(IntEnum):
     """Of ``numbers``."""
 
@@ -77,8 +95,9 @@ class StatusCount(IntEnum):
     DONE = 0  # programs
     SKIPPED_STEPS = 1
     SKIPPED = 2  # whether the last step was
-    SHARES_MEASURED = 3  # claimed
+    SHARES_MEASURED = 3  # claimed, in the pass over gradients
     SHARES_UPDATED = 4
+    SHARES_SUMMED = 5
 
 
 def row_width(n_states: int, n_scalars: int) -> int:

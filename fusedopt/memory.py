@@ -114,6 +114,11 @@ def has_gaps(t: Tensor) -> bool:
     return reach(t) != t.numel()
 
 
+def begins_with_slices(t: Tensor) -> bool:
+    """Whether the slices of dimension 0 of a tensor without gaps lie one after another."""
+    return t.dim() < 2 or t.shape[0] < 2 or t.stride(0) == t.numel() // t.shape[0]
+
+
 def significant(t: Tensor) -> tuple[int, ...]:
     """The strides that matter: those of dimensions with more than one element, in a tensor with any."""
     return tuple(stride if size > 1 and t.numel() else 0 for stride, size in zip(t.stride(), t.shape, strict=True))

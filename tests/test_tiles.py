@@ -24,6 +24,7 @@ import fusedopt
 from fusedopt import engines
 from fusedopt.engines import cuda, tables, triton
 from fusedopt.launch import Scaling
+from fusedopt.passes import Pass
 
 ENGINES = ON_GPU or [name for name in AVAILABLE if name == "cuda"]
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs a GPU, or a C++ compiler")
@@ -183,9 +184,9 @@ def test_two_launches_with_a_hook_between(engine, device):
     a.step(), b.step()
     (plan,) = b._plans
     assert plan.scan()
-    squared, _, _ = plan.run(Scaling(), math.inf, True, False, False, None)
+    squared, _, _ = plan.run(Pass.NORM, Scaling(), math.inf, False, None)
     total = squared * 4
-    _, norm, _ = plan.run(Scaling(), 1.0, False, True, False, total)
+    _, norm, _ = plan.run(Pass.UPDATE, Scaling(), 1.0, False, total)
     close(norm.float(), 2 * a.grad_norm)
     for p, q in zip(ours, theirs, strict=True):
         factor = 1 / (2 * a.grad_norm + 1e-6)

@@ -14,7 +14,9 @@ ADDRESSES = tl.constexpr(_ADDRESSES)
 NEW_STATE = tl.constexpr(_NEW_STATE)
 NUMEL, SIGNATURE, LAYOUT, GROUP, OPERAND_ADDRESSES = (tl.constexpr(int(word)) for word in RowWord)
 MAX_NORM, MEASURED, SKIP_NONFINITE, GRADS = (tl.constexpr(int(word)) for word in StepWord)
-DONE, SKIPPED_STEPS, SKIPPED, SHARES_MEASURED, SHARES_UPDATED = (tl.constexpr(int(word)) for word in StatusCount)
+DONE, SKIPPED_STEPS, SKIPPED, SHARES_MEASURED, SHARES_UPDATED, SHARES_SUMMED = (
+    tl.constexpr(int(word)) for word in StatusCount
+)
 
 
 @triton.jit
@@ -116,4 +118,5 @@ def is_last(counts):
         tl.store(counts + DONE, 0)
         tl.store(counts + SHARES_MEASURED, 0)
         tl.store(counts + SHARES_UPDATED, 0)
+        tl.store(counts + SHARES_SUMMED, 0)
     return last

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fusedopt import checks, host
 from fusedopt.engines.device import DevicePlan, on_device
+from fusedopt.passes import Pass
 from fusedopt.rule import Rule
+from fusedopt.sums import TENSOR
 
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
@@ -95,8 +97,9 @@ class Plan(DevicePlan):
             blocks = WAVES * selection.blocks(index)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
-        super().__init__(optimizer, members, new_state, nth, names, blocks, extension.tile, limit)
-        t, s = self.table, self.status
+        tile, runs = extension.tile, extension.runs_per_share
+        super().__init__(optimizer, members, new_state, nth, names, blocks, tile, limit, runs_per_share=runs)
+        t, s, nothing = self.table, self.status, self.partials
         signatures = [(x.is_strided, list(x.codecs), list(x.states)) for x in t.signatures]
         words = selection.encode(signatures, len(names[0]))
         self._signatures = torch.tensor(words or [0], dtype=torch.int64, device=device).to(torch.int32)
@@ -109,21 +112,37 @@ class Plan(DevicePlan):
             "signatures": self._signatures,
             "step_table": self.step_table.on_device,
             "partials": self.partials,
+            "row_sums": t.row_sums,
+            "slots": self.slots,
+            "epilogue_slots": self.epilogue_slots,
+            "segments": self.sums.segments if self.sums else nothing,
+            "wholes": self.sums.wholes if self.sums else nothing,
+            "largest": self.sums.largest if self.sums else nothing,
+            "epilogue": self.sums.epilogue if self.sums else nothing,
             "numbers": s.numbers,
             "counts": s.counts,
         }
         addresses = {name: tensor.data_ptr() for name, tensor in tables.items()}
+        counts = {
+            "rows": t.count,
+            "shares": t.n_shares,
+            "borders": t.n_borders,
+            "width": t.width,
+            "states": len(names[0]),
+            "segments": self.sums.places.first[-1] if self.sums else 0,
+            "scopes": self.sums.places.n_scopes if self.sums else 0,
+            "has_scopes": optimizer.scope != TENSOR,
+            "shared": sum(1 << names[1].index(name) for name in rule.shared),
+        }
         n_words = self.step_table.words.numel()
-        self._launcher = extension.Launcher(
-            selection, addresses, index, t.programs, t.count, t.n_shares, t.n_borders, t.width, len(names[0]), n_words
-        )
+        self._launcher = extension.Launcher(selection, addresses, counts, index, t.programs, n_words)
         self._words = self.step_table.words.data_ptr() if self.step_table.by_value else 0
 
     def tensors(self) -> list[Tensor]:
         """The device memory that launches of this plan use."""
         return [*super().tensors(), self._signatures]
 
-    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """One launch, cooperative when it does both; two where that does not fit on the device."""
+    def launch(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """One launch, cooperative when it does several passes; two or three where that does not fit on the device."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
-        self._launcher.run(self._words, stream, measure, update, grad_scale.data_ptr(), found_inf.data_ptr())
+        self._launcher.run(self._words, stream, passes, grad_scale.data_ptr(), found_inf.data_ptr())

@@ -13,8 +13,10 @@ from fusedopt import checks, host
 from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
 from fusedopt.layout import StepWord, record_width
+from fusedopt.passes import Pass
 from fusedopt.rule import LAST_FLOAT_STEP
 from fusedopt.scan import Scan
+from fusedopt.sums import Sums
 
 
 def on_device(device: torch.device) -> Any:
@@ -40,6 +42,7 @@ class DevicePlan:
         tile: Elements of a tile.
         by_value: How many words of the step table a launch takes by value.
         sizes: Of shares, see fusedopt/engines/tables.py; None for those there.
+        runs_per_share: How many workers add up a share by themselves.
     """
 
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
@@ -56,6 +59,7 @@ class DevicePlan:
         tile: int,
         by_value: int = 0,
         sizes: tuple[int, ...] | None = None,
+        runs_per_share: int = 1,
     ) -> None:
         self.members = members
         self._params = [p for p, _ in optimizer.members(members)]
@@ -64,16 +68,28 @@ class DevicePlan:
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
+        rule, scope = optimizer.rule, optimizer.scope
+        self.passes = Pass.of(rule, scope)
         with on_device(self.device):
-            self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes or tables.SHARE_SIZES)
+            self.sums = Sums(rule, scope, self._groups, self.device) if rule.has_sums() else None
+            places, sizes = self.sums and self.sums.places, sizes or tables.SHARE_SIZES
+            self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes, places)
             words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(len(names[2]))
             self.step_table = StepTable(words, self.device, words <= by_value)
             self.status = optimizer.status(self.device, nth)
             self.partials = torch.empty(self.table.n_shares, dtype=torch.float64, device=self.device)
+            n_runs = runs_per_share * self.table.n_shares
+            self.slots, self.epilogue_slots = (
+                torch.zeros((n_runs + n, width) if width else 1, dtype=torch.float64, device=self.device)
+                for n, width in (
+                    (places.first[-1] if places else 0, len(rule.measures)),
+                    (self.table.count, len(rule.epilogue)),
+                )
+            )
         self._body = self.step_table.words[StepWord.GRADS :]
         self.reduction: Any = None
         self._streams: set[int] = set()
-        self._launched: set[str] = set()
+        self._launched = Pass(0)
         self._room = self._steps_left(names[1])
 
     def rebind(self, groups: list[dict[str, Any]]) -> None:
@@ -106,24 +122,19 @@ class DevicePlan:
         return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize
 
     def run(
-        self,
-        scaling: Any,
-        max_norm: float,
-        measure: bool,
-        update: bool,
-        skip_nonfinite: bool,
-        squared: float | Tensor | None,
+        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Measure the gradients, update the parameters, or both. Returns squared norm, norm and whether it skipped."""
+        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
         status = self.status
+        if not passes:
+            return status.squared_norm, status.norm, status.skipped
         with on_device(self.device):
-            parts = {name for name, asked in (("norm", measure), ("step", update)) if asked}
             if is_capturing(self.device):
-                self._check_capture(parts)
+                self._check_capture(passes)
             else:
                 self._enter_stream()
-                self._launched |= parts
-            self.step_table.set_header(max_norm, measure or squared is not None, skip_nonfinite)
+                self._launched |= passes
+            self.step_table.set_header(max_norm, Pass.NORM in passes or squared is not None, skip_nonfinite)
             self.step_table.send()
             if isinstance(squared, Tensor):
                 status.squared_norm.copy_(squared, non_blocking=True)
@@ -132,18 +143,17 @@ class DevicePlan:
             scale, found_inf = self._here(scaling.grad_scale, status.one), self._here(scaling.found_inf, status.zero)
             if has_modes():  # what torch did since the scan, the user's Python may have seen
                 self.check()
-            self.launch(measure, update, scale, found_inf)
-            if update:
+            self.launch(passes, scale, found_inf)
+            if Pass.UPDATE in passes:
                 self._scan.commit()
                 self.stepped_members = self.members
         return status.squared_norm, status.norm, status.skipped
 
-    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch what writes the sum of the gradients' squares to ``status.squared_norm``, or the step, or both.
+    def launch(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """Launch what does some passes. The norm's writes the sum of the gradients' squares to ``status.squared_norm``.
 
         Args:
-            measure: Whether to do the first.
-            update: Whether to do the second.
+            passes: One at least.
             grad_scale: One float32 on the device.
             found_inf: Another.
         """
@@ -167,17 +177,18 @@ class DevicePlan:
         """The device memory that launches of this plan use."""
         t, s = self.table, self.status
         step_table = [] if self.step_table.by_value else [self.step_table.on_device]
-        standing = t.rows, t.tiles, t.shares, t.borders, t.layouts
-        return [*standing, self.partials, s.numbers, s.counts, s.one, s.zero, *step_table]
+        standing = t.rows, t.tiles, t.shares, t.borders, t.layouts, t.row_sums
+        sums = [self.slots, self.epilogue_slots, *(self.sums.tensors() if self.sums else ())]
+        return [*standing, self.partials, *sums, s.numbers, s.counts, s.one, s.zero, *step_table]
 
     def _here(self, value: Tensor | None, default: Tensor) -> Tensor:
         if value is None:
             return default
         return value.to(self.device, torch.float32, non_blocking=True)
 
-    def _check_capture(self, parts: set[str]) -> None:
+    def _check_capture(self, passes: Pass) -> None:
         """A graph steps what has a gradient now, and nothing else ever; and kernels are loaded outside of it."""
-        if parts - self._launched:
+        if passes & ~self._launched:
             refuse_capture(self.device, "clipping or skip_nonfinite was switched on")
         labels = checks.labels(self._groups)
         for i, p in zip(self.members, self._params, strict=True):

@@ -147,13 +147,13 @@ class EagerSums:
             return
         finished = []
         for row in rows or [[0.0] * len(self._rule.measures)]:
-            c, s = SimpleNamespace(**vars(step.c)), SimpleNamespace(**vars(step.s))
-            self._rule.finish(c, s, self._told(i, row))
-            finished.append(c)
-        step.s = s
+            c, after = SimpleNamespace(**vars(step.c)), SimpleNamespace(**vars(step.s))
+            self._rule.finish(c, after, self._told(i, row))
+            finished.append((c, after))
+        step.s = finished[0][1]
         dims = real(memory.local(step.p)).dim() - 1
         for name in vars(step.c):
-            column = torch.tensor([getattr(c, name) for c in finished], dtype=step.compute, device=step.p.device)
+            column = torch.tensor([getattr(c, name) for c, _ in finished], dtype=step.compute, device=step.p.device)
             setattr(step.c, name, column[: len(rows)].reshape(-1, *[1] * dims))
 
     def _told(self, i: int, row: list[Any]) -> SimpleNamespace:

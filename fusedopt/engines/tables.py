@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory
-from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, row_width
+from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, SumsWord, row_width
 from fusedopt.operands import Signature
+from fusedopt.sums import CHANNEL, Segments
 
 # Shares of the tiles, as many as programs of each size, from the first tile to the last, in 1/120 of what a program has
 # to do on average. Updates claim the last first, so that programs which are done early take the small ones over.
@@ -51,6 +52,15 @@ def partition(n_tiles: int, programs: int, sizes: tuple[int, ...]) -> list[int]:
 def _is_whole(first: int, end: int, begins: list[int]) -> bool:
     """Whether a share has a row's tiles, and there are any."""
     return first < end and bisect_right(begins, first) == bisect_left(begins, end)
+
+
+def _words_of_sums(places: Segments, i: int, length: int, tiles: list[int], begins: list[int]) -> list[int]:
+    words = [0] * len(SumsWord)
+    words[SumsWord.FIRST_SEGMENT], words[SumsWord.SEGMENT_LENGTH] = places.first[i], max(length, 1)
+    words[SumsWord.SCOPE] = places.scopes[i]
+    words[SumsWord.FIRST_SHARE] = bisect_right(begins, tiles[i]) - 1
+    words[SumsWord.LAST_SHARE] = max(bisect_left(begins, tiles[i + 1]) - 1, words[SumsWord.FIRST_SHARE])
+    return words
 
 
 class StepStatus:
@@ -147,9 +157,10 @@ class Rows:
         programs: How many the engine launches at most.
         tile: Elements of a tile.
         sizes: Of shares, see SHARE_SIZES.
+        places: Where the rule's sums go; None if it has none.
 
     Attributes:
-        rows, tiles, shares, borders, layouts: On the device.
+        rows, tiles, shares, borders, layouts, row_sums: On the device.
         width: Words of a row.
         count, n_shares, n_borders: How many rows, shares and borders.
         programs: How many to launch.
@@ -165,7 +176,9 @@ class Rows:
         programs: int,
         tile: int,
         sizes: tuple[int, ...],
+        places: Segments | None,
     ) -> None:
+        self._in_channels = places is not None and places.scope == CHANNEL
         self.width = row_width(len(names[0]), len(names[1]))
         self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
@@ -175,7 +188,9 @@ class Rows:
             self._row(optimizer, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
         ]
         rows = [row or [0] * self.width for row in planned]
-        tiles = [0, *accumulate(-(-row[RowWord.NUMEL] // tile) for row in rows)]
+        counts = [max(after - first, 1) for first, after in pairwise(places.first)] if places else [1] * len(rows)
+        lengths = [row[RowWord.NUMEL] // n for row, n in zip(rows, counts, strict=True)]
+        tiles = [0, *accumulate(n * -(-length // tile) for length, n in zip(lengths, counts, strict=True))]
         begins = partition(tiles[-1], programs, sizes)
         shares = [(begin, min(bisect_right(tiles, begin), len(rows)) - 1) for begin in begins]
         borders = [i for i, row in enumerate(planned) if row and not _is_whole(tiles[i], tiles[i + 1], begins)]
@@ -188,6 +203,11 @@ class Rows:
         self.rows, self.tiles = on_device(rows), on_device(tiles)
         self.shares = on_device([*shares, (tiles[-1], len(rows) - 1)])
         self.borders = on_device(borders or [0])
+        row_sums = [[0] * len(SumsWord)]
+        if places:
+            row_sums[0][SumsWord.FIRST_SEGMENT] = places.first[-1]
+            row_sums[:0] = (_words_of_sums(places, i, lengths[i], tiles, begins) for i in range(len(rows)))
+        self.row_sums = on_device(row_sums)
         self.layouts = on_device(self._layouts or [0])
         self.signatures = tuple(self._signatures)
 
@@ -205,6 +225,7 @@ class Rows:
         operands = {"param": p, "grad": memory.resolved(memory.local(g))}
         operands.update({name: memory.local(state[name]) for name in active})
         is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
+        is_dense &= not self._in_channels or memory.begins_with_slices(p)
         signature = Signature.of(not is_dense, operands.items())
         words = [0] * self.width
         words[RowWord.NUMEL] = p.numel() * (2 if p.is_complex() else 1)

@@ -18,6 +18,7 @@ from fusedopt.engines.device import DevicePlan
 from fusedopt.engines.occupancy import resident_blocks
 from fusedopt.layout import row_width
 from fusedopt.operands import Signature
+from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 
 WARPS = 4
@@ -192,12 +193,12 @@ class Plan(DevicePlan):
             )
         )
 
-    def launch(self, measure: bool, update: bool, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch the norm kernel, the step kernel, or both."""
+    def launch(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """Launch a kernel for each pass."""
         t, s, words = self.table, self.status, self.step_table.on_device
-        if measure:
+        if Pass.NORM in passes:
             self._norm(t.rows, t.tiles, t.shares, t.layouts, words, self.partials, s.numbers, s.counts, t.n_shares)
-        if update:
+        if Pass.UPDATE in passes:
             tables = t.rows, t.tiles, t.shares, t.borders, t.layouts, words, s.numbers, s.counts
             self._step(*tables, grad_scale, found_inf, t.count, t.n_shares, t.n_borders)
 

@@ -24,7 +24,10 @@ class LARSRule(Rule):
     decay = RULE
     decoupled = False
     measures = ("param", "grad")
-    conflict = SGDRule.conflict
+
+    @classmethod
+    def conflict(cls, group):
+        return SGDRule.conflict(group)
 
     @staticmethod
     def prepare(h, s, new_state):

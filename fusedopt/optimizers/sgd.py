@@ -10,7 +10,6 @@ from torch import Tensor
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.rule import Hyper, Rule, State
 
-
 MOMENTUM = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
 
 
