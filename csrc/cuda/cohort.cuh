@@ -71,6 +71,16 @@ __device__ __forceinline__ int first_of_cohort(const Arguments<Words>& a, const 
 template <class Rule>
 using KeyOf = CohortKey<kScalars<Rule>>;
 
+// Of a row without a gradient, whose scalars advance with those of its scope.
+template <class Rule>
+__device__ __forceinline__ KeyOf<Rule> key_without_gradient(const Tables& t, int row) {
+  KeyOf<Rule> key;
+  key.number = 2 * static_cast<int>(row_words(t, row)[kGroup]);
+#pragma unroll
+  for (int k = 0; k < kScalars<Rule>; ++k) key.scalars[k] = load_number(scalars_of(t, row)[k]);
+  return key;
+}
+
 // Of the cohort of a key: its scalars after the step, and its coefficients.
 template <class Rule>
 struct Prepared {
@@ -91,16 +101,16 @@ __device__ __forceinline__ double record_number(const Arguments<Words>& a, int r
   return source ? load_number(source) : __longlong_as_double(step_word(a, record + 2 * number));
 }
 
-// Advances the scalars and calls the rule.
+// Advances the scalars, of which the first is `step`, and calls the rule.
 template <class Rule, int Words>
 __device__ __forceinline__ void advance(const Arguments<Words>& a, const KeyOf<Rule>& key, double* scalars,
-                                        double* coefficients) {
+                                        double* coefficients, bool counts = true) {
   const int record = record_of<Rule>(a.tables, key);
   double hyper[kHyper<Rule> + 1];
 #pragma unroll
   for (int k = 0; k < kHyper<Rule>; ++k) hyper[k] = record_number(a, record, 2 + k);
 #pragma unroll
-  for (int k = 0; k < kScalars<Rule>; ++k) scalars[k] = key.scalars[k] + (k == 0 ? 1 : 0);  // `step` is the first
+  for (int k = 0; k < kScalars<Rule>; ++k) scalars[k] = key.scalars[k] + (k == 0 && counts ? 1 : 0);
   fusedopt::prepare<Rule>(hyper, scalars, key.number & 1, coefficients);
 }
 
@@ -116,6 +126,34 @@ __device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>&
   return p;
 }
 
+// What follows from the sums of a row's segment, and those of its scope, for its coefficients and scalars.
+template <class Rule>
+__device__ __forceinline__ void finish_segment(const Tables& t, int row, int segment, double* coefficients,
+                                               double* scalars) {
+  constexpr int n = kMeasures<Rule>;
+  if constexpr (n > 0) {
+    const SumTables& sums = t.sums;
+    const std::int64_t scope = sums_of(t, row)[kScope];
+    double own[n], whole[n];
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      own[k] = segments_of(t, row) ? __ldcg(sums.segments + static_cast<std::int64_t>(segment) * n + k) : 0;
+      whole[k] = sums.has_scopes ? __ldcg(sums.wholes + scope * (n + 1) + k) : own[k];
+    }
+    const double largest = sums.has_scopes ? __ldcg(sums.largest + scope) : -kInfinity;
+    finish<Rule>(coefficients, scalars, own, whole, largest);
+  }
+}
+
+// The same of a cohort's coefficients, for a segment alone.
+template <class Rule>
+__device__ __forceinline__ CohortCoefficients<Rule, double> finished(const Tables& t, int row, int segment,
+                                                                     const Prepared<Rule>& prepared) {
+  Prepared<Rule> p = prepared;
+  finish_segment<Rule>(t, row, segment, reinterpret_cast<double*>(&p.coefficients.rule), p.scalars);
+  return p.coefficients;
+}
+
 // --------------------------------------------------------------------------------------------------------- counting
 
 template <class Rule>
@@ -125,17 +163,30 @@ __device__ __forceinline__ void store_scalars(const Tables& t, int row, const do
   for (int k = 0; k < kScalars<Rule>; ++k) store_number(addresses[k], scalars[k]);
 }
 
+// Counts the step in a row of a cohort.
+template <class Rule>
+__device__ __forceinline__ void count_row(const Tables& t, int row, const Prepared<Rule>& prepared) {
+  if constexpr (kMeasures<Rule> > 0) {
+    Prepared<Rule> p = prepared;
+    const int segment = static_cast<int>(sums_of(t, row)[kFirstSegment]);
+    finish_segment<Rule>(t, row, segment, reinterpret_cast<double*>(&p.coefficients.rule), p.scalars);
+    store_scalars<Rule>(t, row, p.scalars);
+  } else {
+    store_scalars<Rule>(t, row, prepared.scalars);
+  }
+}
+
 // Counts the step in those of a cohort's rows [first, last] that are whole in a share: nobody else reads their scalars.
 template <class Rule, int Words>
 __device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Share& mine, int first, int last,
-                                             const double* scalars) {
+                                             const Prepared<Rule>& prepared) {
   const Tables& t = a.tables;
   if constexpr (kScalars<Rule> > 0) {
 #pragma unroll 1
     for (int row = first + static_cast<int>(threadIdx.x); row <= last; row += kThreads) {
       const int begin = static_cast<int>(t.tiles[row]), end = static_cast<int>(t.tiles[row + 1]);
       const bool is_whole = mine.begin <= begin && begin < end && end <= mine.end;
-      if (is_whole && grad_word(a, row)) store_scalars<Rule>(t, row, scalars);
+      if (is_whole && grad_word(a, row)) count_row<Rule>(t, row, prepared);
     }
   }
 }
@@ -150,9 +201,9 @@ __device__ __forceinline__ void count_borders(const Arguments<Words>& a) {
       const int row = static_cast<int>(t.borders[k]);
       const KeyOf<Rule> key(a, row);
       if (key.number < 0) continue;
-      double scalars[kScalars<Rule> + 1], coefficients[kCoefficients<Rule>];  // without a use unless the rule advances
-      advance<Rule>(a, key, scalars, coefficients);
-      store_scalars<Rule>(t, row, scalars);
+      Prepared<Rule> prepared;  // without a use unless the rule advances
+      advance<Rule>(a, key, prepared.scalars, reinterpret_cast<double*>(&prepared.coefficients.rule));
+      count_row<Rule>(t, row, prepared);
     }
   }
 }

@@ -77,16 +77,14 @@ __device__ __forceinline__ double squares(const Row<kGrad, kGrad + 1>& row, std:
 }
 
 // Writes the sums of the shares that this block claims. A lane adds up its own tiles in their order, the block its
-// lanes: whoever computes a share, the bits are the same.
-template <int Words>
+// lanes: whoever computes a share, the bits are the same. Rows of a rule that adds up may have several segments.
+template <bool AddsUp, int Words>
 __device__ __forceinline__ void measure(const Arguments<Words>& a) {
   const Tables& t = a.tables;
   each_claim(t.n_shares, t.counts + kSharesMeasured, [&](int number) {
     const Share mine = share(t, number);
     double sum = 0;
-    each_row<kForwards>(t, mine.begin, mine.end, mine.first_row, [&](int index, int first, int count) {
-      const Row<kGrad, kGrad + 1> row(a, index);
-      if (!row.active) return;
+    const auto add = [&](const auto& row, int first, int count) {
       row.template split<kForwards>(
           first, count, [&](std::int64_t begin, std::int64_t end) { sum += squares(row, begin, end); },
           [&](int tile, int left) {
@@ -96,6 +94,16 @@ __device__ __forceinline__ void measure(const Arguments<Words>& a) {
               add_whole<true>(sum, row, tile, left);
             }
           });
+    };
+    each_row<kForwards>(t, mine.begin, mine.end, mine.first_row, [&](int index, int first, int count) {
+      const Row<kGrad, kGrad + 1> row(a, index);
+      if (!row.active) return;
+      if constexpr (AddsUp) {
+        each_segment<kForwards>(t, row, index, first, count,
+                                [&](const auto& r, int, int tile, int n) { add(r, tile, n); });
+      } else {
+        add(row, first, count);
+      }
     });
     sum = block_sum(sum);
     if (threadIdx.x == 0) t.partials[number] = sum;

@@ -3,7 +3,7 @@
 
 #include "core/device_tables.h"
 #include "core/operands.h"
-#include "core/rule.h"
+#include "core/step.h"
 #include "cuda/policy.h"
 
 namespace fusedopt::cuda {
@@ -40,6 +40,24 @@ struct Signature {
   FUSEDOPT_HD Codec codec(int operand) const { return codec_in(codecs, operand); }
 };
 
+// Shares are cut in runs, one for each warp, where more is added up than the gradients' squares.
+constexpr int kRunsPerShare = kWarps;
+
+// Of rules that add up, see fusedopt/sums.py for the last four.
+struct SumTables {
+  const std::int64_t* row_sums;
+  double* slots;           // n_shares * kRunsPerShare + n_segments, of the rule's measures
+  double* epilogue_slots;  // the same for rows, of the rule's epilogue; behind them a row's own sums
+  double* segments;
+  double* wholes;
+  double* largest;
+  double* epilogue;
+  int n_segments;
+  int n_scopes;
+  int shared;  // a bit for each scalar
+  bool has_scopes;
+};
+
 struct Tables {
   const std::int64_t* rows;
   const std::int64_t* tiles;
@@ -58,7 +76,10 @@ struct Tables {
   int n_borders;
   int width;     // words of a row
   int n_states;  // of the rule, at most
-  bool measure, update;
+  int passes;    // bits of Pass
+  SumTables sums;
+
+  FUSEDOPT_HD bool asks(Pass pass) const { return (passes & pass) != 0; }
 };
 
 // Kernels take up to 32,764 bytes of arguments from compute capability 7.0 and CUDA 12.1 on; small ones launch faster.

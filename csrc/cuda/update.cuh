@@ -2,31 +2,73 @@
 #pragma once
 
 #include "cuda/cohort.cuh"
+#include "cuda/slots.cuh"
 
 namespace fusedopt::cuda {
 
 // ---------------------------------------------------------------------------------------------------------- tiles
 
-// The body of the pass, whichever way a lane's elements are fetched.
+// Calls body(fetch) for all that this warp is to fetch of its tiles of a row, see Row::split, whichever way.
+template <class T, int Step, int N, class Body>
+__device__ __forceinline__ void each_fetch(const Row<kParam, N>& row, int first, int count, Body body) {
+  constexpr bool is_double = sizeof(T) == 8;
+  const auto each_masked = [&]<bool Any>(std::int64_t begin, std::int64_t end) {
+    using Fetch = Masked<kParam, N, Any>;
+#pragma unroll 1
+    for (; begin < end; begin += Fetch::kAll) body(Fetch(begin, end, row.layout));
+  };
+  row.template split<Step>(
+      first, count,
+      [&](std::int64_t begin, std::int64_t end) {
+        if (is_double || row.layout || row.signature.has(kWide)) {
+          each_masked.template operator()<true>(begin, end);
+        } else if constexpr (!is_double) {
+          each_masked.template operator()<false>(begin, end);
+        }
+      },
+      [&](int tile, int left) {
+        if constexpr (!is_double) {  // of which no tile is whole
+          const bool halves = row.signature.has(kHalves);
+#pragma unroll 1
+          for (; left > 0; --left, tile += Step) body(Whole(row.start(tile), halves));
+        }
+      });
+}
+
+// Fetches a lane's elements of all operands: as they are stored, and their values.
+template <class Fetch, class T, int N>
+__device__ __forceinline__ void fetch_values(typename Fetch::Raw (&raw)[N], T (&values)[N][Fetch::kCount],
+                                             const Row<kParam, N>& row, const Fetch& at) {
+#pragma unroll
+  for (int k = 0; k < N; ++k) at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
+#pragma unroll
+  for (int k = 0; k < N; ++k) decode<Fetch>(values[k], raw[k], row.signature.codec(k));
+}
+
+// The step of a lane's elements; adds what the rule concludes of them to sums.
 template <class Rule, class T, class Fetch>
 __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, const Fetch& at,
-                                     const CohortCoefficients<Rule, T>& c) {
+                                     const CohortCoefficients<Rule, T>& c, double* sums) {
   constexpr int n = kOperands<Rule>;
   typename Fetch::Raw raw[n];
   T values[n][Fetch::kCount];
-#pragma unroll
-  for (int k = 0; k < n; ++k) at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
-#pragma unroll
-  for (int k = 0; k < n; ++k) decode<Fetch>(values[k], raw[k], row.signature.codec(k));
+  fetch_values<Fetch, T>(raw, values, row, at);
+  Added<T, kEpilogue<Rule>> added;
 #pragma unroll
   for (int i = 0; i < Fetch::kCount; ++i) {
     T state[kStates<Rule> + 1];
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) state[k] = values[kFirstState + k][i];
-    step_element<Rule, T>(values[kParam][i], values[kGrad][i], state, c.engine, c.rule);
+    T& p = values[kParam][i];
+    step_element<Rule, T>(p, values[kGrad][i], state, c.engine, c.rule, [&]([[maybe_unused]] T g, [[maybe_unused]] T d) {
+      if constexpr (kEpilogue<Rule> > 0) {
+        added.add(Rule::template conclude<T>(p, g, d, state, c.rule), at.is_active(i));
+      }
+    });
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) values[kFirstState + k][i] = state[k];
   }
+  added.put(sums);
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     if (k == kGrad) continue;
@@ -35,49 +77,42 @@ __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, co
   }
 }
 
-template <class Rule, class T, bool Any>
-__device__ __forceinline__ void step_range(const Row<kParam, kOperands<Rule>>& row, std::int64_t begin,
-                                           std::int64_t end, const CohortCoefficients<Rule, T>& c) {
-  using Fetch = Masked<kParam, kOperands<Rule>, Any>;
-#pragma unroll 1
-  for (; begin < end; begin += Fetch::kAll) step<Rule, T>(row, Fetch(begin, end, row.layout), c);
+// Calls with the values' type, float or double, and coefficients of it.
+template <class Rule, class Call>
+__device__ __forceinline__ void with_type(const Row<kParam, kOperands<Rule>>& row,
+                                          const CohortCoefficients<Rule, double>& c, Call call) {
+  if (row.signature.codec(kParam) == Codec::f64) {
+    call(c);
+  } else {
+    call(c.template as<float>());
+  }
 }
 
-// A warp's tiles of a row, see Row::split, in the compute type T.
-template <class Rule, class T>
-__device__ __forceinline__ void update_row(const Row<kParam, kOperands<Rule>>& row, int first, int count,
-                                           const CohortCoefficients<Rule, T>& c) {
-  constexpr bool is_double = sizeof(T) == 8;
-  row.template split<kBackwards>(
-      first, count,
-      [&](std::int64_t begin, std::int64_t end) {
-        if (is_double || row.layout || row.signature.has(kWide)) {
-          step_range<Rule, T, true>(row, begin, end, c);
-        } else if constexpr (!is_double) {
-          step_range<Rule, T, false>(row, begin, end, c);
-        }
-      },
-      [&](int tile, int left) {
-        if constexpr (!is_double) {  // of which no tile is whole
-          const bool halves = row.signature.has(kHalves);
-#pragma unroll 1
-          for (; left > 0; --left, tile += kBackwards) step<Rule, T>(row, Whole(row.start(tile), halves), c);
-        }
-      });
-}
-
-// This warp's tiles of [begin, end), which one cohort's rows have, the last first: the norm has just read the last.
+// This warp's tiles of [begin, end), which one cohort's rows have, the last first: the norm has just read the last. Of
+// rules that conclude they are those of a run.
 template <class Rule, int Words>
-__device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begin, int end, int last_row,
-                                             const CohortCoefficients<Rule, double>& c) {
-  each_row<kBackwards>(a.tables, begin, end, last_row, [&](int index, int first, int count) {
-    const Row<kParam, kOperands<Rule>> row(a, index);
+__device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
+                                             const Prepared<Rule>& prepared) {
+  constexpr int kStep = kEpilogue<Rule> > 0 ? kBackwardsInRun : kBackwards;
+  const Tables& t = a.tables;
+  each_row<kStep>(t, begin, end, last_row, [&](int index, int first, int count) {
+    using RowType = Row<kParam, kOperands<Rule>>;
+    const RowType row(a, index);
     if (!row.active) return;
-    if (row.signature.codec(kParam) == Codec::f64) {
-      update_row<Rule, double>(row, first, count, c);
+    double sums[kEpilogue<Rule> + 1] = {};
+    const auto update = [&](const RowType& r, int tile, int n, const CohortCoefficients<Rule, double>& prepared) {
+      with_type<Rule>(r, prepared, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
+        each_fetch<T, kStep>(r, tile, n, [&](const auto& at) { step<Rule, T>(r, at, c, sums); });
+      });
+    };
+    if constexpr (kMeasures<Rule> > 0) {
+      each_segment<kStep>(t, row, index, first, count, [&](const RowType& r, int segment, int tile, int n) {
+        update(r, tile, n, finished<Rule>(t, index, segment, prepared));
+      });
     } else {
-      update_row<Rule, float>(row, first, count, c.template as<float>());
+      update(row, first, count, prepared.coefficients);
     }
+    put_slot<kEpilogue<Rule>>(t.sums.epilogue_slots, run + index, sums);
   });
 }
 
@@ -186,8 +221,11 @@ __device__ __forceinline__ const Decision& update(const Arguments<Words>& a, aut
       near = max(cohorts.first - 1, 0);
       if (!cohorts.is_active) continue;
       cohorts.with_variant(t, [&]<class Rule>() {
-        update_tiles<Rule>(a, cohorts.begin, end, cohorts.row, prepared<Rule>().coefficients);
-        count_cohort<Rule>(a, mine, cohorts.first, cohorts.row, prepared<Rule>().scalars);
+        const Run run(mine, t.n_shares - 1 - claim);
+        const int first = kEpilogue<Rule> > 0 ? max(cohorts.begin, run.begin) : cohorts.begin;
+        const int last = kEpilogue<Rule> > 0 ? min(end, run.end) : end;
+        update_tiles<Rule>(a, first, last, cohorts.row, run.number, prepared<Rule>());
+        count_cohort<Rule>(a, mine, cohorts.first, cohorts.row, prepared<Rule>());
       });
     }
   });

@@ -77,19 +77,24 @@ __device__ __forceinline__ const std::uint32_t* signature_of(const Tables& t, in
   return t.signatures + row_words(t, row)[kSignature] * (1 + codec_words(kFirstState + t.n_states));
 }
 
-// Some of a warp's tiles: every kWarps-th of a row, `count` of them from `first` on; backwards where Step is negative.
+// Some of a warp's tiles: every kWarps-th of a row, or in a run every one, `count` of them from `first` on; backwards
+// where Step is negative.
 constexpr int kForwards = kWarps;
 constexpr int kBackwards = -kWarps;
+constexpr int kBackwardsInRun = -1;
+template <int Step>
+constexpr int kStride = Step > 0 ? Step : -Step;
 
 // Calls body(row, first, count) for this warp's tiles in [begin, end), row by row. `row` is where to look first.
 template <int Step, class Body>
 __device__ __forceinline__ void each_row(const Tables& t, int begin, int end, int row, Body body) {
-  int tile = Step > 0 ? begin + warp_id() : end - 1 - warp_id();
+  const int own = kStride<Step> == 1 ? 0 : warp_id();
+  int tile = Step > 0 ? begin + own : end - 1 - own;
   while (begin <= tile && tile < end) {
     row = seek(t, row, tile);
     const int left = Step > 0 ? min(end, static_cast<int>(t.tiles[row + 1])) - tile
                               : tile + 1 - max(begin, static_cast<int>(t.tiles[row]));
-    const int count = (left + kWarps - 1) / kWarps;
+    const int count = (left + kStride<Step> - 1) / kStride<Step>;
     body(row, tile, count);
     tile += count * Step;
   }
@@ -100,7 +105,7 @@ template <int First, int N>
 struct Row {
   int first_tile;
   bool active;
-  std::int64_t numel;
+  std::int64_t origin = 0, numel;  // where its elements begin and end; of a segment, those that `at` went to
   std::int64_t address[N][kAddresses];
   Signature<N> signature;
   const std::int64_t* layout;  // null where all operands are dense
@@ -140,7 +145,7 @@ struct Row {
 #pragma unroll
       for (int k = First; k < N; ++k) {
         const Codec codec = signature.codec(k);
-        aligned &= codec != Codec::f64 && ((address[k][0] + elements * size_of(codec)) & 15) == 0;
+        aligned &= codec != Codec::f64 && ((address[k][0] + (origin + elements) * size_of(codec)) & 15) == 0;
       }
       if (aligned) return elements;
       if (signature.has(kBlocks)) break;
@@ -150,7 +155,17 @@ struct Row {
 
   // The element with which a tile begins.
   __device__ __forceinline__ std::int64_t start(int tile) const {
-    return max(head, 0) + static_cast<std::int64_t>(tile - first_tile) * kTile;
+    return origin + max(head, 0) + static_cast<std::int64_t>(tile - first_tile) * kTile;
+  }
+
+  // One of its segments, which is walked like a row.
+  __device__ __forceinline__ Row at(int segment, int tiles, std::int64_t length) const {
+    Row r = *this;
+    r.first_tile += segment * tiles;
+    r.origin = segment * length;
+    r.numel = r.origin + length;
+    r.head = r.find_head();
+    return r;
   }
 
   // Calls masked(begin, end) for the elements of a warp's tiles that are not whole, and of the head with the first of
@@ -158,36 +173,77 @@ struct Row {
   template <int Step, class Masked, class Whole>
   __device__ __forceinline__ void split(int first, int count, Masked masked, Whole whole) const {
     const int at = first - first_tile;
-    const int n = head < 0 ? 0 : static_cast<int>((numel - head) / kTile);  // the row's whole tiles come first
-    const int near = (Step > 0 ? max(n - at, 0) : max(at + 1 - n, 0)) + kWarps - 1;
-    const int n_near = min(near / kWarps, count);  // whole ones forwards, others backwards
+    const int n = head < 0 ? 0 : static_cast<int>((numel - origin - head) / kTile);  // whole tiles come first
+    const int near = (Step > 0 ? max(n - at, 0) : max(at + 1 - n, 0)) + kStride<Step> - 1;
+    const int n_near = min(near / kStride<Step>, count);  // whole ones forwards, others backwards
     const int n_whole = Step > 0 ? n_near : count - n_near;
     const int first_whole = Step > 0 ? first : first + n_near * Step;
     const int first_masked = Step > 0 ? first + n_near * Step : first;
     const int nearest = Step > 0 ? at : at + (count - 1) * Step;
 #pragma unroll 1
     for (int i = head > 0 && nearest == 0 ? -1 : 0; i < count - n_whole; ++i) {
-      const std::int64_t begin = i < 0 ? 0 : start(first_masked + i * Step);
-      const std::int64_t end = i < 0 ? min(static_cast<std::int64_t>(head), numel) : min(begin + kTile, numel);
+      const std::int64_t begin = i < 0 ? origin : start(first_masked + i * Step);
+      const std::int64_t end = i < 0 ? min(origin + head, numel) : min(begin + kTile, numel);
       masked(begin, end);
     }
     whole(first_whole, n_whole);
   }
 };
 
-// The sum over a block, added in the same order every time; every thread has it.
-__device__ __forceinline__ double block_sum(double value) {
-  struct Sums {
+// The sum over a warp, added in the same order every time; the first lane has it.
+__device__ __forceinline__ double warp_sum(double value) {
+  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(kAll, value, offset);
+  return value;
+}
+
+// Where a row's sums go.
+__device__ __forceinline__ const std::int64_t* sums_of(const Tables& t, int row) {
+  return t.sums.row_sums + static_cast<std::int64_t>(row) * static_cast<int>(sums_words.size());
+}
+
+__device__ __forceinline__ int segments_of(const Tables& t, int row) {
+  return static_cast<int>(sums_of(t, row + 1)[kFirstSegment] - sums_of(t, row)[kFirstSegment]);
+}
+
+// Calls body(row, segment, first, count) for the segments that some of a warp's tiles of a row are in, each as a row.
+template <int Step, class Row, class Body>
+__device__ __forceinline__ void each_segment(const Tables& t, const Row& row, int index, int first, int count,
+                                             Body body) {
+  const std::int64_t* words = sums_of(t, index);
+  const int n = segments_of(t, index), tiles = static_cast<int>((t.tiles[index + 1] - row.first_tile) / max(n, 1));
+#pragma unroll 1
+  while (count > 0) {
+    const int at = first - row.first_tile, k = n > 1 ? at / tiles : 0, inside = at - k * tiles;
+    const int here = n > 1 ? min(count, (Step > 0 ? tiles - 1 - inside : inside) / kStride<Step> + 1) : count;
+    body(n > 1 ? row.at(k, tiles, words[kSegmentLength]) : row, static_cast<int>(words[kFirstSegment]) + k, first, here);
+    first += here * Step;
+    count -= here;
+  }
+}
+
+// What a block's warps have, in the first lane of each, combined in their order; every thread has it.
+template <class Combine>
+__device__ __forceinline__ double block_combined(double value, Combine combine) {
+  struct Values {
     double of_warp[kWarps];
   };
-  FUSEDOPT_SHARED(Sums, sums);
-  for (int offset = 16; offset > 0; offset /= 2) value += __shfl_down_sync(kAll, value, offset);
+  FUSEDOPT_SHARED(Values, values);
   __syncthreads();
-  if (lane_id() == 0) sums.of_warp[warp_id()] = value;
+  if (lane_id() == 0) values.of_warp[warp_id()] = value;
   __syncthreads();
-  double sum = 0;
-  for (int w = 0; w < kWarps; ++w) sum += sums.of_warp[w];
-  return sum;
+  double all = values.of_warp[0];
+  for (int w = 1; w < kWarps; ++w) all = combine(all, values.of_warp[w]);
+  return all;
+}
+
+__device__ __forceinline__ double block_sum(double value) {
+  return block_combined(warp_sum(value), [](double a, double b) { return a + b; });
+}
+
+__device__ __forceinline__ double block_max(double value) {
+  const auto larger = [](double a, double b) { return a > b ? a : b; };
+  for (int offset = 16; offset > 0; offset /= 2) value = larger(value, __shfl_down_sync(kAll, value, offset));
+  return block_combined(value, larger);
 }
 
 }  // namespace fusedopt::cuda
