@@ -8,6 +8,7 @@
 //                                           scalars (`step` already counts this step; `new_state` is true when the
 //                                           state was created for this step)
 //   direction(p, g, state, c) -> d          once per element; updates state[], returns d of p -= lr * d
+//   step_scale                              if there, StepScale::kOne: p -= d
 // Rules that differ in the number of states are template variants with one name.
 #pragma once
 
@@ -38,14 +39,28 @@ constexpr int kHyper = static_cast<int>(Rule::hyper.size());
 template <class Rule>
 constexpr int kCoefficients = static_cast<int>(Rule::coefficients.size());
 
+// What the engine multiplies a direction by.
+enum class StepScale { kLr, kOne };
+
+template <class Rule>
+constexpr StepScale kStepScale = [] {
+  if constexpr (requires { Rule::step_scale; }) {
+    return Rule::step_scale;
+  } else {
+    return StepScale::kLr;
+  }
+}();
+
 // What the languages agree on, in this order.
 struct RuleNames {
   std::string_view rule;
   std::span<const std::string_view> states, scalars, hyper, coefficients;
+  std::string_view step_scale;
 };
 
 template <class Rule>
-constexpr RuleNames names_of{Rule::name, Rule::states, Rule::scalars, Rule::hyper, Rule::coefficients};
+constexpr RuleNames names_of{Rule::name,  Rule::states,       Rule::scalars,
+                             Rule::hyper, Rule::coefficients, kStepScale<Rule> == StepScale::kOne ? "one" : "lr"};
 
 // Coefficients<double>, as a plain run, to Coefficients<T>.
 template <class Rule, class T>

@@ -80,9 +80,7 @@ double norm(const Job& job, std::int64_t share) {
 void update(const Job& job, std::int64_t share, double factor) {
   each_segment(job, share, [&](const Segment& segment) {
     const Cohort& cohort = job.cohorts[segment.row.cohort];
-    const EngineScalars<double> engine =
-        engine_scalars(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled);
-    segment.row.kernel->update(segment, engine, job.coefficients + cohort.coefficients);
+    segment.row.kernel->update(segment, factor, cohort, job.coefficients + cohort.coefficients);
   });
 }
 

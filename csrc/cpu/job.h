@@ -17,12 +17,13 @@ struct Layout {
   std::int64_t stride[kMaxDims];
 };
 
+struct Cohort;
 struct Segment;
 
 struct Kernel {
   RuleNames names;
   void (*prepare)(const double* hyper, double* scalars, bool new_state, double* coefficients);
-  void (*update)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients);
+  void (*update)(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients);
 };
 
 // Rows whose steps advance together under the same hyperparameters.

@@ -51,7 +51,9 @@ void update_as(const Segment& segment, const EngineScalars<double>& engine, cons
 
 // The body of the pass that steps.
 template <class Rule>
-void update(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients) {
+void update(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients) {
+  const EngineScalars<double> engine =
+      engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled);
   const bool is_wide = segment.row.codecs[kParam] == Codec::f64;
   (is_wide ? update_as<Rule, double> : update_as<Rule, float>)(segment, engine, coefficients);
 }

@@ -20,6 +20,7 @@ inline pybind11::dict describe(const RuleNames& rule) {
   d["scalars"] = names(rule.scalars);
   d["hyper"] = names(rule.hyper);
   d["coefficients"] = names(rule.coefficients);
+  d["step_scale"] = pybind11::str(rule.step_scale.data(), rule.step_scale.size());
   return d;
 }
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, engines, memory
-from fusedopt.rule import Rule
+from fusedopt.rule import WEIGHT_DECAY, Rule, StepScale
 from fusedopt.state import lacks_state
 
 
@@ -144,7 +144,7 @@ class Plan:
             s.step += 1
         c = rule.prepare(h, s, new_state)
 
-        gradient_factor, coupled_decay, decay_factor, lr = _engine_scalars(rule, group, factor)
+        gradient_factor, coupled_decay, decay_factor, step_scale = _engine_scalars(rule, group, factor)
         names = [spec.name for spec in rule.active_states(group)]
         value = _real(here(p)).to(compute, copy=bool(group["differentiable"]))  # autograd may keep it
         assert p.grad is not None
@@ -152,7 +152,7 @@ class Plan:
         if coupled_decay:
             g = g + coupled_decay * value
         d, new = rule.direction(value, g, {name: _real(here(state[name])).to(compute) for name in names}, c)
-        _write(here(p), decay_factor * value - lr * d)
+        _write(here(p), decay_factor * value - step_scale * d)
 
         for name in names:
             if group["differentiable"]:
@@ -177,14 +177,15 @@ def _decide(
 
 
 def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
-    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr.
+    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and step scale.
 
     The last two are tensors where lr is one and the step is differentiable.
     """
     lr = group["lr"] if group["differentiable"] else float(group["lr"])
-    weight_decay, decoupled = float(group["weight_decay"]), rule.is_decoupled(group)
-    gradient_factor = -factor if group["maximize"] else factor
-    return gradient_factor, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0, lr
+    weight_decay = float(group["weight_decay"]) if WEIGHT_DECAY in rule.engine_hyper() else 0.0
+    coupled_decay, decay_factor = (0.0, 1 - lr * weight_decay) if rule.is_decoupled(group) else (weight_decay, 1.0)
+    step_scale = lr if rule.step_scale is StepScale.LR else 1.0
+    return -factor if group["maximize"] else factor, coupled_decay, decay_factor, step_scale
 
 
 def _place(g: Tensor | None) -> list[tuple[Any, ...]]:
