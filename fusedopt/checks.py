@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt import memory, operands
 from fusedopt.operands import COMPLEX, FLOATING
-from fusedopt.rule import LR, WEIGHT_DECAY, Group, Hyper, Rule
+from fusedopt.rule import LR, Group, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
 SCHEDULE_ROUNDING = 1e-9
@@ -95,7 +95,7 @@ def step_domain(hyper: Hyper) -> tuple[float, float]:
 def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False) -> None:
     """All of a group's hyperparameters, and torch's implementation flags."""
     where = f" (group {index})"
-    for hyper in (LR, WEIGHT_DECAY, *rule.hyper, *rule.settings):
+    for hyper in dict.fromkeys((*rule.engine_hyper(), *rule.hyper, *rule.settings)):
         hyperparameter(hyper, group, where, stepping=stepping)
     if conflict := rule.conflict(group):
         raise ValueError(f"{conflict}{where}")

@@ -51,6 +51,8 @@ _DTYPES = {
 
 _DLPACK = 1 << 16  # dtypes from here on are DLPack's own numbers
 
+ZERO = (None, -1, 0, 0.0, 0.0)  # in place of a key and what its value may be: the number 0
+
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # another thread may have had it
     os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
@@ -207,14 +209,16 @@ def check_scan(tables: Any) -> None:
 def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> tuple[Any, ...]:
     """What a scan must know of a param group: its kernel, and where the kernel's hyperparameters are."""
     by_name = {h.name: h for h in rule.hyper}
-    hypers = (LR, WEIGHT_DECAY, *(by_name[name] for name in hyper))
     most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")
-    keys = []
-    for h in hypers:
+    keys: list[tuple[Any, ...]] = []
+    for h in (LR, WEIGHT_DECAY, *(by_name[name] for name in hyper)):
+        if len(keys) == 1 and WEIGHT_DECAY not in rule.engine_hyper():
+            keys.append(ZERO)
+            continue
         low, high = checks.step_domain(h)
         keys.append((h.key, h.index, checks.PAIR if h.index >= 0 else 0, low, min(high, most)))
     switches = [(key, bool(group[key])) for key in rule.switches()]
-    return kernel, keys, switches, rule.decoupled
+    return kernel, keys, switches, rule.decoupled()
 
 
 def know_dtensors(host: Any) -> None:

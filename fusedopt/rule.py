@@ -3,7 +3,7 @@
 A rule knows no tensor of the optimizer, no dtype and no engine. It has names (the same in every
 engine and in ``state_dict``), and two functions: ``prepare``, once per step for tensors whose steps
 advance together, in double precision, and ``direction``, elementwise. The engine owns the order of
-everything else: unscale, clip, maximize, coupled L2, *rule*, decoupled decay, ``p -= lr * d``.
+everything else: unscale, clip, maximize, coupled L2, *rule*, decoupled decay, ``p -= lr * d`` or ``p -= d``.
 
 A rule that must know sums before it can step has two functions more: ``measure``, elementwise, whose
 values are added up, and ``finish``, in double precision, which puts what follows from the sums into
@@ -30,6 +30,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -99,7 +100,19 @@ BETAS = (
     Hyper("beta2", "betas", 1, high=1.0, high_open=True),
 )
 EPS = Hyper("eps")
-RULE = "<rule>"
+
+
+# What a rule says of weight decay, if it does not name a flag; no group has such keys.
+COUPLED = "<coupled>"  # L2: added to the gradient
+DECOUPLED = "<decoupled>"  # p *= 1 - lr * weight_decay
+RULE = "<rule>"  # the rule's direction has it, or there is none
+
+
+class StepScale(Enum):
+    """What the engine multiplies a direction by."""
+
+    LR = "lr"
+    ONE = "one"
 
 
 class Rule(ABC):
@@ -107,30 +120,32 @@ class Rule(ABC):
 
     Attributes:
         name: The same in C++ and Triton.
-        hyper: What ``prepare`` reads. ``lr`` and ``weight_decay`` are the engine's.
+        hyper: What ``prepare`` reads. ``lr`` and ``weight_decay`` are the engine's; it may read them, too.
         settings: What only the optimizer reads; checked like the others.
         states: State tensors, named as in ``torch.optim``.
-        scalars: 0-dim states and their initial values. ``step``, if there, is first, and the engine
-            advances it before ``prepare`` sees it.
+        scalars: 0-dim states and their initial values, numbers or keys of the group. ``step``, if there, is
+            first, and the engine advances it before ``prepare`` sees it.
         measures: Names of what ``measure`` adds up; none for most rules.
         scopes: Over what sums can be taken; the first, unless the optimizer is constructed with another.
         epilogue: Names of what ``conclude`` adds up while it steps. They are scalars, and each has, after a
             step, the sum over the scope.
         shared: Scalars that a scope's parameters have in common, also those without a gradient. They are
             advanced by themselves, hyperparameters and what ``finish`` is told of the scope alone.
-        decoupled: Whether weight decay is decoupled: True, False, or the group's flag that says so.
+        decay: COUPLED, DECOUPLED, RULE, or the group's flag that says whether weight decay is decoupled.
+        step_scale: Whether the engine subtracts ``lr * d`` or ``d``; the same in C++ and Triton.
     """
 
     name: ClassVar[str]
     hyper: ClassVar[tuple[Hyper, ...]] = ()
     settings: ClassVar[tuple[Hyper, ...]] = ()
     states: ClassVar[tuple[State, ...]] = ()
-    scalars: ClassVar[dict[str, float]] = {}
+    scalars: ClassVar[dict[str, float | str]] = {}
+    decay: ClassVar[str] = "decoupled_weight_decay"
+    step_scale: ClassVar[StepScale] = StepScale.LR
     measures: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
     epilogue: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
-    decoupled: ClassVar[bool | str] = "decoupled_weight_decay"
 
     @staticmethod
     @abstractmethod
@@ -148,7 +163,7 @@ class Rule(ABC):
     def direction(
         p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """``d`` of ``p -= lr * d``, and the new state. Changes none of its arguments."""
+        """``d`` of the step, see ``step_scale``, and the new state. Changes none of its arguments."""
 
     @staticmethod
     def measure(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
@@ -196,9 +211,20 @@ class Rule(ABC):
         return tuple(dict.fromkeys(s.when for s in cls.states if s.when))
 
     @classmethod
+    def engine_hyper(cls) -> tuple[Hyper, ...]:
+        """What the engine reads of a group."""
+        return (LR,) if cls.decay == RULE else (LR, WEIGHT_DECAY)
+
+    @classmethod
+    def decoupled(cls) -> bool | str:
+        """Whether weight decay is decoupled, or the group's flag that says so."""
+        return cls.decay == DECOUPLED if cls.decay in (COUPLED, DECOUPLED, RULE) else cls.decay
+
+    @classmethod
     def is_decoupled(cls, group: Group) -> bool:
         """Whether this group's weight decay is decoupled."""
-        return bool(group[cls.decoupled]) if isinstance(cls.decoupled, str) else cls.decoupled
+        decoupled = cls.decoupled()
+        return bool(group[decoupled]) if isinstance(decoupled, str) else decoupled
 
 
 def bias_correction(beta: float, step: float) -> float:

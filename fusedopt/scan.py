@@ -19,7 +19,8 @@ class Scan:
     Args:
         param_groups: The optimizer's.
         specs: For each group its (states, scalars, hyper) names, (key, index, count, low, high) of lr, weight decay and
-            the rule's hyperparameters, (key, truth) of its switches, and whether decay is decoupled, or the flag's key.
+            the rule's hyperparameters (a key that is None: 0), (key, truth) of its switches, and whether decay is
+            decoupled, or the flag's key.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
         new_state: Those whose states are new.
@@ -127,7 +128,7 @@ class Scan:
     def _record(self, group: dict[str, Any], spec: tuple[Any, ...]) -> list[int] | None:
         words = []
         for key, index, count, low, high in spec[1]:
-            value = group[key]
+            value = 0.0 if key is None else group[key]
             if index >= 0:
                 if not isinstance(value, (tuple, list)) or len(value) != count:
                     return None

@@ -16,7 +16,8 @@ from fusedopt.rule import LAST_FLOAT_STEP, Rule
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """A parameter's state before its first step: the rule's scalars, then its tensors."""
-    state = {name: torch.tensor(value, dtype=_scalar_dtype(), device="cpu") for name, value in rule.scalars.items()}
+    scalars = {name: group[value] if isinstance(value, str) else value for name, value in rule.scalars.items()}
+    state = {name: torch.tensor(float(value), dtype=_scalar_dtype(), device="cpu") for name, value in scalars.items()}
     dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
     for spec in rule.active_states(group):
         value = float(group[spec.init]) if spec.init else 0.0

@@ -71,13 +71,14 @@ def variants(rule):
 
 
 def names(rule):
-    """What the rule in Python says: what it reads and prepares, in order."""
+    """What the rule in Python says: what it reads and prepares, in order, and what scales its direction."""
     h = SimpleNamespace(**{x.name: 0.5 for x in rule.hyper})
-    coefficients = rule.prepare(h, SimpleNamespace(**{**rule.scalars, "step": 1.0}), False)
+    coefficients = rule.prepare(h, SimpleNamespace(**dict.fromkeys(rule.scalars, 1.0)), False)
     return {
         "scalars": list(rule.scalars),
         "hyper": [x.name for x in rule.hyper],
         "coefficients": list(vars(coefficients)),
+        "step_scale": rule.step_scale.value,
     }
 
 
@@ -87,6 +88,7 @@ def kernels(engine):
         modules = pytest.importorskip("fusedopt.triton_kernels.rules").by_name()
         for name, module in modules.items():
             found = {key: list(getattr(module, key)) for key in ("scalars", "hyper", "coefficients")}
+            found["step_scale"] = getattr(module, "step_scale", "lr")
             assert module.states == tuple(s.name for s in RULES[name].states)
             yield name, found, variants(RULES[name])
         return
@@ -95,7 +97,7 @@ def kernels(engine):
     registry = cpu.load()[1] if engine == "cpu" else cuda.load()
     for k in registry.kernels():
         steps = {tuple(k["states"])} if engine == "cpu" else set(map(tuple, k["variants"]))
-        yield k["rule"], {key: k[key] for key in ("scalars", "hyper", "coefficients")}, steps
+        yield k["rule"], {key: k[key] for key in ("scalars", "hyper", "coefficients", "step_scale")}, steps
 
 
 @pytest.mark.parametrize("engine", ["cpu", "cuda", "triton"])

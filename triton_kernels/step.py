@@ -50,15 +50,16 @@ def _decide(step_table, numbers, grad_scale, found_inf):
 
 
 @triton.jit
-def _engine_scalars(record, factor, mask, N_HYPER: tl.constexpr):
-    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr."""
+def _engine_scalars(record, factor, mask, STEP_SCALE: tl.constexpr, N_HYPER: tl.constexpr):
+    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and step scale."""
     lr, weight_decay = load_hyper(record, mask, 0, 2)
     flags = record + 2 * (2 + N_HYPER)
     decoupled = tl.load(flags + DECOUPLED) != 0
     gradient_factor = factor * tl.load(flags + SIGN).to(tl.float64)
     coupled_decay = tl.where(decoupled, 0.0, weight_decay)
     decay_factor = tl.where(decoupled, 1 - lr * weight_decay, 1.0)
-    return gradient_factor, coupled_decay, decay_factor, lr
+    step_scale = lr if STEP_SCALE == "lr" else tl.full([], 1.0, tl.float64)
+    return gradient_factor, coupled_decay, decay_factor, step_scale
 
 
 @triton.jit
@@ -70,7 +71,7 @@ def _step(
 
     Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
     """
-    gradient_factor, coupled_decay, decay_factor, lr = engine
+    gradient_factor, coupled_decay, decay_factor, step_scale = engine
     at = locate(words, layouts, start, numel, SIGNATURES, K, SIZE)
     p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
     g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * gradient_factor
@@ -79,7 +80,7 @@ def _step(
         state = state + (fetch(addresses[2 + k], at, SIGNATURES, K, 2 + k, FULL),)
     g = tl.where(coupled_decay != 0, g + coupled_decay * p, g)
     d, state = DIRECTION(p, g, state, c, states(SIGNATURES, K))
-    put(addresses[0], at, decay_factor * p - lr * d, SIGNATURES, K, 0, FULL)
+    put(addresses[0], at, decay_factor * p - step_scale * d, SIGNATURES, K, 0, FULL)
     for k in tl.static_range(n_states(SIGNATURES, K)):
         put(addresses[2 + k], at, state[k], SIGNATURES, K, 2 + k, FULL)
 
@@ -162,8 +163,9 @@ def _count_borders(
 )
 def step(
     rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, n_rows, n_shares,
-    n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step of every row that has a gradient, unless it is skipped.
 
@@ -183,6 +185,7 @@ def step(
         n_borders: How many.
         DIRECTION: The rule's, see rules/.
         PREPARE: The rule's.
+        STEP_SCALE: The rule's.
         N_STATES: How many states the rule has at most.
         N_SCALARS: How many scalars it has.
         N_HYPER: How many hyperparameters.
@@ -207,7 +210,7 @@ def step(
                 scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
                 c, counted = PREPARE(load_hyper(record, active, 2, N_HYPER), _counted(scalars), (cohort & 1) != 0)
                 c = to_type(c, widest(SIGNATURES))
-                engine = to_type(_engine_scalars(record, factor, active, N_HYPER), widest(SIGNATURES))
+                engine = to_type(_engine_scalars(record, factor, active, STEP_SCALE, N_HYPER), widest(SIGNATURES))
                 last = row
                 same = left > 0
                 while same:

@@ -8,6 +8,7 @@
 //                                           scalars (`step` already counts this step; `new_state` is true when the
 //                                           state was created for this step)
 //   direction(p, g, state, c) -> d          once per element; updates state[], returns d of p -= lr * d
+//   step_scale                              if there, StepScale::kOne: p -= d
 // One that must know sums before it can step has more, see fusedopt/rule.py for what they are taken over:
 //   FUSEDOPT_MEASURES                       names of the sums
 //   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten
@@ -72,15 +73,29 @@ constexpr int kEpilogue = static_cast<int>(epilogue_of<Rule>.size());
 template <class Rule>
 constexpr bool kHasScore = requires { &Rule::score; };
 
+// What the engine multiplies a direction by.
+enum class StepScale { kLr, kOne };
+
+template <class Rule>
+constexpr StepScale kStepScale = [] {
+  if constexpr (requires { Rule::step_scale; }) {
+    return Rule::step_scale;
+  } else {
+    return StepScale::kLr;
+  }
+}();
+
 // What the languages agree on, in this order.
 struct RuleNames {
   std::string_view rule;
   NameSpan states, scalars, hyper, coefficients, measures, epilogue;
+  std::string_view step_scale;
 };
 
 template <class Rule>
-constexpr RuleNames names_of{Rule::name,         Rule::states,       Rule::scalars,    Rule::hyper,
-                             Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>};
+constexpr RuleNames names_of{
+    Rule::name,         Rule::states,       Rule::scalars,     Rule::hyper,
+    Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>, kStepScale<Rule> == StepScale::kOne ? "one" : "lr"};
 
 // What `finish` is told: the segment's sums, those of its scope, and the largest score there.
 template <class Measures>

@@ -37,18 +37,20 @@ struct EngineScalars {
   T gradient_factor;  // unscales, clips and, where it is negative, maximizes
   T coupled_decay;    // weight_decay where it is L2 regularisation, else 0
   T decay_factor;     // 1 - lr * weight_decay where decay is decoupled, else 1
-  T lr;
+  T step_scale;       // of the direction: lr or 1
 
   template <class U>
   FUSEDOPT_HD EngineScalars<U> as() const {
     return {static_cast<U>(gradient_factor), static_cast<U>(coupled_decay), static_cast<U>(decay_factor),
-            static_cast<U>(lr)};
+            static_cast<U>(step_scale)};
   }
 };
 
+template <class Rule>
 FUSEDOPT_HD EngineScalars<double> engine_scalars(double gradient_factor, double lr, double weight_decay,
                                                  bool is_decoupled) {
-  return {gradient_factor, is_decoupled ? 0 : weight_decay, is_decoupled ? 1 - lr * weight_decay : 1, lr};
+  return {gradient_factor, is_decoupled ? 0 : weight_decay, is_decoupled ? 1 - lr * weight_decay : 1,
+          kStepScale<Rule> == StepScale::kLr ? lr : 1};
 }
 
 // What a rule measures of an element, as its step would see it.
@@ -69,7 +71,7 @@ FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
   g *= e.gradient_factor;
   if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
   const T d = Rule::template direction<T>(p, g, state, c);
-  p = e.decay_factor * p - e.lr * d;
+  p = e.decay_factor * p - e.step_scale * d;
   conclude(g, d);
 }
 

@@ -45,9 +45,8 @@ double norm(const Job& job, std::int64_t share) {
 void update(const Job& job, std::int64_t share, double factor) {
   each_segment(job, share, [&](const Segment& segment, std::int64_t row) {
     const Cohort& cohort = job.cohorts[segment.row.cohort];
-    const EngineScalars<double> engine = scalars_of(cohort, factor);
-    if (job.sums.rows) return update_with_sums(job, segment, row, share, engine);
-    segment.row.kernel->update(segment, engine, job.coefficients + cohort.coefficients, nullptr);
+    if (job.sums.rows) return update_with_sums(job, segment, row, share, factor);
+    segment.row.kernel->update(segment, factor, cohort, job.coefficients + cohort.coefficients, nullptr);
   });
 }
 

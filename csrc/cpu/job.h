@@ -17,16 +17,17 @@ struct Layout {
   std::int64_t stride[kMaxDims];
 };
 
+struct Cohort;
 struct Segment;
 
 struct Kernel {
   RuleNames names;
   void (*prepare)(const double* hyper, double* scalars, bool new_state, double* coefficients);
   // Steps a segment, and adds what the rule concludes to its sums.
-  void (*update)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+  void (*update)(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
                  double* epilogue);
   // Null where the rule has none. `measure` adds to a segment's sums.
-  void (*measure)(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+  void (*measure)(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
                   double* measures);
   double (*score)(const double* coefficients, const double* own);
   void (*finish)(double* coefficients, double* scalars, const double* own, const double* whole, double largest);

@@ -38,7 +38,7 @@ void stream_from_python(const std::vector<std::size_t>& updated, const std::vect
 PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   using namespace fusedopt::cpu;
   m.def("kernels", &describe_kernels,
-        "Kernels in this build: rule, states, scalars, hyper, coefficients, kernel capsule.");
+        "Kernels in this build: rule, states, scalars, hyper, coefficients, step_scale, kernel capsule.");
   m.def("stream", &stream_from_python, py::arg("updated"), py::arg("read"), py::arg("n"), py::arg("threads"),
         "Touch streams of n floats at the given addresses, as the engine would: the bandwidth limit.");
   m.attr("run") = py::capsule(reinterpret_cast<void*>(&run), "fusedopt.cpu.run");

@@ -99,11 +99,12 @@ void step_elements(std::int64_t n, T* const* values, const EngineScalars<T>& eng
   }
 }
 
-// Calls body(T, count, values, engine scalars, coefficients) for each tile of a segment, in the compute type T.
+// Calls body(count, values, engine scalars, coefficients) for each tile of a segment, all in the compute type T.
 template <class Rule, class T, class Body>
-void each_tile_as(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients, bool writes,
+void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients, bool writes,
                   Body body) {
-  const EngineScalars<T> e = engine.as<T>();
+  const EngineScalars<T> e =
+      engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled).template as<T>();
   const auto c = cast_coefficients<Rule, T>(coefficients);
   Tile<T, kParam, kOperands<Rule>> tile(segment.row);
   each_tile(segment, tile.size(), [&](std::int64_t begin, std::int64_t count) {
@@ -113,18 +114,18 @@ void each_tile_as(const Segment& segment, const EngineScalars<double>& engine, c
 }
 
 template <class Rule, class Body>
-void each_tile_of(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients, bool writes,
+void each_tile_of(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients, bool writes,
                   Body body) {
   const bool is_wide = segment.row.codecs[kParam] == Codec::f64;
-  (is_wide ? each_tile_as<Rule, double, Body> : each_tile_as<Rule, float, Body>)(segment, engine, coefficients, writes,
-                                                                                  body);
+  const auto call = is_wide ? each_tile_as<Rule, double, Body> : each_tile_as<Rule, float, Body>;
+  call(segment, factor, cohort, coefficients, writes, body);
 }
 
 // The body of the pass that steps.
 template <class Rule>
-void update(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+void update(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
             [[maybe_unused]] double* epilogue) {
-  each_tile_of<Rule>(segment, engine, coefficients, /*writes=*/true,
+  each_tile_of<Rule>(segment, factor, cohort, coefficients, /*writes=*/true,
                      [&]<class T>(std::int64_t n, T* const* values, const EngineScalars<T>& e, const auto& c) {
                        if constexpr (kEpilogue<Rule> > 0) {
                          conclude_elements<Rule, T>(n, values, e, c, epilogue);
@@ -136,9 +137,9 @@ void update(const Segment& segment, const EngineScalars<double>& engine, const d
 
 // That of the pass that measures.
 template <class Rule>
-void measure(const Segment& segment, const EngineScalars<double>& engine, const double* coefficients,
+void measure(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
              double* measures) {
-  each_tile_of<Rule>(segment, engine, coefficients, /*writes=*/false,
+  each_tile_of<Rule>(segment, factor, cohort, coefficients, /*writes=*/false,
                      [&]<class T>(std::int64_t n, T* const* values, const EngineScalars<T>& e, const auto& c) {
                        measure_elements<Rule, T>(n, values, e, c, measures);
                      });

@@ -44,30 +44,28 @@ void measure(const Job& job, std::int64_t share, double factor) {
   const std::size_t n = job.sums.n_measures;
   each_segment(job, share, [&](const Segment& segment, std::int64_t row) {
     const Cohort& cohort = job.cohorts[segment.row.cohort];
-    const EngineScalars<double> engine = scalars_of(cohort, factor);
     each_piece(segment, job.sums.rows[row], [&](const Segment& piece, std::int64_t number) {
       double* const sums = slot(job.sums.slots, share + number, n);
       std::fill_n(sums, n, 0.0);
-      segment.row.kernel->measure(piece, engine, job.coefficients + cohort.coefficients, sums);
+      segment.row.kernel->measure(piece, factor, cohort, job.coefficients + cohort.coefficients, sums);
     });
   });
 }
 
-void update_with_sums(const Job& job, const Segment& segment, std::int64_t row, std::int64_t share,
-                      const EngineScalars<double>& engine) {
+void update_with_sums(const Job& job, const Segment& segment, std::int64_t row, std::int64_t share, double factor) {
   const Kernel& kernel = *segment.row.kernel;
   const Cohort& cohort = job.cohorts[segment.row.cohort];
   const double* const prepared = job.coefficients + cohort.coefficients;
   const double* const scalars = job.scalars + cohort.scalars;
   double* const concluded = slot(job.sums.epilogue_slots, share + row, job.sums.n_epilogue);
   std::fill_n(concluded, job.sums.n_epilogue, 0.0);
-  if (!kernel.finish) return kernel.update(segment, engine, prepared, concluded);
+  if (!kernel.finish) return kernel.update(segment, factor, cohort, prepared, concluded);
   thread_local std::vector<double> coefficients, changed;
   each_piece(segment, job.sums.rows[row], [&](const Segment& piece, std::int64_t number) {
     coefficients.assign(prepared, prepared + kernel.names.coefficients.size());
     changed.assign(scalars, scalars + kernel.names.scalars.size());
     finish_segment(job, row, number, coefficients.data(), changed.data());
-    kernel.update(piece, engine, coefficients.data(), concluded);
+    kernel.update(piece, factor, cohort, coefficients.data(), concluded);
   });
 }
 

@@ -9,8 +9,7 @@ namespace fusedopt::cpu {
 void measure(const Job& job, std::int64_t share, double factor);
 
 // Steps a segment, by what was measured, and puts what the rule concludes into its slot.
-void update_with_sums(const Job& job, const Segment& segment, std::int64_t row, std::int64_t share,
-                      const EngineScalars<double>& engine);
+void update_with_sums(const Job& job, const Segment& segment, std::int64_t row, std::int64_t share, double factor);
 
 // Add slots up, in their order: all threads of a team call them, and none returns before all are done.
 void add_segments(const Job& job);

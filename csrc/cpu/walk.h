@@ -22,8 +22,4 @@ inline void each_segment(const Job& job, std::int64_t share, Body body) {
   }
 }
 
-inline EngineScalars<double> scalars_of(const Cohort& cohort, double factor) {
-  return engine_scalars(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled);
-}
-
 }  // namespace fusedopt::cpu

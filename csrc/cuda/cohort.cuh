@@ -120,8 +120,8 @@ __device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>&
   const int record = record_of<Rule>(a.tables, key), flags = record + 2 * (2 + kHyper<Rule>);
   Prepared<Rule> p;
   p.coefficients.engine =
-      engine_scalars(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
-                     record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0);
+      engine_scalars<Rule>(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
+                           record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0);
   advance<Rule>(a, key, p.scalars, reinterpret_cast<double*>(&p.coefficients.rule));
   return p;
 }

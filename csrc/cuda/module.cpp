@@ -81,7 +81,7 @@ void run(Launcher& launcher, std::uintptr_t words, std::uintptr_t stream, bool m
 
 PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   m.def("kernels", &describe_kernels,
-        "Kernels in this build: rule, variants (lists of states), scalars, hyper, coefficients.");
+        "Kernels in this build: rule, variants (lists of states), scalars, hyper, coefficients, step_scale.");
   m.def("layout", &layout,
         "The places in the tables that kernels read: names in their order, by the name of the table.");
   m.def("no_device", &no_device, "Why there is no GPU to use; empty if there is one.");

@@ -37,7 +37,7 @@ NamedKernel::NamedKernel(std::string rule, std::vector<std::string> states, std:
   const std::span<const std::string_view> all = names;
   const std::size_t n_states = this->states.size(), n_scalars = this->scalars.size();
   kernel.names = {
-      this->rule, all.first(n_states), all.subspan(n_states, n_scalars), all.subspan(n_states + n_scalars), {}};
+      this->rule, all.first(n_states), all.subspan(n_states, n_scalars), all.subspan(n_states + n_scalars), {}, {}};
 }
 
 Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group)) {
@@ -81,6 +81,9 @@ bool Group::is_unchanged(PyObject* group) const {
 
 bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,
                        std::int64_t* source) const {
+  *value = 0;
+  *source = 0;
+  if (h.key.is_none()) return true;
   py::object found = look_up(group_.ptr(), h.key.ptr());
   if (!found) return false;
   if (h.index >= 0) {
@@ -88,7 +91,6 @@ bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* contex
     if (length(found) != h.count) return false;
     found = py::reinterpret_borrow<py::object>(items(found)[h.index]);
   }
-  *value = 0;
   *source = source_of ? source_of(found.ptr(), context) : 0;
   if (*source) return true;
   if (PyErr_Occurred()) return false;

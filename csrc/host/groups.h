@@ -12,7 +12,7 @@ namespace fusedopt::host {
 
 namespace py = pybind11;
 
-// A hyperparameter in a group: group[key], or group[key][index] of `count` numbers when index >= 0.
+// A hyperparameter in a group: group[key], or group[key][index] of `count` numbers when index >= 0; 0 if key is None.
 struct HyperKey {
   py::object key;
   Py_ssize_t index, count;

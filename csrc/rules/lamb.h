@@ -8,7 +8,6 @@ namespace fusedopt {
 
 struct LAMB : AdamMoments<false> {
   static constexpr auto name = "lamb";
-  static constexpr auto decay = "RULE";
   FUSEDOPT_SCALARS(step);
   FUSEDOPT_HYPER(beta1, beta2, eps, weight_decay, always_adapt);
   FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, m_scale, root_scale, eps, weight_decay, adapts, trust);

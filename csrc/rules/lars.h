@@ -9,7 +9,6 @@ namespace fusedopt {
 template <bool Momentum>
 struct LARS {
   static constexpr auto name = "lars";
-  static constexpr auto decay = "RULE";
   static constexpr auto states = [] {
     if constexpr (Momentum) {
       return Names<1>{"momentum_buffer"};

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import memory
-from fusedopt.rule import Rule
+from fusedopt.rule import WEIGHT_DECAY, Rule, StepScale
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
 
@@ -39,7 +39,8 @@ class Step:
             if isinstance(t, Tensor) and (short := memory.shortage(memory.local(t))):
                 raise RuntimeError(f"a parameter, gradient or state was changed while a step was under way: {short}")
         self.c, self.s = prepared(self._rule, self._state, group, new_state, counts=True)
-        gradient_factor, coupled_decay, self._decay_factor, self._lr = _engine_scalars(self._rule, group, factor)
+        scalars = _engine_scalars(self._rule, group, factor)
+        gradient_factor, coupled_decay, self._decay_factor, self._step_scale = scalars
         self.compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
         self._names = [spec.name for spec in self._rule.active_states(group)]
         self._value = real(self._here(p)).to(self.compute, copy=self.is_differentiable)  # autograd may keep it
@@ -63,7 +64,7 @@ class Step:
         """
         rule, p = self._rule, self.p
         d, new = rule.direction(self._value, self._g, self._old, self.c)
-        value = self._decay_factor * self._value - self._lr * d
+        value = self._decay_factor * self._value - self._step_scale * d
         _write(self._here(p), value)
         for name in self._names:
             if self.is_differentiable:
@@ -209,14 +210,15 @@ def _sums_of(values: Tensor, n: int) -> Tensor:
 
 
 def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
-    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and lr.
+    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and step scale.
 
     The last two are tensors where lr is one and the step is differentiable.
     """
     lr = group["lr"] if group["differentiable"] else float(group["lr"])
-    weight_decay, decoupled = float(group["weight_decay"]), rule.is_decoupled(group)
-    gradient_factor = -factor if group["maximize"] else factor
-    return gradient_factor, 0.0 if decoupled else weight_decay, 1 - lr * weight_decay if decoupled else 1.0, lr
+    weight_decay = float(group["weight_decay"]) if WEIGHT_DECAY in rule.engine_hyper() else 0.0
+    coupled_decay, decay_factor = (0.0, 1 - lr * weight_decay) if rule.is_decoupled(group) else (weight_decay, 1.0)
+    step_scale = lr if rule.step_scale is StepScale.LR else 1.0
+    return -factor if group["maximize"] else factor, coupled_decay, decay_factor, step_scale
 
 
 def real(t: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from fusedopt.engines.occupancy import resident_blocks
 from fusedopt.layout import row_width
 from fusedopt.operands import Signature
 from fusedopt.passes import Pass
-from fusedopt.rule import Rule
+from fusedopt.rule import Rule, StepScale
 
 WARPS = 4
 TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # 8 elements for each thread: 16 bytes of a half precision type
@@ -94,7 +94,8 @@ def constants(rule: type[Rule], signatures: Iterable[Signature], tile: int) -> t
     width = row_width(n_states, n_scalars)
     shared = {"SIGNATURES": ";".join(map(str, signatures)), "WIDTH": width, "TILE": tile, "STAGES": STAGES}
     counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper)}
-    return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, **counts, **shared}
+    scale = getattr(ours, "step_scale", StepScale.LR.value)
+    return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, "STEP_SCALE": scale, **counts, **shared}
 
 
 def options(backend: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.rule import EPS, Hyper, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 from fusedopt.state import initial_state
 
 
@@ -19,7 +19,7 @@ class AdagradRule(Rule):
     settings = (Hyper("initial_accumulator_value"),)
     states = (State("sum", init="initial_accumulator_value"),)
     scalars = {"step": 0.0}
-    decoupled = False
+    decay = COUPLED
 
     @staticmethod
     def prepare(h, s, new_state):

@@ -25,7 +25,6 @@ class LAMBRule(Rule):
     states = (State("exp_avg"), State("exp_avg_sq", signed=False))
     scalars = {"step": 0.0}
     decay = RULE
-    decoupled = False
     measures = ("param", "update")
 
     @staticmethod

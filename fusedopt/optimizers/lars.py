@@ -22,7 +22,6 @@ class LARSRule(Rule):
     hyper = (*MOMENTUM, WEIGHT_DECAY, Hyper("trust_coefficient"), EPS, ALWAYS_ADAPT)
     states = SGDRule.states
     decay = RULE
-    decoupled = False
     measures = ("param", "grad")
 
     @classmethod

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.rule import BETAS, Rule, State
+from fusedopt.rule import BETAS, DECOUPLED, Rule, State
 
 
 class LionRule(Rule):
@@ -16,7 +16,7 @@ class LionRule(Rule):
     name = "lion"
     hyper = BETAS
     states = (State("exp_avg"),)
-    decoupled = True
+    decay = DECOUPLED
 
     @staticmethod
     def prepare(h, s, new_state):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
-from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
+from fusedopt.rule import BETAS, DECOUPLED, EPS, Rule, State, bias_correction
 
 
 class NAdamWRule(Rule):
@@ -19,7 +19,7 @@ class NAdamWRule(Rule):
     hyper = (*BETAS, EPS)
     states = (State("exp_avg"), State("exp_avg_sq"))
     scalars = {"step": 0.0}
-    decoupled = True
+    decay = DECOUPLED
 
     @staticmethod
     def prepare(h, s, new_state):

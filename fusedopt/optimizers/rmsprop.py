@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.rule import EPS, Hyper, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 
 
 class RMSpropRule(Rule):
@@ -22,7 +22,7 @@ class RMSpropRule(Rule):
     hyper = (Hyper("alpha", high=1.0), EPS, Hyper("momentum"))
     states = (State("square_avg"), State("momentum_buffer", when="momentum"), State("grad_avg", when="centered"))
     scalars = {"step": 0.0}
-    decoupled = False
+    decay = COUPLED
 
     @staticmethod
     def prepare(h, s, new_state):
