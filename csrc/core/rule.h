@@ -71,6 +71,8 @@ constexpr int kMeasures = static_cast<int>(measures_of<Rule>.size());
 template <class Rule>
 constexpr int kEpilogue = static_cast<int>(epilogue_of<Rule>.size());
 template <class Rule>
+constexpr bool kAddsUp = kMeasures<Rule> > 0 || kEpilogue<Rule> > 0;
+template <class Rule>
 constexpr bool kHasScore = requires { &Rule::score; };
 
 // What the engine multiplies a direction by.
@@ -94,7 +96,7 @@ struct RuleNames {
 
 template <class Rule>
 constexpr RuleNames names_of{
-    Rule::name,         Rule::states,       Rule::scalars,     Rule::hyper,
+    Rule::name,         Rule::states,      Rule::scalars,     Rule::hyper,
     Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>, kStepScale<Rule> == StepScale::kOne ? "one" : "lr"};
 
 // What `finish` is told: the segment's sums, those of its scope, and the largest score there.
@@ -138,8 +140,7 @@ FUSEDOPT_HD double score(const double* coefficients, const double* own) {
 }
 
 template <class Rule>
-FUSEDOPT_HD void finish(double* coefficients, double* scalars, const double* own, const double* whole,
-                        double largest) {
+FUSEDOPT_HD void finish(double* coefficients, double* scalars, const double* own, const double* whole, double largest) {
   using Measures = typename Rule::template Measures<double>;
   Sums<Measures> m;
   __builtin_memcpy(static_cast<Measures*>(&m), own, sizeof(Measures));

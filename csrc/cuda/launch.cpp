@@ -139,25 +139,25 @@ std::vector<std::uint32_t> KernelSelection::encode(const std::vector<SignatureNa
 Launcher::Launcher(const KernelSelection& selection, const Tables& tables, int device, int blocks, int words)
     : entry_(&selection.entry()), tables_(tables), device_(device), blocks_(blocks), words_(words) {}
 
-void Launcher::run(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update,
-                   std::uintptr_t grad_scale, std::uintptr_t found_inf) {
+void Launcher::run(const std::int64_t* words, std::uintptr_t stream, int passes, std::uintptr_t grad_scale,
+                   std::uintptr_t found_inf) {
   if (words && words_ > kLarge) throw std::invalid_argument("the step table is too long to go by value");
   const DeviceGuard guard(device_);
   tables_.grad_scale = reinterpret_cast<const float*>(grad_scale);
   tables_.found_inf = reinterpret_cast<const float*>(found_inf);
-  if (measure && update && in_one_launch) {
-    in_one_launch = launch(words, stream, measure, update);
+  if (goes_on(passes) && in_one_launch) {
+    in_one_launch = launch(words, stream, passes);
     if (in_one_launch) return;
   }
-  if (measure) launch(words, stream, true, false);
-  if (update) launch(words, stream, false, true);
+  for (const int part : {int{kNormPass}, kSumsPass | kScopesPass, kUpdatePass | kEpiloguePass}) {
+    if (passes & part) launch(words, stream, passes & part);
+  }
 }
 
 // False where a cooperative launch does not fit on what the stream has of the device: a part of its processors, as in
 // a green context or beside other processes.
-bool Launcher::launch(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update) {
-  tables_.measure = measure;
-  tables_.update = update;
+bool Launcher::launch(const std::int64_t* words, std::uintptr_t stream, int passes) {
+  tables_.passes = passes;
   const bool is_large = words && words_ > kSmall;
   return is_large ? launch_with(entry_->large, words, stream) : launch_with(entry_->small, words, stream);
 }
@@ -173,7 +173,7 @@ bool Launcher::launch_with(void (*kernel)(Arguments<Words>), const std::int64_t*
   }
   cudaLaunchAttribute cooperative;
   cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = tables_.measure && tables_.update;
+  cooperative.val.cooperative = goes_on(tables_.passes);
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks_));
   config.blockDim = dim3(kThreads);

@@ -50,15 +50,15 @@ class Launcher {
   Launcher(const KernelSelection& selection, const Tables& tables, int device, int blocks, int words);
 
   // words: the step table on the host, read before this returns, to send it by value; null to read it on the device.
-  // Measuring and updating take one cooperative launch, or two where blocks cannot all be resident.
-  void run(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update, std::uintptr_t grad_scale,
+  // passes: bits of Pass. They take one cooperative launch, or two or three where blocks cannot all be resident.
+  void run(const std::int64_t* words, std::uintptr_t stream, int passes, std::uintptr_t grad_scale,
            std::uintptr_t found_inf);
 
-  // Measure and update in one launch, where that can be had; it is forgotten when a launch shows that it cannot.
+  // All passes in one launch, where that can be had; it is forgotten when a launch shows that it cannot.
   bool in_one_launch = true;
 
  private:
-  bool launch(const std::int64_t* words, std::uintptr_t stream, bool measure, bool update);
+  bool launch(const std::int64_t* words, std::uintptr_t stream, int passes);
   template <int Words>
   bool launch_with(void (*kernel)(Arguments<Words>), const std::int64_t* words, std::uintptr_t stream) const;
 

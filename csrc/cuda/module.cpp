@@ -37,8 +37,9 @@ T* pointer(const py::dict& addresses, const char* name) {
   return reinterpret_cast<T*>(addresses[name].cast<std::uintptr_t>());
 }
 
-Launcher make_launcher(const KernelSelection& selection, const py::dict& addresses, int device, int blocks, int rows,
-                       int shares, int borders, int width, int n_states, int words) {
+Launcher make_launcher(const KernelSelection& selection, const py::dict& addresses, const py::dict& counts, int device,
+                       int blocks, int words) {
+  const auto count = [&](const char* name) { return counts[name].cast<int>(); };
   Tables t{};
   t.rows = pointer<const std::int64_t>(addresses, "rows");
   t.tiles = pointer<const std::int64_t>(addresses, "tiles");
@@ -50,11 +51,23 @@ Launcher make_launcher(const KernelSelection& selection, const py::dict& address
   t.partials = pointer<double>(addresses, "partials");
   t.numbers = pointer<double>(addresses, "numbers");
   t.counts = pointer<int>(addresses, "counts");
-  t.n_rows = rows;
-  t.n_shares = shares;
-  t.n_borders = borders;
-  t.width = width;
-  t.n_states = n_states;
+  t.n_rows = count("rows");
+  t.n_shares = count("shares");
+  t.n_borders = count("borders");
+  t.width = count("width");
+  t.n_states = count("states");
+  t.sums.row_sums = pointer<const std::int64_t>(addresses, "row_sums");
+  t.sums.slots = pointer<double>(addresses, "slots");
+  t.sums.epilogue_slots = pointer<double>(addresses, "epilogue_slots");
+  t.sums.segments = pointer<double>(addresses, "segments");
+  t.sums.wholes = pointer<double>(addresses, "wholes");
+  t.sums.largest = pointer<double>(addresses, "largest");
+  t.sums.epilogue = pointer<double>(addresses, "epilogue");
+  t.sums.n_segments = count("segments");
+  t.sums.n_scopes = count("scopes");
+  t.sums.shared = count("shared");
+  t.sums.has_scopes = count("has_scopes");
+  t.sums.in_channels = count("in_channels");
   return Launcher(selection, t, device, blocks, words);
 }
 
@@ -65,16 +78,18 @@ py::dict layout() {
   d["GroupFlag"] = names(fusedopt::group_flags);
   d["StatusNumber"] = names(fusedopt::status_numbers);
   d["StatusCount"] = names(fusedopt::status_counts);
+  d["SumsWord"] = names(fusedopt::sums_words);
+  d["Pass"] = names(fusedopt::pass_names);
   d["ADDRESSES"] = fusedopt::kAddresses;
   d["NEW_STATE"] = fusedopt::kNewState;
   d["NO_MEMORY"] = fusedopt::kNoMemory;
   return d;
 }
 
-void run(Launcher& launcher, std::uintptr_t words, std::uintptr_t stream, bool measure, bool update,
-         std::uintptr_t grad_scale, std::uintptr_t found_inf) {
+void run(Launcher& launcher, std::uintptr_t words, std::uintptr_t stream, int passes, std::uintptr_t grad_scale,
+         std::uintptr_t found_inf) {
   const py::gil_scoped_release release;
-  launcher.run(reinterpret_cast<const std::int64_t*>(words), stream, measure, update, grad_scale, found_inf);
+  launcher.run(reinterpret_cast<const std::int64_t*>(words), stream, passes, grad_scale, found_inf);
 }
 
 }  // namespace
@@ -88,6 +103,7 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   m.def("has_code_for", &has_code_for, py::arg("device"), "Whether this build has code for a GPU.");
   m.def("words_by_value", &words_by_value, py::arg("device"), "How long a step table may be to go by value.");
   m.attr("tile") = kTile;
+  m.attr("runs_per_share") = kRunsPerShare;
   m.attr("device_type") = "cuda";
   // Local, so that several builds can be imported side by side.
   py::class_<KernelSelection>(m, "KernelSelection", py::module_local())
@@ -96,10 +112,9 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
       .def("blocks", &KernelSelection::blocks, py::arg("device"), "How many blocks a device holds at once.")
       .def("encode", &encode, py::arg("signatures"), py::arg("n_states"), "The words of the table of signatures.");
   py::class_<Launcher>(m, "Launcher", py::module_local())
-      .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("device"), py::arg("blocks"),
-           py::arg("rows"), py::arg("shares"), py::arg("borders"), py::arg("width"), py::arg("n_states"),
-           py::arg("words"))
+      .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("counts"), py::arg("device"),
+           py::arg("blocks"), py::arg("words"))
       .def_readwrite("in_one_launch", &Launcher::in_one_launch)
-      .def("run", &run, py::arg("words"), py::arg("stream"), py::arg("measure"), py::arg("update"),
-           py::arg("grad_scale"), py::arg("found_inf"));
+      .def("run", &run, py::arg("words"), py::arg("stream"), py::arg("passes"), py::arg("grad_scale"),
+           py::arg("found_inf"));
 }

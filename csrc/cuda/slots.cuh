@@ -5,8 +5,8 @@
 
 namespace fusedopt::cuda {
 
-// A warp's tiles of a share, where it adds up: neighbours, so that along a plan's tiles either the run or the segment is
-// another from slot to slot.
+// A warp's tiles of a share, where it adds up: neighbours, so that along a plan's tiles either the run or the segment
+// is another from slot to slot.
 struct Run {
   int number, begin, end;
 
@@ -71,7 +71,8 @@ struct Unit {
   __device__ __forceinline__ Unit(const Tables& t, int row, int begin, int end, int number)
       : begin(begin), end(end), number(number) {
     if (begin == end) return;
-    const int first = static_cast<int>(sums_of(t, row)[kFirstShare]), last = static_cast<int>(sums_of(t, row)[kLastShare]);
+    const int first = static_cast<int>(sums_of(t, row)[kFirstShare]),
+              last = static_cast<int>(sums_of(t, row)[kLastShare]);
     first_share = share_of(t, first, last, begin);
     last_share = share_of(t, first_share, last, end - 1);
   }

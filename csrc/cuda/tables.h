@@ -43,6 +43,9 @@ struct Signature {
 // Shares are cut in runs, one for each warp, where more is added up than the gradients' squares.
 constexpr int kRunsPerShare = kWarps;
 
+// Whether a launch goes on from one pass to the next over the whole grid, so that it must be cooperative.
+FUSEDOPT_HD bool goes_on(int passes) { return (passes & kUpdatePass) && (passes & (kUpdatePass - 1)); }
+
 // Of rules that add up, see fusedopt/sums.py for the last four.
 struct SumTables {
   const std::int64_t* row_sums;
@@ -56,6 +59,7 @@ struct SumTables {
   int n_scopes;
   int shared;  // a bit for each scalar
   bool has_scopes;
+  bool in_channels;
 };
 
 struct Tables {

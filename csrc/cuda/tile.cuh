@@ -43,6 +43,8 @@ struct Whole {
     stride = together ? kCount / 2 : kTile / 2;
   }
 
+  __device__ __forceinline__ bool is_active(int) const { return true; }
+
   // Issues the loads; nothing waits for them here.
   __device__ __forceinline__ void fetch(Raw& raw, std::int64_t address, Codec codec, int) const {
     if (codec == Codec::f32) {

@@ -60,11 +60,12 @@ __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, co
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) state[k] = values[kFirstState + k][i];
     T& p = values[kParam][i];
-    step_element<Rule, T>(p, values[kGrad][i], state, c.engine, c.rule, [&]([[maybe_unused]] T g, [[maybe_unused]] T d) {
-      if constexpr (kEpilogue<Rule> > 0) {
-        added.add(Rule::template conclude<T>(p, g, d, state, c.rule), at.is_active(i));
-      }
-    });
+    step_element<Rule, T>(p, values[kGrad][i], state, c.engine, c.rule,
+                          [&]([[maybe_unused]] T g, [[maybe_unused]] T d) {
+                            if constexpr (kEpilogue<Rule> > 0) {
+                              added.add(Rule::template conclude<T>(p, g, d, state, c.rule), at.is_active(i));
+                            }
+                          });
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) values[kFirstState + k][i] = state[k];
   }

@@ -215,7 +215,8 @@ __device__ __forceinline__ void each_segment(const Tables& t, const Row& row, in
   while (count > 0) {
     const int at = first - row.first_tile, k = n > 1 ? at / tiles : 0, inside = at - k * tiles;
     const int here = n > 1 ? min(count, (Step > 0 ? tiles - 1 - inside : inside) / kStride<Step> + 1) : count;
-    body(n > 1 ? row.at(k, tiles, words[kSegmentLength]) : row, static_cast<int>(words[kFirstSegment]) + k, first, here);
+    body(n > 1 ? row.at(k, tiles, words[kSegmentLength]) : row, static_cast<int>(words[kFirstSegment]) + k, first,
+         here);
     first += here * Step;
     count -= here;
   }

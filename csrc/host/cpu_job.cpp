@@ -96,9 +96,8 @@ void CpuJob::cut_into_shares() {
   partials_.resize(shares_.size());
 }
 
-void CpuJob::keep_sums(bool has_scopes, const std::vector<std::int64_t>& first,
-                       const std::vector<std::int64_t>& scopes, const std::vector<std::uintptr_t>& addresses,
-                       const std::vector<std::size_t>& shared) {
+void CpuJob::keep_sums(bool has_scopes, const std::vector<std::int64_t>& first, const std::vector<std::int64_t>& scopes,
+                       const std::vector<std::uintptr_t>& addresses, const std::vector<std::size_t>& shared) {
   if (first.size() != rows_.size() + 1 || scopes.size() != rows_.size() || addresses.size() != 4) {
     throw std::invalid_argument("sums are of another optimizer");
   }
@@ -267,10 +266,12 @@ void CpuJob::advance_counters(const Job& job) {
     }
     const double* after = after_.data() + static_cast<std::size_t>(rows_[i].cohort) * n_scalars_;
     if (rows_[i].kernel->finish && n_scalars_) {
-      const double* const prepared = coefficients_.data() + cohorts_[static_cast<std::size_t>(rows_[i].cohort)].coefficients;
+      const double* const prepared =
+          coefficients_.data() + cohorts_[static_cast<std::size_t>(rows_[i].cohort)].coefficients;
       coefficients.assign(prepared, prepared + rows_[i].kernel->names.coefficients.size());
       scalars.assign(after, after + n_scalars_);
-      finish_segment(job, static_cast<std::int64_t>(i), row_sums_[i].first_segment, coefficients.data(), scalars.data());
+      finish_segment(job, static_cast<std::int64_t>(i), row_sums_[i].first_segment, coefficients.data(),
+                     scalars.data());
       after = scalars.data();
     }
     for (std::size_t k = 0; k < n_scalars_; ++k) counters(i)[k].write(after[k]);

@@ -22,9 +22,8 @@ class CpuJob {
   // scopes: of each row; n_scopes of them
   // addresses: of segments, wholes, largest and epilogue
   // shared: which scalars a scope has in common
-  void keep_sums(bool has_scopes, const std::vector<std::int64_t>& first,
-                 const std::vector<std::int64_t>& scopes, const std::vector<std::uintptr_t>& addresses,
-                 const std::vector<std::size_t>& shared);
+  void keep_sums(bool has_scopes, const std::vector<std::int64_t>& first, const std::vector<std::int64_t>& scopes,
+                 const std::vector<std::uintptr_t>& addresses, const std::vector<std::size_t>& shared);
 
   // True when all is as it was planned and a step can run; false when a job must be made anew.
   bool scan(int threads);
@@ -96,7 +95,7 @@ class CpuJob {
   std::vector<RowSums> row_sums_;
   std::vector<double> slots_, epilogue_slots_, none_;
   std::vector<std::size_t> shared_;  // scalars
-  std::vector<Share> shares_;  // and where the last one ends
+  std::vector<Share> shares_;        // and where the last one ends
   std::vector<double> partials_;
   std::vector<Cohort> cohorts_;
   std::vector<CohortKey> cohort_keys_;

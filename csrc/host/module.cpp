@@ -106,8 +106,8 @@ PYBIND11_MODULE(_host, m) {
       .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&, bool>(),
            py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"),
            py::arg("in_channels") = false)
-      .def("keep_sums", &CpuJob::keep_sums, py::arg("has_scopes"), py::arg("first"),
-           py::arg("scopes"), py::arg("addresses"), py::arg("shared"))
+      .def("keep_sums", &CpuJob::keep_sums, py::arg("has_scopes"), py::arg("first"), py::arg("scopes"),
+           py::arg("addresses"), py::arg("shared"))
       .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("passes"), py::arg("inverse_scale"),
            py::arg("max_norm"), py::arg("skip_nonfinite"), py::arg("frees") = false)
       .def("run", &CpuJob::run, py::arg("engine"), py::arg("threads"), py::arg("passes"), py::arg("inverse_scale"),
@@ -117,8 +117,8 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("cohorts", &CpuJob::cohorts);
   using fusedopt::host::DeviceTable;
   add_class<DeviceTable>(m, "DeviceTable")
-      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&>(),
-           py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"))
+      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&>(), py::arg("param_groups"),
+           py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"))
       .def("write", &DeviceTable::write, py::arg("words"))
       .def("commit", &DeviceTable::commit);
 }

@@ -1,5 +1,6 @@
 // LARS:  g <- trust (g + wd p) ;  b <- mu b + (1 - tau) g  (first step: b <- g) ;  d = g + mu b with Nesterov, else b
-//   trust = eta |p| / (|g| + wd |p| + eps) over the tensor; 1 where a norm is 0, or nothing decays and not `always_adapt`
+//   trust = eta |p| / (|g| + wd |p| + eps) over the tensor; 1 where a norm is 0, or nothing decays and not
+//   `always_adapt`
 #pragma once
 
 #include "core/math.h"

@@ -13,7 +13,7 @@ from fusedopt import checks, host
 from fusedopt.engines.device import DevicePlan, on_device
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
-from fusedopt.sums import TENSOR
+from fusedopt.sums import CHANNEL, TENSOR
 
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
@@ -132,6 +132,7 @@ class Plan(DevicePlan):
             "segments": self.sums.places.first[-1] if self.sums else 0,
             "scopes": self.sums.places.n_scopes if self.sums else 0,
             "has_scopes": optimizer.scope != TENSOR,
+            "in_channels": optimizer.scope == CHANNEL,
             "shared": sum(1 << names[1].index(name) for name in rule.shared),
         }
         n_words = self.step_table.words.numel()

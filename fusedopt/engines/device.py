@@ -83,7 +83,7 @@ class DevicePlan:
                 torch.zeros((n_runs + n, width) if width else 1, dtype=torch.float64, device=self.device)
                 for n, width in (
                     (places.first[-1] if places else 0, len(rule.measures)),
-                    (self.table.count, len(rule.epilogue)),
+                    (2 * self.table.count, len(rule.epilogue)),  # the second time for their own sums
                 )
             )
         self._body = self.step_table.words[StepWord.GRADS :]

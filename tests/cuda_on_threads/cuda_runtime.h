@@ -203,6 +203,15 @@ T __shfl_down_sync(unsigned, T value, int offset) {
   return result;
 }
 
+template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  const std::uint64_t* all = on_threads::show(value);
+  T result;
+  std::memcpy(&result, &all[lane], sizeof(T));
+  return result;
+}
+
+inline int __ffs(int bits) { return std::countr_zero(static_cast<unsigned>(bits)) + (bits != 0); }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int atomicAdd(int* place, int value) {
   if (on_threads::disorder) std::this_thread::sleep_for(std::chrono::microseconds(std::rand() % 200));
