@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import fusedopt
@@ -20,6 +20,8 @@ class Case:
         options: Constructor arguments.
         oracle: ``package:Class`` of an independent implementation.
         reference: Its textbook loop, which stands in where the oracle is not installed.
+        theirs: Constructor arguments of the oracle that are not ours.
+        alone: Whether the oracle has one step count for all parameters, so that each gets an oracle of its own.
         exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
         signs: Whether a step is a sign, which may flip where it hangs on rounding.
     """
@@ -29,6 +31,8 @@ class Case:
     options: dict[str, Any]
     oracle: str
     reference: Callable[..., Any] | None = None
+    theirs: dict[str, Any] = field(default_factory=dict)
+    alone: bool = False
     exact: float = 1e-12
     signs: bool = False
 
@@ -38,6 +42,8 @@ class Case:
 
 
 WD = {"weight_decay": 0.05}
+LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
+TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
@@ -81,4 +87,17 @@ CASES = (
     Case("AdaBound", "AdaBound", {**BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
     Case("AMSBound", "AdaBound", {"amsbound": True, **BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
     Case("Lion", "Lion", WD, "lion-pytorch:Lion", references.lion, signs=True),
+    Case("LAMB", "LAMB", WD, "timm:Lamb", references.lamb, theirs={"max_grad_norm": None}, alone=True),
+    Case(
+        "LAMB always adapting",
+        "LAMB",
+        {"weight_decay": 0.0, "always_adapt": True},
+        "timm:Lamb",
+        references.lamb,
+        theirs={"max_grad_norm": None},
+        alone=True,
+    ),
+    Case("LARS", "LARS", LARS, "timm:Lars", references.lars, theirs=TIMM_LARS),
+    Case("LARS nesterov", "LARS", {"nesterov": True, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
+    Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )

@@ -94,12 +94,12 @@ def has_oracle(case: Case) -> bool:
     return oracles.find(case.oracle) is not None
 
 
-def oracle(case: Case, params: Any) -> torch.optim.Optimizer:
+def oracle(case: Case, params: Any) -> Any:
     """The oracle with a case's options."""
     cls = oracles.find(case.oracle)
     assert cls is not None
-    ours = case.build(parameters(torch.float32)).defaults
-    return cls(params, **oracles.options(cls, ours))
+    options = {**oracles.options(cls, case.build(parameters(torch.float32)).defaults), **case.theirs}
+    return oracles.Alone(lambda ps: cls(ps, **options), params) if case.alone else cls(params, **options)
 
 
 @cache
@@ -148,7 +148,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     ) -> tuple[list[Tensor], Any]:
         params = [torch.nn.Parameter(p.to(device, kind, copy=True)) for p in start]
         optimizer = make(params)
-        optimizer.load_state_dict(copy.deepcopy(state))
+        optimizer.load_state_dict(oracles.complete(copy.deepcopy(state), optimizer))
         for p, g in zip(params, last, strict=True):
             p.grad = None if g is None else g.to(device, kind)
         oracles.step(optimizer)

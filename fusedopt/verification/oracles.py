@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import sys
 import warnings
+from collections.abc import Callable, Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @cache
@@ -52,7 +54,44 @@ def _timm_module(name: str) -> ModuleType:
                 sys.modules.pop(package, None)
 
 
-def step(optimizer: torch.optim.Optimizer) -> None:
+class Alone:
+    """An oracle for each parameter: one that counts steps of all parameters together is right for those alone.
+
+    Args:
+        make: Makes an oracle of parameters.
+        params: The parameters.
+    """
+
+    def __init__(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], params: Iterable[Tensor]) -> None:
+        self._params = list(params)
+        self._each = [make([p]) for p in self._params]
+        self._known = set(self._each[0].param_groups[0]) - {"params"}
+        self.param_groups = [dict(self._each[0].param_groups[0])]  # the options of all
+
+    def step(self) -> None:
+        """Step the parameters that have a gradient."""
+        for p, optimizer in zip(self._params, self._each, strict=True):
+            if p.grad is not None:
+                options = {k: v for k, v in self.param_groups[0].items() if k in self._known and k != "step"}
+                optimizer.param_groups[0].update(options)
+                optimizer.step()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load one of ours, which counts for each parameter."""
+        self.param_groups[0].update(state["param_groups"][0])
+        for i, (p, optimizer) in enumerate(zip(self._params, self._each, strict=True)):
+            own = dict(state["state"].get(i, {}))
+            optimizer.param_groups[0]["step"] = own.pop("step", torch.zeros(())).clone()
+            optimizer.state[p].update({k: v.to(p.dtype, copy=True) for k, v in own.items()})
+
+
+def complete(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """A state dict of ours with those options of an oracle's groups that are not ours."""
+    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
+    return {**state, "param_groups": [{**theirs, **ours} for theirs, ours in groups]}
+
+
+def step(optimizer: torch.optim.Optimizer | Alone) -> None:
     """Step an oracle; some are older than torch's deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -106,6 +106,26 @@ def lion(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * c.sign()
 
 
+def lamb(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """You et al. 2020, algorithm 2, without a bound on the norm; timm and apex adapt what decays alone."""
+    t = _tick(x)
+    (b1, b2), v = h["betas"], _moments(p, g, x, h)
+    u = (x["m"] / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + h["eps"]) + h["weight_decay"] * p
+    ratio = p.norm() / u.norm() if _adapts(h) and p.norm() > 0 and u.norm() > 0 else 1.0
+    return p - h["lr"] * ratio * u
+
+
+def lars(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """You et al. 2017, algorithm 1, with torch's momentum; timm adapts what decays alone."""
+    w, n, decay = p.norm(), g.norm(), h["weight_decay"]
+    ratio = h["trust_coefficient"] * w / (n + decay * w + h["eps"]) if _adapts(h) and w > 0 and n > 0 else 1.0
+    return sgd(p, ratio * (g + decay * p), x, {**h, "weight_decay": 0.0})
+
+
+def _adapts(h: Memory) -> bool:
+    return bool(h["weight_decay"] or h["always_adapt"])
+
+
 def _l2(p: Tensor, g: Tensor, h: Memory) -> Tensor:
     return g if h.get("decoupled_weight_decay") else g + h["weight_decay"] * p
 
