@@ -21,7 +21,8 @@ class Case:
         oracle: ``package:Class`` of an independent implementation.
         reference: Its textbook loop, which stands in where the oracle is not installed.
         exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
-        signs: Whether a step is a sign, which may flip where it hangs on rounding.
+        signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
+        results: States that are of use in themselves, and compared as parameters are.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     reference: Callable[..., Any] | None = None
     exact: float = 1e-12
     signs: bool = False
+    results: tuple[str, ...] = ()
 
     def build(self, params: Any, **more: Any) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -80,5 +82,18 @@ CASES = (
     Case("RAdam decoupled", "RAdam", {"decoupled_weight_decay": True, **WD}, "torch:RAdam", references.radam),
     Case("AdaBound", "AdaBound", {**BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
     Case("AMSBound", "AdaBound", {"amsbound": True, **BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
+    Case("Adamax", "Adamax", WD, "torch:Adamax", references.adamax),
+    Case("Adadelta", "Adadelta", WD, "torch:Adadelta", references.adadelta),
+    # Averaging starts within the shortest run, and steps are to be seen in half precision.
+    Case(
+        "ASGD",
+        "ASGD",
+        {"lr": 0.1, "lambd": 0.02, "t0": 10.0, **WD},
+        "torch:ASGD",
+        references.asgd,
+        results=("ax",),
+    ),
+    # Both bounds are met. No sum is rounded before its sign is taken: there is no weight decay.
+    Case("Rprop", "Rprop", {"step_sizes": (1e-3, 0.05)}, "torch:Rprop", references.rprop),
     Case("Lion", "Lion", WD, "lion-pytorch:Lion", references.lion, signs=True),
 )
