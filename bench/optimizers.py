@@ -41,6 +41,10 @@ CASES = {
         Case("NAdamW", "NAdamW", 1e-3, ADAM),
         Case("RAdam", "RAdam", 1e-3, ADAM, warmup=6),  # plain momentum until its sixth step
         Case("AdaBound", "AdaBound", 1e-3, ADAM | {"final_lr": 0.1, "gamma": 1e-3}),
+        Case("Adamax", "Adamax", 2e-3, ADAM),
+        Case("Adadelta", "Adadelta", 1.0, {"rho": 0.9, "eps": 1e-6}),
+        Case("ASGD", "ASGD", 1e-2, {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}),
+        Case("Rprop", "Rprop", 1e-2, {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),  # without weight decay
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
     )
 }

@@ -8,7 +8,7 @@ from typing import Any
 
 from fusedopt import checks
 from fusedopt.rule import Rule
-from fusedopt.state import adopt_state
+from fusedopt.state import adopt_state, widened
 
 Groups = list[dict[str, Any]]
 
@@ -56,6 +56,7 @@ def loaded_state(rule: type[Rule], state_dict: dict[str, Any], groups: Groups) -
             state[key] = value
             continue
         p, group, name = places[key]
+        value = widened(rule, value)
         checks.state_tensors(rule, p, value, name)
         checks.whole_state(rule, value, group, name)
         state[p] = adopt_state(rule, p, value, copy=True)

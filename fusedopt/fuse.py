@@ -8,7 +8,7 @@ import torch
 
 from fusedopt.optimizer import FusedOptimizer, ProcessGroup
 from fusedopt.optimizers import OPTIMIZERS
-from fusedopt.state import adopt_state
+from fusedopt.state import adopt_state, widened
 
 PACKAGES = ("torch", "timm", "lion_pytorch", "adabound")
 
@@ -68,7 +68,7 @@ def fuse(
     for group in fused.param_groups:
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                fused.state[p] = adopt_state(counterpart.rule, p, state, copy=False)
+                fused.state[p] = adopt_state(counterpart.rule, p, widened(counterpart.rule, state), copy=False)
     for name, hooks in vars(optimizer).items():
         if name.endswith("_hooks"):
             getattr(fused, name).update(hooks)

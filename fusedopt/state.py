@@ -13,6 +13,8 @@ from torch import Tensor
 from fusedopt import memory
 from fusedopt.rule import LAST_FLOAT_STEP, Rule
 
+HALVES = (torch.bfloat16, torch.float16, torch.complex32)
+
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """A parameter's state before its first step: the rule's scalars, then its tensors."""
@@ -24,6 +26,13 @@ def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[st
         fill = complex(value, value) if p.is_complex() else value
         state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
     return state
+
+
+def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:
+    """A state from elsewhere, what must be exact as wide as float32: torch's is as wide as the parameter."""
+    exact = {s.name for s in rule.states if s.exact}
+    halves = {k: v for k, v in state.items() if k in exact and isinstance(v, Tensor) and v.dtype in HALVES}
+    return {**state, **{key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in halves.items()}}
 
 
 def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy: bool) -> dict[Any, Any]:

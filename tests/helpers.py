@@ -16,6 +16,11 @@ def fewer(engine, count):
     return max(count // 10, 3) if engine == "triton" else count
 
 
+def decay(name, weight_decay=0.1):
+    """An option of those that have it."""
+    return {"weight_decay": weight_decay} if name != "Rprop" else {}
+
+
 def randn(*shape, dtype=torch.float32, device="cpu"):
     """The same numbers on every device."""
     return torch.randn(*shape, dtype=dtype).to(device)

@@ -121,12 +121,16 @@ POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
 CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text())}
 STATES = {
     "AdaBound": 2,
+    "Adadelta": 2,
     "Adagrad": 1,
+    "Adamax": 2,
+    "ASGD": 1,
     "Lion": 1,
     "NAdam": 2,
     "NAdamW": 2,
     "RAdam": 2,
     "RMSprop": 1,
+    "Rprop": 2,
     "SGD": 0,
     "Adam": 2,
 }

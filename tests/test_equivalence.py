@@ -30,8 +30,8 @@ def test_gate_of_triton_takes_more_steps(case, dtype):
 @pytest.mark.parametrize("case", [c for c in CASES if c.reference], ids=lambda case: case.name)
 def test_textbook_loop_agrees_with_oracle(case):
     assert gate.has_oracle(case), f"{case.oracle} is not installed"
-    theirs, _ = run(lambda p: gate.oracle(case, p), torch.float64)
-    ours, _ = run_reference(case, torch.float64)
+    theirs = gate.results(case, *run(lambda p: gate.oracle(case, p), torch.float64))
+    ours = gate.reference_results(case, *run_reference(case, torch.float64))
     for a, b in zip(theirs, ours, strict=True):
         torch.testing.assert_close(a, b, rtol=case.exact, atol=case.exact)
 
@@ -73,7 +73,8 @@ def test_steps_are_those_of_eager_in_double_precision(engine, case, t):
     ps[0][0].data.copy_(ps[1][0])
     state = b.state_dict()
     for name in b.rule.scalars:
-        state["state"][0][name] = torch.tensor(0.37 if name == "mu_product" else t - 1, dtype=torch.float64)
+        value = {"step": t - 1, "mu_product": 0.37, "eta": 0.03, "mu": 0.37}[name]
+        state["state"][0][name] = torch.tensor(value, dtype=torch.float64)
     if "betas" in b.defaults:
         state["param_groups"][0]["betas"] = (0.9, 0.999999)
     for optimizer in (a, b):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ON_GPU, engine_fixture
-from helpers import ALL, assert_same, close, copies, fill_gradients, params, set_programs, snapshot
+from helpers import ALL, assert_same, close, copies, decay, fill_gradients, params, set_programs, snapshot
 
 import fusedopt
 from fusedopt import engines
@@ -66,7 +66,7 @@ def test_gpu_engines_agree_with_one_another(name, dtype):
     for engine in ON_GPU:
         torch.manual_seed(5)
         ps = params((5000,), (33, 7), (), dtype=dtype, device=engines.ENGINES[engine].home())
-        optimizer = getattr(fusedopt, name)(ps, engine=engine, max_grad_norm=1.0, weight_decay=0.1)
+        optimizer = getattr(fusedopt, name)(ps, engine=engine, max_grad_norm=1.0, **decay(name))
         for _ in range(3):
             fill_gradients(ps)
             optimizer.step()

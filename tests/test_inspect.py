@@ -135,7 +135,8 @@ def inspected(tmp_path, *options):
 STATES = {  # of every variant of every rule
     "sgd": 0, "sgd+momentum_buffer": 1, "adagrad": 1, "rmsprop": 1, "rmsprop+momentum_buffer": 2,
     "rmsprop+grad_avg": 2, "rmsprop+momentum_buffer+grad_avg": 3, "adam": 2, "adam+max_exp_avg_sq": 3, "nadam": 2,
-    "nadamw": 2, "radam": 2, "adabound": 2, "adabound+max_exp_avg_sq": 3, "lion": 1,
+    "nadamw": 2, "radam": 2, "adabound": 2, "adabound+max_exp_avg_sq": 3, "lion": 1, "adamax": 2, "adadelta": 2,
+    "asgd": 1, "rprop": 2,
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from conftest import AVAILABLE, ON_GPU, engine_fixture
-from helpers import close, pair, randn, same_gradients
+from helpers import TORCH, close, decay, pair, randn, same_gradients
 
 import fusedopt
 
@@ -94,10 +94,10 @@ def test_lazily_negated_gradient(engine, device, shape, make):
     close(ours[0], theirs[0])
 
 
-@pytest.mark.parametrize("name", ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam"])
+@pytest.mark.parametrize("name", TORCH)
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
 def test_complex(engine, device, name, dtype):
-    options = {"weight_decay": 0.1, **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
+    options = {**decay(name), **({"momentum": 0.9} if name in ("SGD", "RMSprop") else {})}
     ours, a, theirs, b = pair([(5, 3), (), (1,)], name, dtype, engine, device, **options)
     for t in range(4):
         gradients = [randn(p.shape, dtype=dtype, device=device) for p in ours]

@@ -6,7 +6,19 @@ import weakref
 
 import pytest
 import torch
-from helpers import ALL, BY_NAME, assert_same, close, fewer, fill_gradients, pair, params, same_gradients, snapshot
+from helpers import (
+    ALL,
+    BY_NAME,
+    assert_same,
+    close,
+    decay,
+    fewer,
+    fill_gradients,
+    pair,
+    params,
+    same_gradients,
+    snapshot,
+)
 
 import fusedopt
 
@@ -92,7 +104,7 @@ def test_nan_propagates_and_stays_in_its_element(engine, name):
         optimizer.step()
         fine = torch.arange(67) != 13
         assert ps[0][fine].isfinite().all()
-        if bad != bad:
+        if bad != bad and name != "Rprop":  # as in torch, where the sign of NaN is 0
             assert ps[0][13].isnan()
 
 
@@ -102,7 +114,7 @@ def test_maximize_is_the_negated_gradient(engine, name):
     for maximize in (False, True):
         torch.manual_seed(3)
         ps = params((37,))
-        optimizer = getattr(fusedopt, name)(ps, engine=engine, maximize=maximize, weight_decay=0.1)
+        optimizer = getattr(fusedopt, name)(ps, engine=engine, maximize=maximize, **decay(name))
         for _ in range(5):
             fill_gradients(ps)
             if maximize:
@@ -260,7 +272,10 @@ def test_gradients_are_left_alone(engine):
     assert_same([p.grad for p in ps], before)
 
 
-@pytest.mark.parametrize("case", ["AdamW", "SGD nesterov", "Adam amsgrad", "RAdam", "NAdam", "AdaBound"])
+@pytest.mark.parametrize(
+    "case",
+    ["AdamW", "SGD nesterov", "Adam amsgrad", "RAdam", "NAdam", "AdaBound", "Adamax", "Adadelta", "ASGD", "Rprop"],
+)
 def test_differentiable(case):
     case = BY_NAME[case]
 

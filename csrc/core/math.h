@@ -23,7 +23,8 @@ FUSEDOPT_HD T sign(T x) {
 
 template <class T>
 FUSEDOPT_HD T maximum(T a, T b) {
-  return a >= b ? a : b;  // a NaN b compares false, so a NaN in b survives
+  const T larger = a >= b ? a : b;  // b where either is NaN
+  return a == a ? larger : a;
 }
 
 template <class T>

@@ -2,8 +2,11 @@
 
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers.adabound import AdaBound
+from fusedopt.optimizers.adadelta import Adadelta
 from fusedopt.optimizers.adagrad import Adagrad
 from fusedopt.optimizers.adam import Adam, AdamW
+from fusedopt.optimizers.adamax import Adamax
+from fusedopt.optimizers.asgd import ASGD
 from fusedopt.optimizers.lamb import LAMB
 from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
@@ -11,8 +14,26 @@ from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
+from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "AdaBound", "Adagrad", "Adam", "AdamW", "Lion", "NAdam", "NAdamW", "RAdam", "RMSprop"]
+__all__ = [
+    "ASGD",
+    "LAMB",
+    "LARS",
+    "SGD",
+    "AdaBound",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "Lion",
+    "NAdam",
+    "NAdamW",
+    "RAdam",
+    "RMSprop",
+    "Rprop",
+]
 
 OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in sorted(__all__)}

@@ -23,7 +23,8 @@ class Case:
         theirs: Constructor arguments of the oracle that are not ours.
         alone: Whether the oracle has one step count for all parameters, so that each gets an oracle of its own.
         exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
-        signs: Whether a step is a sign, which may flip where it hangs on rounding.
+        signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
+        results: States that are of use in themselves, and compared as parameters are.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     alone: bool = False
     exact: float = 1e-12
     signs: bool = False
+    results: tuple[str, ...] = ()
 
     def build(self, params: Any, **more: Any) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -86,6 +88,19 @@ CASES = (
     Case("RAdam decoupled", "RAdam", {"decoupled_weight_decay": True, **WD}, "torch:RAdam", references.radam),
     Case("AdaBound", "AdaBound", {**BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
     Case("AMSBound", "AdaBound", {"amsbound": True, **BOUNDS, **WD}, "adabound:AdaBound", references.adabound),
+    Case("Adamax", "Adamax", WD, "torch:Adamax", references.adamax),
+    Case("Adadelta", "Adadelta", WD, "torch:Adadelta", references.adadelta),
+    # Averaging starts within the shortest run, and steps are to be seen in half precision.
+    Case(
+        "ASGD",
+        "ASGD",
+        {"lr": 0.1, "lambd": 0.02, "t0": 10.0, **WD},
+        "torch:ASGD",
+        references.asgd,
+        results=("ax",),
+    ),
+    # Both bounds are met. No sum is rounded before its sign is taken: there is no weight decay.
+    Case("Rprop", "Rprop", {"step_sizes": (1e-3, 0.05)}, "torch:Rprop", references.rprop),
     Case("Lion", "Lion", WD, "lion-pytorch:Lion", references.lion, signs=True),
     Case("LAMB", "LAMB", WD, "timm:Lamb", references.lamb, theirs={"max_grad_norm": None}, alone=True),
     Case(

@@ -80,9 +80,8 @@ def compare(case: Case, engine: str, dtype: torch.dtype, steps: int = STEPS) -> 
         return _compare_one_step(case, engine, dtype)
     truth, skip = _truth(case, steps)
     device = ENGINES[engine].home()
-    ours, _ = run(lambda p: case.build(p, engine=engine), dtype, steps, resume=True, device=device)
-    ours = [p.cpu() for p in ours]
-    error = _distance(ours, truth, skip)
+    ours = results(case, *run(lambda p: case.build(p, engine=engine), dtype, steps, resume=True, device=device))
+    error = _distance([t.cpu() for t in ours], truth, skip)
     if dtype == torch.float64:
         scale = max(t.abs().max().item() for t in truth if t.numel())
         return _result(case, engine, dtype, error / scale, case.exact, "relative", steps=steps)
@@ -102,14 +101,25 @@ def oracle(case: Case, params: Any) -> Any:
     return oracles.Alone(lambda ps: cls(ps, **options), params) if case.alone else cls(params, **options)
 
 
+def results(case: Case, params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What a run is judged by: the parameters, and such states as are results, too."""
+    stepped = optimizer.param_groups[0]["params"]
+    return [*params, *(optimizer.state[p][name] for name in case.results for p in stepped)]
+
+
+def reference_results(case: Case, params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """The same of a textbook loop."""
+    return [*params, *(state[name] for name in case.results for state in states)]
+
+
 @cache
 def _truth(case: Case, steps: int) -> tuple[list[Tensor], list[Tensor] | None]:
     """The fp64 result, and which elements hang on rounding."""
     loop = run_reference(case, torch.float64, steps) if case.signs or not has_oracle(case) else None
     skip = [state["doubtful"] for state in loop[1]] if loop and case.signs else None
     if loop and not has_oracle(case):
-        return loop[0], skip
-    return run(lambda p: oracle(case, p), torch.float64, steps)[0], skip
+        return reference_results(case, *loop), skip
+    return results(case, *run(lambda p: oracle(case, p), torch.float64, steps)), skip
 
 
 @cache
@@ -117,9 +127,9 @@ def _own_error(case: Case, steps: int) -> float:
     """How far the oracle itself is from the truth in fp32."""
     truth, skip = _truth(case, steps)
     if has_oracle(case):
-        theirs, _ = run(lambda p: oracle(case, p), torch.float32, steps)
+        theirs = results(case, *run(lambda p: oracle(case, p), torch.float32, steps))
     else:
-        theirs, _ = run_reference(case, torch.float32, steps)
+        theirs = reference_results(case, *run_reference(case, torch.float32, steps))
     return _distance(theirs, truth, skip)
 
 

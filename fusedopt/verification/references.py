@@ -95,6 +95,46 @@ def adabound(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return _decay(p, h) - rate.clamp(low, high) * x["m"]
 
 
+def adamax(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Kingma and Ba 2015, algorithm 2, with torch's eps."""
+    g, t, zero = _l2(p, g, h), _tick(x), torch.zeros_like(p)
+    b1, b2 = h["betas"]
+    x["m"] = b1 * x.get("m", zero) + (1 - b1) * g
+    x["u"] = torch.maximum(b2 * x.get("u", zero), g.abs() + h["eps"])
+    return p - h["lr"] / (1 - b1**t) * x["m"] / x["u"]
+
+
+def adadelta(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Zeiler 2012, algorithm 1, with torch's lr."""
+    g, zero, rho = _l2(p, g, h), torch.zeros_like(p), h["rho"]
+    x["v"] = rho * x.get("v", zero) + (1 - rho) * g**2
+    before = x.get("a", zero)
+    d = ((before + h["eps"]) / (x["v"] + h["eps"])).sqrt() * g
+    x["a"] = rho * before + (1 - rho) * d**2
+    return p - h["lr"] * d
+
+
+def asgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Bottou's averaged SGD with the schedules of torch.optim.ASGD, which keeps eta and mu in float32."""
+    g, t = _l2(p, g, h), _tick(x)
+    eta, mu = (float(torch.tensor(value, dtype=torch.float32)) for value in x.get("next", (h["lr"], 1.0)))
+    p = (1 - h["lambd"] * eta) * p - eta * g
+    x["ax"] = p.clone() if mu == 1 else x["ax"] + mu * (p - x["ax"])
+    x["next"] = h["lr"] / (1 + h["lambd"] * h["lr"] * t) ** h["alpha"], 1 / max(1, t - h["t0"])
+    return p
+
+
+def rprop(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Riedmiller and Braun 1993 without backtracking: Igel and Huesken's iRprop-."""
+    (shrink, grow), (smallest, largest) = h["etas"], h["step_sizes"]
+    signs = g.sign() * x.get("sign", torch.zeros_like(p))
+    size = x.get("size", torch.full_like(p, h["lr"]))
+    size = torch.where(signs > 0, size * grow, torch.where(signs < 0, size * shrink, size))
+    x["size"] = size.clamp(smallest, largest)
+    x["sign"] = g.sign() * (signs >= 0)
+    return p - x["size"] * x["sign"]
+
+
 def lion(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Chen et al. 2023. Remembers where the sign hangs on rounding, in ``x["doubtful"]``."""
     b1, b2 = h["betas"]

@@ -1,0 +1,89 @@
+"""ASGD."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.rule import COUPLED, LR, Hyper, Rule, State, StepScale
+
+
+class ASGDRule(Rule):
+    """``d = lambd eta p + eta g``, ``ax <- ax + mu (p - d - ax)``, then eta and mu of the next step.
+
+    ``eta <- lr / (1 + lambd lr t)^alpha``, ``mu <- 1 / max(1, t - t0)``: scalars, which start as lr and 1.
+    """
+
+    name = "asgd"
+    hyper = (LR, Hyper("lambd"), Hyper("alpha"), Hyper("t0"))
+    states = (State("ax", exact=True),)
+    scalars = {"step": 0.0, "eta": "lr", "mu": 1.0}
+    decay = COUPLED
+    step_scale = StepScale.ONE
+
+    @staticmethod
+    def prepare(h, s, new_state):
+        c = SimpleNamespace(shrinkage=h.lambd * s.eta, eta=s.eta, mu=s.mu)
+        s.eta = h.lr / (1 + h.lambd * h.lr * s.step) ** h.alpha
+        s.mu = 1 / max(1.0, s.step - h.t0)
+        return c
+
+    @staticmethod
+    def direction(p, g, state, c):
+        d = c.shrinkage * p + c.eta * g
+        stepped = p - d
+        return d, {"ax": stepped if c.mu == 1 else torch.lerp(state["ax"], stepped, c.mu)}
+
+
+class ASGD(FusedOptimizer):
+    """Stochastic gradient descent that also averages the parameters, in the state ``ax``.
+
+    ``p <- (1 - lambd eta) p - eta g``, ``ax <- ax + mu (p - ax)``, and then, for the next step,
+    ``eta <- lr / (1 + lambd lr t)^alpha``, ``mu <- 1 / max(1, t - t0)``. The first step's eta is lr, and up to step
+    ``t0 + 2`` the average is the parameter itself. It is never rounded to half precision, though parameters are.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor. As in torch, a change is felt one step later.
+        lambd: How fast parameters shrink and eta falls; not negative.
+        alpha: Power by which eta falls; not negative.
+        t0: The step at which averaging starts.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
+            See :class:`fusedopt.FusedOptimizer`.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain.
+
+    Example:
+        >>> optimizer = fusedopt.ASGD(model.parameters(), lr=1e-2, t0=1e4)
+
+    Reference:
+        Polyak and Juditsky, SIAM Journal on Control and Optimization 1992; the form of ``torch.optim.ASGD``.
+    """
+
+    rule = ASGDRule
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lambd: float = 1e-4,
+        alpha: float = 0.75,
+        t0: float = 1e6,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        *,
+        fused: bool | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(params, **arguments(locals()))
