@@ -17,6 +17,7 @@ class Case:
         options: The other constructor arguments, but for ``weight_decay``, which groups carry as they do ``lr``.
         warmup: Steps before the timed ones.
         weight_decay: Of the first group.
+        measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
     """
 
     name: str
@@ -25,6 +26,7 @@ class Case:
     options: dict[str, Any] = field(hash=False)
     warmup: int = 2
     weight_decay: float = 0.01
+    measured: int = 0
 
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -45,6 +47,8 @@ CASES = {
         Case("Adadelta", "Adadelta", 1.0, {"rho": 0.9, "eps": 1e-6}),
         Case("ASGD", "ASGD", 1e-2, {"lambd": 1e-4, "alpha": 0.75, "t0": 1e6}),
         Case("Rprop", "Rprop", 1e-2, {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),  # without weight decay
+        Case("LAMB", "LAMB", 2e-3, {"betas": (0.9, 0.999), "eps": 1e-6}, measured=4),
+        Case("LARS", "LARS", 1.0, {"momentum": 0.9, "trust_coefficient": 1e-3, "eps": 1e-8}, measured=2),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
     )
 }

@@ -211,7 +211,9 @@ class Footprint:
 
     def moved(self, workload: Workload) -> int:
         """Bytes that a step of ours has to move."""
-        return self.tensor_bytes(workload).moved + 2 * workload.suite.numel * sum(self.states)
+        streams = (self.param, self.param, *self.states)  # in the order in which rules measure them
+        measured = sum(streams[: workload.case.measured])
+        return self.tensor_bytes(workload).moved + workload.suite.numel * (2 * sum(self.states) + measured)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fusedopt import checks, engines, memory
 from fusedopt.ranks import Ranks, Reduction
 from fusedopt.state import StepCounters, initial_state
+from fusedopt.sums import ALL, GROUP
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
 Assigned = list[tuple[str, Tensor, dict[str, Any]]]  # the engine that steps a parameter, the parameter, its group
@@ -95,6 +96,7 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
     """Make the states that parameters with gradients lack; mend all counters."""
     rule, all_states = optimizer.rule, optimizer.state
     counters = StepCounters((all_states.get(p, {}) for _, p, _ in assigned), rule.scalars)
+    common = _in_common(optimizer, assigned)
     made: dict[int, tuple[str, ...]] = {}
     for i, (engine, p, group) in enumerate(assigned):
         if id(p) in made:  # given twice: a first step both times, as torch's is
@@ -105,6 +107,8 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
         new: dict[str, Any] = {}
         if p.grad is not None and any(has.get(name) is None for name in (*names, *rule.scalars)):
             initial = initial_state(rule, p, group)
+            for name, value in common.get(_scope(optimizer, group), {}).items():
+                initial[name].fill_(value)
             new = {name: value for name, value in initial.items() if has.get(name) is None}
         scalars = {name: new.get(name, has.get(name)) for name in rule.scalars}
         unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, device)}
@@ -116,3 +120,20 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
         for name, value in unfit.items():
             counters.want(all_states[p], name, value, device)
     counters.make()
+
+
+def _scope(optimizer: Any, group: dict[str, Any]) -> int:
+    """What tells a group's scope from others."""
+    return id(group) if optimizer.scope == GROUP else 0
+
+
+def _in_common(optimizer: Any, assigned: Assigned) -> dict[int, dict[str, float]]:
+    """Scalars that the parameters of a scope have in common, of those that have any."""
+    rule = optimizer.rule
+    names = (*rule.shared, *rule.epilogue) if optimizer.scope in (GROUP, ALL) else ()
+    common: dict[int, dict[str, float]] = {}
+    for _, p, group in assigned if names else ():
+        state, scope = optimizer.state.get(p, {}), _scope(optimizer, group)
+        if scope not in common and all(name in state for name in names):
+            common[scope] = {name: float(state[name]) for name in names}
+    return common

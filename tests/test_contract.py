@@ -14,6 +14,7 @@ from helpers import ALL, TORCH
 import fusedopt
 from fusedopt import layout, optimizers
 from fusedopt.engines import cpu, cuda
+from fusedopt.passes import Pass
 
 OWN = ["max_grad_norm", "skip_nonfinite", "engine"]
 
@@ -78,6 +79,9 @@ def names(rule):
         "scalars": list(rule.scalars),
         "hyper": [x.name for x in rule.hyper],
         "coefficients": list(vars(coefficients)),
+        "measures": list(rule.measures),
+        "epilogue": list(rule.epilogue),
+        "score": bool(rule.score),
         "step_scale": rule.step_scale.value,
     }
 
@@ -88,6 +92,8 @@ def kernels(engine):
         modules = pytest.importorskip("fusedopt.triton_kernels.rules").by_name()
         for name, module in modules.items():
             found = {key: list(getattr(module, key)) for key in ("scalars", "hyper", "coefficients")}
+            found |= {key: list(getattr(module, key, ())) for key in ("measures", "epilogue")}
+            found["score"] = hasattr(module, "score")
             found["step_scale"] = getattr(module, "step_scale", "lr")
             assert module.states == tuple(s.name for s in RULES[name].states)
             yield name, found, variants(RULES[name])
@@ -97,7 +103,7 @@ def kernels(engine):
     registry = cpu.load()[1] if engine == "cpu" else cuda.load()
     for k in registry.kernels():
         steps = {tuple(k["states"])} if engine == "cpu" else set(map(tuple, k["variants"]))
-        yield k["rule"], {key: k[key] for key in ("scalars", "hyper", "coefficients", "step_scale")}, steps
+        yield k["rule"], {key: value for key, value in k.items() if key in names(RULES[k["rule"]])}, steps
 
 
 @pytest.mark.parametrize("engine", ["cpu", "cuda", "triton"])
@@ -113,7 +119,15 @@ def test_engines_have_the_same_rules_and_names(engine):
 @pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs the engine's module")
 def test_tables_have_one_layout():
     found = cuda.load().layout()
-    for table in (layout.RowWord, layout.StepWord, layout.GroupFlag, layout.StatusNumber, layout.StatusCount):
+    assert found.pop("Pass") == [x.name for x in Pass] and list(Pass) == [1 << k for k in range(len(Pass))]
+    for table in (
+        layout.RowWord,
+        layout.StepWord,
+        layout.GroupFlag,
+        layout.StatusNumber,
+        layout.StatusCount,
+        layout.SumsWord,
+    ):
         words = [re.sub("(?<!^)(?=[A-Z])", "_", word.removeprefix("k")).upper() for word in found.pop(table.__name__)]
         assert words == [word.name for word in table] and list(table) == list(range(len(table)))
     assert found == {name: getattr(layout, name) for name in ("ADDRESSES", "NEW_STATE", "NO_MEMORY")}

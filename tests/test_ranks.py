@@ -1,6 +1,7 @@
 """Parameters that are sharded among ranks, against one process that has them whole."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ OPTIMIZERS = {
     "AdamW": {"lr": 0.05, "weight_decay": 0.1},
     "SGD": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
     "Lion": {"lr": 0.05, "weight_decay": 0.1},
+    "LAMB": {"lr": 0.05, "weight_decay": 0.1},
+    "LARS": {"lr": 0.5, "trust_coefficient": 0.1, "weight_decay": 0.1},
 }
 ENGINES = [name for name in AVAILABLE if name != "triton"]  # interpreted, it takes a test of its own
 
@@ -41,11 +44,11 @@ def places(kind):
 
 
 def pair(kind, name, engine, **options):
-    """Ours on parts, torch's (of Lion, ours in eager) on the whole; two groups."""
+    """Ours on parts, torch's (where torch has none, ours in eager) on the whole; two groups."""
     torch.manual_seed(1)
     theirs = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     ours = [nn.Parameter(placed(p.detach(), place)) for p, place in zip(theirs, places(kind), strict=True)]
-    other = getattr(torch.optim, name, None) or fusedopt.Lion
+    other = getattr(torch.optim, name, None) or partial(getattr(fusedopt, name), engine="eager")
 
     def groups(ps):
         return [{"params": ps[:2]}, {"params": ps[2:], "lr": 0.02}]

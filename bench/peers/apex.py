@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from fusedopt.bench.optimizers import Case
 from fusedopt.bench.peers.peer import Peer, from_module
 
@@ -10,6 +12,7 @@ HAVE = {
     "Adagrad": ("FusedAdagrad", {}),
     "Adam": ("FusedAdam", {"adam_w_mode": False}),
     "AdamW": ("FusedAdam", {"adam_w_mode": True}),
+    "LAMB": ("FusedLAMB", {"max_grad_norm": math.inf}),
 }
 
 

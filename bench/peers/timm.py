@@ -19,12 +19,22 @@ def _make(name: str, groups: Groups, **options: Any) -> torch.optim.Optimizer:
     return optimizer(groups, **options)
 
 
+# Its classes, what options of ours are called there, and more of its own.
+HAVE: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
+    "NAdamW": ("NAdamW", {}, {}),
+    "Lion": ("Lion", {}, {}),
+    "LAMB": ("Lamb", {}, {"max_grad_norm": None}),
+    "LARS": ("Lars", {"trust_coefficient": "trust_coeff"}, {}),
+}
+
+
 def peers(case: Case, device: str) -> list[Peer]:
-    """NAdamW and Lion."""
-    if case.name not in ("NAdamW", "Lion"):
+    """What timm has for an optimizer."""
+    if case.name not in HAVE:
         return []
-    make = partial(_make, case.name)
+    name, called, more = HAVE[case.name]
+    options = {called.get(key, key): value for key, value in case.options.items()} | more
     return [
-        Peer(f"timm-{way}", "timm", make, case.options | {"foreach": way == "foreach"})
+        Peer(f"timm-{way}", "timm", partial(_make, name), options | {"foreach": way == "foreach"})
         for way in ("for-loop", "foreach")
     ]

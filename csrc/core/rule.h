@@ -92,12 +92,14 @@ struct RuleNames {
   std::string_view rule;
   NameSpan states, scalars, hyper, coefficients, measures, epilogue;
   std::string_view step_scale;
+  bool has_score;
 };
 
 template <class Rule>
 constexpr RuleNames names_of{
     Rule::name,         Rule::states,      Rule::scalars,     Rule::hyper,
-    Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>, kStepScale<Rule> == StepScale::kOne ? "one" : "lr"};
+    Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>, kStepScale<Rule> == StepScale::kOne ? "one" : "lr",
+    kHasScore<Rule>};
 
 // What `finish` is told: the segment's sums, those of its scope, and the largest score there.
 template <class Measures>

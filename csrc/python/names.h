@@ -22,6 +22,7 @@ inline pybind11::dict describe(const RuleNames& rule) {
   d["coefficients"] = names(rule.coefficients);
   d["measures"] = names(rule.measures);
   d["epilogue"] = names(rule.epilogue);
+  d["score"] = rule.has_score;
   d["step_scale"] = pybind11::str(rule.step_scale.data(), rule.step_scale.size());
   return d;
 }

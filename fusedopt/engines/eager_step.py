@@ -152,10 +152,10 @@ class EagerSums:
             self._rule.finish(c, after, self._told(i, row))
             finished.append((c, after))
         step.s = finished[0][1]
-        dims = real(memory.local(step.p)).dim() - 1
+        n_dims = real(memory.local(step.p)).dim()
         for name in vars(step.c):
             column = torch.tensor([getattr(c, name) for c, _ in finished], dtype=step.compute, device=step.p.device)
-            setattr(step.c, name, column[: len(rows)].reshape(-1, *[1] * dims))
+            setattr(step.c, name, column[: len(rows)].reshape([-1, *[1] * n_dims][:n_dims]))
 
     def _told(self, i: int, row: list[Any]) -> SimpleNamespace:
         """What ``finish`` is told of a segment."""
