@@ -132,7 +132,7 @@ def test_rows_of_other_plans_are_no_borders():
     """They have no gradient here, ever, and no addresses."""
     optimizer = SimpleNamespace(param_groups=[{"params": params((0,), (5,), (0,))}], state={}, rule=fusedopt.SGD.rule)
     optimizer.param_groups[0]["momentum"] = 0
-    rows = tables.Rows(optimizer, [1, 2], torch.device("cpu"), ((), ()), 2, 256, (1,))
+    rows = tables.Rows(optimizer, [1, 2], torch.device("cpu"), ((), ()), 2, 256, (1,), None)
     assert rows.borders.tolist() == [2] and (rows.count, rows.n_borders) == (3, 1)
 
 

@@ -125,6 +125,8 @@ STATES = {
     "Adagrad": 1,
     "Adamax": 2,
     "ASGD": 1,
+    "LAMB": 2,
+    "LARS": 0,
     "Lion": 1,
     "NAdam": 2,
     "NAdamW": 2,

@@ -42,10 +42,14 @@ std::int64_t size_of(DType dtype) { return kDTypeSizes[static_cast<int>(dtype)];
 // Rows and their memory. Worlds made alike hold the same values.
 class World {
  public:
-  explicit World(bool plant) {
+  // adds_up: all rows are of a rule that does, over tensors.
+  World(bool plant, bool adds_up) : adds_up_(adds_up) {
     constexpr DType f32 = DType::f32, f64 = DType::f64, bf16 = DType::bf16, f16 = DType::f16;
-    const Kernel &sgd = kernel("sgd", 1), &adam = kernel("adam", 2), &amsgrad = kernel("adam", 3),
-                 &lion = kernel("lion", 1);
+    const auto plain = [&](const char* rule, std::size_t n_states) -> const Kernel& {
+      return adds_up ? kernel("lamb", 2) : kernel(rule, n_states);
+    };
+    const Kernel &sgd = plain("sgd", 1), &adam = plain("adam", 2), &amsgrad = plain("adam", 3),
+                 &lion = plain("lion", 1);
     rows_.reserve(64);
     Row& first = dense(sgd, 9001, f32, f32, f32);
     Row& second = dense(sgd, 9001, f32, f32, f32);
@@ -93,29 +97,31 @@ class World {
         begin += count;
         room -= count;
       }
-      // Betas of Adam and Lion; as momentum, dampening and Nesterov's switch they serve SGD too.
-      const double hyper[] = {0.9, 0.99, 1e-8};
+      // Betas of Adam and Lion; as momentum, dampening and Nesterov's switch they serve SGD too. LAMB has two more.
+      const double hyper[] = {0.9, 0.99, 1e-8, 0.01, 0};
       double scalars[] = {step_};
       const Kernel& kernel = *rows_[r].kernel;
       const std::size_t first = coefficients_.size();
       coefficients_.resize(first + kernel.names.coefficients.size());
       kernel.prepare(hyper, scalars, step_ == 1, coefficients_.data() + first);
       rows_[r].cohort = static_cast<std::int32_t>(r);
-      cohorts_[r] = {0.1, 0.01, r % 3 ? 1.0 : -1.0, r % 2 == 0, first};
+      cohorts_[r] = {0.1, 0.01, r % 3 ? 1.0 : -1.0, r % 2 == 0, first, 0};
     }
     shares_.push_back({static_cast<std::int32_t>(rows_.size()) - 1, rows_.back().numel});
     partials_.assign(shares_.size(), 0);
     Job job{};
     job.rows = rows_.data();
+    job.n_rows = static_cast<std::int64_t>(rows_.size());
     job.shares = shares_.data();
     job.n_shares = static_cast<std::int64_t>(shares_.size()) - 1;
     job.cohorts = cohorts_.data();
     job.coefficients = coefficients_.data();
     job.partials = partials_.data();
     job.threads = threads;
-    job.measure = job.update = true;
+    job.passes = kNormPass | kUpdatePass | (adds_up_ ? kSumsPass : 0);
     job.inverse_scale = 0.25;
     job.max_norm = kUnclipped;
+    if (adds_up_) add_sums(job);
     return job;
   }
 
@@ -124,6 +130,22 @@ class World {
   const std::deque<Bytes>& memory() const { return memory_; }
 
  private:
+  void add_sums(Job& job) {
+    row_sums_.clear();
+    for (std::size_t r = 0, share = 0; r < rows_.size(); ++r) {
+      while (shares_[share + 1].row < static_cast<std::int32_t>(r)) ++share;
+      const auto row = static_cast<std::int64_t>(r);
+      row_sums_.push_back({row, 1, rows_[r].numel, static_cast<std::int64_t>(share), row});
+    }
+    job.scalars = &step_;
+    job.sums.rows = row_sums_.data();
+    job.sums.n_measures = rows_.front().kernel->names.measures.size();
+    slots_.assign((shares_.size() + rows_.size()) * job.sums.n_measures, 0);
+    segments_.assign(rows_.size() * job.sums.n_measures, 0);
+    job.sums.slots = slots_.data();
+    job.sums.segments = segments_.data();
+  }
+
   static void*& at(Row& row, int operand) { return row.addresses[operand]; }
 
   Row& dense(const Kernel& kernel, std::int64_t numel, DType param, DType grad, DType state) {
@@ -182,6 +204,9 @@ class World {
   std::vector<double> coefficients_;
   std::vector<Share> shares_;
   std::vector<double> partials_;
+  bool adds_up_;
+  std::vector<RowSums> row_sums_;
+  std::vector<double> slots_, segments_;
   std::int64_t made_ = 0;
   double step_ = 0;
 };
@@ -198,9 +223,10 @@ void step(World& alone, World& together, std::int64_t size, bool skips, Change c
   if (jobs[0].n_shares <= 2 * kThreads) fail("the job is too small for its threads", size);
   if (jobs[0].skipped != skips || jobs[1].skipped != skips) fail("what to skip is decided otherwise", size);
   if (std::memcmp(&jobs[0].squared_norm, &jobs[1].squared_norm, sizeof(double))) fail("the norms differ", size);
-  if (jobs[0].measure && jobs[0].squared_norm == 0) fail("nothing was measured", size);
+  if (jobs[0].passes & kNormPass && jobs[0].squared_norm == 0) fail("nothing was measured", size);
   if (alone.memory() != together.memory()) fail("the results differ", size);
-  if ((alone.memory() == before) != (skips || !jobs[0].update)) fail("a step was taken or not, unexpectedly", size);
+  if ((alone.memory() == before) != (skips || !(jobs[0].passes & kUpdatePass)))
+    fail("a step was taken or not, unexpectedly", size);
 }
 
 }  // namespace
@@ -208,13 +234,14 @@ void step(World& alone, World& together, std::int64_t size, bool skips, Change c
 int main(int argc, char** argv) {
   const bool plant = argc > 1 && std::string_view(argv[1]) == "--plant";
   // Shares of less than one of the engine's tiles, of one, and of more.
-  for (const std::int64_t size : {501, 1024, 2500}) {
-    World alone(plant), together(plant);
+  for (const std::int64_t share : {501, 1024, 2500, -501, -1024}) {  // negative ones of rules that add up
+    const std::int64_t size = std::abs(share);
+    World alone(plant, share < 0), together(plant, share < 0);
     const auto take = [&](bool skips, auto change) { step(alone, together, size, skips, change); };
     for (int i = 0; i < 3; ++i) take(false, [](Job& job) { job.max_norm = 1; });
-    take(false, [](Job& job) { job.update = false; });
+    take(false, [](Job& job) { job.passes &= ~kUpdatePass; });
     take(false, [](Job& job) {
-      job.measure = false;
+      job.passes &= ~kNormPass;
       job.squared_norm = 400;
       job.max_norm = 2;
     });
