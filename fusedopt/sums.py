@@ -101,8 +101,7 @@ class Joint:
     """
 
     def __init__(self, rule: type[Rule], scope: str, groups: Sequence[dict[str, Any]], ranks: Ranks | None) -> None:
-        self._like = Sums(rule, scope, groups, "cpu")
-        self._rule, self._scope, self._ranks = rule, scope, ranks
+        self._rule, self._scope, self._groups, self._ranks = rule, scope, groups, ranks
         self._params = [p for group in groups for p in group["params"]]
 
     @classmethod
@@ -140,10 +139,9 @@ class Joint:
 
     def _join_segments(self, plans: Sequence[Any]) -> None:
         """Add up segments of which parts are on other ranks."""
-        total = self._total(plans, "segments")
+        total, first = self._total(plans, "segments"), Segments(self._scope, self._groups).first
         for reduction, members in self._by_reduction(inner=True):
-            first = self._like.places.first
-            at = torch.tensor([k for i in members for k in range(first[i], first[i + 1])], device=total.device)
+            at = torch.cat([torch.arange(first[i], first[i + 1], device=total.device) for i in members])
             total[at] = reduced(total[at], reduction.groups(), dist.ReduceOp.SUM)
         self._give(plans, "segments", total)
 
@@ -165,7 +163,7 @@ class Joint:
         """Add up what was added up in the step."""
         if self._scope in (GROUP, ALL) and self._ranks:
             parts = [(plan.reduction, plan.sums.epilogue) for plan in plans]
-            total = self._ranks.sum(parts or [(Reduction(), self._like.epilogue)])
+            total = self._ranks.sum(parts or [(Reduction(), self._none("epilogue"))])
         else:
             total = self._total(plans, "epilogue")
             for reduction, members in self._by_reduction(inner=None):
@@ -189,10 +187,14 @@ class Joint:
         """What plans have found, all of it: of each thing one plan has found something, and the others nothing."""
         found = [getattr(plan.sums, name) for plan in plans]
         if not found:
-            empty = getattr(self._like, name)
-            return torch.full_like(empty, -math.inf) if name == "largest" else empty.clone()
+            return self._none(name)
         together = torch.stack([t.to(found[0].device) for t in found])
         return together.amax(0) if name == "largest" else together.sum(0)
+
+    def _none(self, name: str) -> Tensor:
+        """What a rank has that steps nothing."""
+        none = getattr(Sums(self._rule, self._scope, self._groups, "cpu"), name)
+        return none.fill_(-math.inf) if name == "largest" else none
 
     @staticmethod
     def _give(plans: Iterable[Any], name: str, total: Tensor) -> None:

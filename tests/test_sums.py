@@ -9,11 +9,10 @@ from conftest import AVAILABLE
 from helpers import close
 from sum_rules import SCOPED, Channel, Concluding, Layer, Sharing, textbook
 
-from fusedopt.engines import cpu, cuda
+from fusedopt.engines import cpu, cuda, tables
 from fusedopt.launch import Scaling
 from fusedopt.passes import Pass
 from fusedopt.sums import Segments
-
 
 SHAPES = [(6, 5), (3,), (1,), (4, 3, 2, 2), (), (0,), (0, 4), (5, 0), (2, 3000), (700, 3), (1, 2000), (17,)]
 
@@ -233,6 +232,22 @@ def test_a_scope_that_a_rule_does_not_have(engine):
 def test_segments_of_channels():
     places = Segments("channel", [{"params": parameters([(3, 2), (5,), (4, 1, 2)])}, {"params": parameters([()])}])
     assert places.first == [0, 3, 4, 8, 9] and places.scopes == [0, 1, 2, 3] and places.n_scopes == 4
+
+
+def test_tables_of_many_channels_are_small():
+    """Llama 3 8B, whose 1.6 million channels have no tables of their own."""
+    layer = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336)]
+    shapes = [*[*layer, (4096,), (4096,)] * 32, (128256, 4096), (128256, 4096), (4096,)]
+    ps = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
+    a = Channel(ps)
+    for p in ps:
+        a.state[p] = {"step": torch.zeros((), device="meta"), "momentum_buffer": torch.empty_like(p)}
+    places = Segments("channel", a.param_groups)
+    assert places.first[-1] == 1_632_833
+    names = ("momentum_buffer",), ("step",)
+    rows = tables.Rows(a, list(range(len(ps))), torch.device("cpu"), names, 400, 256, tables.SHARE_SIZES, places)
+    standing = rows.rows, rows.tiles, rows.shares, rows.borders, rows.layouts, rows.row_sums
+    assert sum(t.nbytes for t in standing) < 200_000
 
 
 def test_layers_can_step_in_backward(engine):

@@ -16,7 +16,10 @@ HERE = Path(__file__).parent
 FOLDER = ROOT / "build" / "_openmp_on_threads"
 
 # Programs, and what each watches: paths below csrc/, and a rule_unit.cpp for each of the rules.
-PROGRAMS = {"races": ("cpu/engine.cpp", "cpu/codec.cpp", "cpu/sums.cpp"), "inspection": ("host/abi.cpp", "host/written_memory.cpp")}
+PROGRAMS = {
+    "races": ("cpu/engine.cpp", "cpu/codec.cpp", "cpu/sums.cpp"),
+    "inspection": ("host/abi.cpp", "host/written_memory.cpp"),
+}
 WATCHED_RULES = {"races": ("adam", "lamb", "lion", "sgd"), "inspection": ()}
 
 
