@@ -24,6 +24,8 @@ MAX_GRAD_NORM = 1.0
 LEARNING_RATE = 1e-3
 # What those are given that learn nothing at that rate.
 OPTIONS: dict[str, dict[str, float]] = {
+    "ASGD": {"lr": 0.5},
+    "Adadelta": {"lr": 1.0},
     "Adagrad": {"lr": 2e-2},
     "SGD": {"lr": 0.2, "momentum": 0.9},
 }

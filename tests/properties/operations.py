@@ -12,7 +12,8 @@ import fusedopt
 from properties.memory import Buffer, bits, values
 
 PLAIN = [0, 1, 0, 0]
-SCALARS = ("step", "mu_product")
+EXACT = ("ax", "step_size")  # states that may not be narrow
+SCALARS = ("step", "mu_product", "eta", "mu")
 
 
 def wide(t):
@@ -283,6 +284,8 @@ class Operations:
             group = next(g for g in self.a.param_groups if any(self.a.state.get(p) is ours for p in g["params"]))
             if group.get("centered"):
                 continue  # its variance is a difference, which does not survive this
+            if key in EXACT and to not in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+                continue
             new = old.detach().resolve_conj().resolve_neg().to(to, copy=True)
             if how == "entry":
                 ours[key] = new

@@ -4,7 +4,8 @@ from functools import cache
 
 from hypothesis import strategies as st
 
-NAMES = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam"]
+NAMES = ["SGD", "Adagrad", "RMSprop", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adadelta", "ASGD", "Rprop"]
+WITHOUT_EPS = ("SGD", "ASGD", "Rprop")
 SHAPES = [[3], [], [0], [1], [7], [2, 3], [5, 5], [4, 1], [3, 0, 2], [2, 3, 4], [3, 2, 4, 5], [33], [1024], [37, 110]]
 WIDE = ("float64", "complex128")
 MIXED = ("float32", "bfloat16", "float16", "complex64", *WIDE)
@@ -28,9 +29,19 @@ def hypers(name, precision):
         "weight_decay": st.sampled_from([0.0, 0.1, 0.01]),
         "maximize": st.booleans(),
     }
-    if name in ("Adam", "AdamW", "NAdam", "RAdam"):
+    if name == "Rprop":
+        del found["weight_decay"]
+        found["etas"] = st.sampled_from([[0.5, 1.2], [0.25, 2.0]])
+        found["step_sizes"] = st.sampled_from([[1e-6, 50.0], [0.01, 0.1]])
+    if name == "ASGD":
+        found["lambd"] = st.sampled_from([1e-4, 0.1])
+        found["alpha"] = st.sampled_from([0.75, 1.0])
+        found["t0"] = st.sampled_from([1e6, 0.0, 2.0])
+    if name == "Adadelta":
+        found["rho"] = st.sampled_from([0.9, 0.5])
+    if name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax"):
         found["betas"] = st.sampled_from(BETAS)
-    if name != "SGD":
+    if name not in WITHOUT_EPS:
         found["eps"] = st.sampled_from(EPS[precision])
     if name == "SGD":
         found |= {"momentum": st.sampled_from([0.9, 0.0, 0.5]), "dampening": st.sampled_from([0.0, 0.5])}
@@ -54,7 +65,7 @@ def some(name, precision):
 def options(draw, name, precision):
     """Some constructor arguments, or a group's."""
     chosen = draw(some(name, precision))
-    if name != "SGD":
+    if name not in WITHOUT_EPS:
         chosen["eps"] = chosen.get("eps", EPS[precision][-1])
     if name in ("Adam", "AdamW"):
         chosen["amsgrad"] = draw(st.booleans())

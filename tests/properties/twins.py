@@ -11,13 +11,13 @@ import torch
 from properties.memory import bits, home
 from properties.operations import SCALARS, Operations, tensors, wide
 
-# Relative errors of one step. Torch keeps NAdam's product in float32.
+# Relative errors of one step. Torch keeps NAdam's product and ASGD's rates in float32.
 ERRORS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 ERRORS |= {torch.complex128: 1e-9, torch.complex64: 1e-5}
-NADAM = 1e-6
+FLOAT_SCALARS = 1e-6
 NORM = 1e-6  # a GPU sums the squares of a few narrow gradients in float32
 WIDE = (torch.float64, torch.complex128)
-SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum")
 
 
 def run(program, engine):
@@ -153,7 +153,9 @@ class Twins(Operations):
         ours, theirs = self.a.state.get(p, {}), self.b.state.get(q, {})
         assert set(tensors(ours)) == set(tensors(theirs)), (i, list(ours), list(theirs))
         group = next(g for g in self.b.param_groups if any(r is q for r in g["params"]))
-        error = NADAM if self.name == "NAdam" else ERRORS[p.dtype if p.dtype in WIDE else torch.float32]
+        error = (
+            FLOAT_SCALARS if self.name in ("NAdam", "ASGD") else ERRORS[p.dtype if p.dtype in WIDE else torch.float32]
+        )
         reach = max([self.largest[i], *(biggest(theirs[key]) for key in tensors(theirs) if key not in SQUARES)])
         for key in tensors(ours):
             scale = self.largest[i] ** 2 if key in SQUARES else reach
@@ -162,10 +164,11 @@ class Twins(Operations):
         for key in SCALARS:
             if key in theirs:
                 now, expected = float(ours[key]), float(theirs[key])
-                same = math.isclose(now, expected, rel_tol=NADAM if key != "step" else 0, abs_tol=1e-30)
+                same = math.isclose(now, expected, rel_tol=FLOAT_SCALARS if key != "step" else 0, abs_tol=1e-30)
                 assert same, (f"{key} of parameter {i}", now, expected)
-        if self.name == "NAdam" and "mu_product" in theirs:
-            theirs["mu_product"] = torch.tensor(float(ours["mu_product"]), dtype=torch.float64)
+        for key in SCALARS[1:]:
+            if key in theirs:
+                theirs[key] = torch.tensor(float(ours[key]), dtype=torch.float64)
         if any(t.dtype not in WIDE for t in (p, *(ours[key] for key in tensors(ours)))):
             self.largest[i] = 0.0
             q.data.copy_(wide(p))
