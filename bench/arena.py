@@ -221,7 +221,7 @@ class Arena:
         """A row with what is not a matter of time: launches, memory, host work, and whether the update is the same."""
         contender, peer = one.contender, one.contender.peer
         state_bytes, kind = memory.states(one.optimizer)
-        moved = self._bytes.moved + 2 * state_bytes
+        moved = self._bytes.moved + 2 * state_bytes + self._footprint.measured(self._workload)
         row = self._row(contender.variant, contender.version, timings, contender.option, moved)
         row.same_update = peer is None or peer.differs is None
         row.note, row.storage = (peer.differs, peer.storage) if peer else (None, "full")

@@ -211,9 +211,13 @@ class Footprint:
 
     def moved(self, workload: Workload) -> int:
         """Bytes that a step of ours has to move."""
+        states = 2 * workload.suite.numel * sum(self.states)
+        return self.tensor_bytes(workload).moved + states + self.measured(workload)
+
+    def measured(self, workload: Workload) -> int:
+        """Those that it reads before it can update, besides a norm's."""
         streams = (self.param, self.param, *self.states)  # in the order in which rules measure them
-        measured = sum(streams[: workload.case.measured])
-        return self.tensor_bytes(workload).moved + workload.suite.numel * (2 * sum(self.states) + measured)
+        return workload.suite.numel * sum(streams[: workload.case.measured])
 
 
 @dataclass(frozen=True)
