@@ -157,7 +157,7 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
         super().add_param_group(param_group)
         try:
             checks.group(self.rule, param_group, len(self.param_groups) - 1)
-            engines.check_group(self.engine, param_group)
+            engines.check_group(self.engine, param_group, self.rule, self.scope)
         except Exception:
             self.param_groups.pop()
             raise

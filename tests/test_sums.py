@@ -9,6 +9,7 @@ from conftest import AVAILABLE
 from helpers import close
 from sum_rules import SCOPED, Channel, Concluding, Layer, Sharing, textbook
 
+import fusedopt
 from fusedopt.engines import cpu, cuda, tables
 from fusedopt.launch import Scaling
 from fusedopt.passes import Pass
@@ -266,3 +267,17 @@ def test_layers_can_step_in_backward(engine):
     with pytest.raises(RuntimeError, match="adds up over 'group'"):
         step_in_backward(Sharing([p], engine=engine))
     step_in_backward(Channel([p], engine=engine)).remove()
+
+
+def test_differentiable_steps_go_through_the_sums_of_tensors():
+    x, g = (torch.randn(3, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+
+    def stepped(value, grad):
+        p = value.clone()
+        p.grad = grad
+        fusedopt.LAMB([p], lr=0.1, weight_decay=0.1, differentiable=True).step()
+        return p
+
+    assert torch.autograd.gradcheck(stepped, (x, g))
+    with pytest.raises(ValueError, match="differentiable=True does not go through sums over 'all'"):
+        Sharing([torch.ones(3)], scope="all", differentiable=True)

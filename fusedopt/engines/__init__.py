@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.rule import Rule
+from fusedopt.sums import TENSOR
 
 StepStatus = tables.StepStatus
 
@@ -43,10 +44,12 @@ def require(name: str) -> None:
         raise RuntimeError(f"engine {name!r} is not available: {reason}")
 
 
-def check_group(name: str, group: dict[str, Any]) -> None:
+def check_group(name: str, group: dict[str, Any], rule: type[Rule], scope: str) -> None:
     """A group's options can be honoured by the engine that was asked for."""
     if group["differentiable"] and name not in ("auto", "eager"):
         raise ValueError(f"differentiable=True runs on engine 'eager', not {name!r}")
+    if group["differentiable"] and rule.has_sums() and scope != TENSOR:
+        raise ValueError(f"differentiable=True does not go through sums over {scope!r}; it does over 'tensor'")
 
 
 def choose(
