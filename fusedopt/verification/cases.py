@@ -18,7 +18,7 @@ class Case:
         name: How reports call it.
         optimizer: The class's name in fusedopt.
         options: Constructor arguments.
-        oracle: ``package:Class`` of an independent implementation.
+        oracle: ``package:Class`` of an independent implementation; ``none:Class`` where there is none.
         reference: Its textbook loop, which stands in where the oracle is not installed.
         exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
         signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
