@@ -9,6 +9,15 @@ from fusedopt.verification.cases import CASES
 BY_NAME = {case.name: case for case in CASES}
 ALL = list(fusedopt.optimizers.__all__)
 TORCH = [name for name in ALL if hasattr(torch.optim, name)]
+RULES = {getattr(fusedopt, name).rule.name: getattr(fusedopt, name).rule for name in ALL}
+
+
+def variants(rule):
+    """The sets of states that a rule's switches choose from."""
+    settings = [{}]
+    for key in rule.switches():
+        settings = [{**s, key: on} for s in settings for on in (False, True)]
+    return {tuple(s.name for s in rule.active_states(setting)) for setting in settings}
 
 
 def fewer(engine, count):

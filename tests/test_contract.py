@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, TORCH
+from helpers import ALL, RULES, TORCH, variants
 
 import fusedopt
 from fusedopt import layout, optimizers
@@ -58,17 +58,6 @@ def test_every_optimizer_is_exported():
     found = {value for m in modules for value in vars(m).values() if getattr(value, "__module__", "") == m.__name__}
     classes = {c.__name__ for c in found if isinstance(c, type) and issubclass(c, fusedopt.FusedOptimizer)}
     assert classes == set(optimizers.OPTIMIZERS) == set(optimizers.__all__) <= set(fusedopt.__all__)
-
-
-RULES = {getattr(fusedopt, name).rule.name: getattr(fusedopt, name).rule for name in ALL}
-
-
-def variants(rule):
-    """The sets of states that a rule's switches choose from."""
-    settings = [{}]
-    for key in rule.switches():
-        settings = [{**s, key: on} for s in settings for on in (False, True)]
-    return {tuple(s.name for s in rule.active_states(setting)) for setting in settings}
 
 
 def names(rule):

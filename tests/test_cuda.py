@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, fill_gradients, params
+from helpers import RULES, fill_gradients, params, variants
 
 import fusedopt
 from fusedopt.bench.variants import EXTENSION, VARIANTS, build
@@ -84,7 +84,7 @@ def test_two_launches_where_one_does_not_fit():
 # ------------------------------------------------------------------------------------- the built extension
 
 # One for each variant of a rule, one for all where there are several, and both sizes of arguments.
-N_VARIANTS = [2 ** len(rule.switches()) for rule in {getattr(fusedopt, name).rule for name in ALL}]
+N_VARIANTS = [len(variants(rule)) for rule in RULES.values()]
 N_KERNELS = 2 * sum(n + (n > 1) for n in N_VARIANTS)
 built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
@@ -119,29 +119,13 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
 
 POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
 CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text())}
-STATES = {
-    "AdaBound": 2,
-    "Adadelta": 2,
-    "Adagrad": 1,
-    "Adamax": 2,
-    "ASGD": 1,
-    "LAMB": 2,
-    "LARS": 0,
-    "Lion": 1,
-    "NAdam": 2,
-    "NAdamW": 2,
-    "RAdam": 2,
-    "RMSprop": 1,
-    "Rprop": 2,
-    "SGD": 0,
-    "Adam": 2,
-}
 
 
 def n_operands(kernel):
     """Of the largest variant that a kernel steps; each switch that is on adds a state."""
-    variants = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large"))
-    return max(2 + STATES[rule] + arguments.count("true") for rule, arguments in variants)
+    found = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large"))
+    always = {name: sum(not state.when for state in rule.states) for name, rule in RULES.items()}
+    return max(2 + always[struct.lower()] + arguments.count("true") for struct, arguments in found)
 
 
 @built

@@ -27,7 +27,9 @@ def test_gate_of_triton_takes_more_steps(case, dtype):
     assert result.passed, result
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.reference], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.reference and not c.oracle.startswith("none:")], ids=lambda case: case.name
+)
 def test_textbook_loop_agrees_with_oracle(case):
     assert gate.has_oracle(case), f"{case.oracle} is not installed"
     theirs = gate.results(case, *run(lambda p: gate.oracle(case, p), torch.float64))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from helpers import RULES, variants
 
 from fusedopt.inspection import code
 
@@ -132,12 +133,12 @@ def inspected(tmp_path, *options):
     return json.loads(file.read_text())["kernels"]
 
 
-STATES = {  # of every variant of every rule
-    "sgd": 0, "sgd+momentum_buffer": 1, "adagrad": 1, "rmsprop": 1, "rmsprop+momentum_buffer": 2,
-    "rmsprop+grad_avg": 2, "rmsprop+momentum_buffer+grad_avg": 3, "adam": 2, "adam+max_exp_avg_sq": 3, "nadam": 2,
-    "nadamw": 2, "radam": 2, "adabound": 2, "adabound+max_exp_avg_sq": 3, "lion": 1, "adamax": 2, "adadelta": 2,
-    "asgd": 1, "rprop": 2,
-}  # fmt: skip
+def label(rule, states):
+    """How a variant is called: by its rule, and the states that not every variant has."""
+    return "+".join([rule.name, *(state.name for state in rule.states if state.when and state.name in states)])
+
+
+STATES = {label(rule, states): len(states) for rule in RULES.values() for states in variants(rule)}
 
 
 @pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])

@@ -18,7 +18,7 @@ class Case:
         name: How reports call it.
         optimizer: The class's name in fusedopt.
         options: Constructor arguments.
-        oracle: ``package:Class`` of an independent implementation.
+        oracle: ``package:Class`` of an independent implementation; ``none:Class`` where there is none.
         reference: Its textbook loop, which stands in where the oracle is not installed.
         theirs: Constructor arguments of the oracle that are not ours.
         alone: Whether the oracle has one step count for all parameters, so that each gets an oracle of its own.
