@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fusedopt.triton_kernels.signatures import has_scopes, has_tables, n_measures
 from fusedopt.triton_kernels.tile import PARTS, whole_tiles
-from fusedopt.triton_kernels.walk import FIRST_SEGMENT, FIRST_SHARE, LAST_SHARE, SCOPE, SUMS_WIDTH, load_i32
+from fusedopt.triton_kernels.walk import FIRST_SEGMENT, FIRST_SHARE, LAST_SHARE, SCOPE, SUMS_WIDTH, load_i32, to_type
 
 # Tiles that are added up in the type of their values before they join the double precision sum.
 RUN = tl.constexpr(16)
@@ -36,10 +36,16 @@ def _blocks(N: tl.constexpr, SIZE: tl.constexpr, T: tl.constexpr):
 
 
 @triton.jit
-def _plus_blocks(blocks, values, T: tl.constexpr):
+def _of_fours(x):
+    """The sums of four neighbours each, which a thread has: fewer registers than sums of every lane."""
+    return tl.sum(tl.reshape(x, (x.shape[0] // 4, 4)), axis=1)
+
+
+@triton.jit
+def _plus_fours(blocks, values, T: tl.constexpr):
     out = ()
     for k in tl.static_range(len(blocks)):
-        out = out + (blocks[k] + values[k].to(T),)
+        out = out + (blocks[k] + _of_fours(values[k].to(T)),)
     return out
 
 
@@ -72,17 +78,17 @@ def add_up(
     lanes = tl.arange(0, PART)
     for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
         found = BODY(segment, at, engine, c, FUNCTION, MORE, SIGNATURES, K, PART, False)
-        totals = plus(totals, _plus_blocks(_blocks(N, PART, T), found, T), at + lanes < numel)
+        totals = plus(totals, to_type(found, T), at + lanes < numel)
     if FAST:
         for run in range(begin, full_end, RUN):
-            parts = _blocks(N, TILE, T)
+            parts = _blocks(N, TILE // 4, T)
             for t in tl.range(run, tl.minimum(run + RUN, full_end), num_stages=STAGES):
                 tile = t
                 if not UP:
                     tile = begin + full_end - 1 - t
                 found = BODY(segment, tile.to(tl.int64) * TILE, engine, c, FUNCTION, MORE, SIGNATURES, K, TILE, True)
-                parts = _plus_blocks(parts, found, T)
-            totals = plus(totals, parts, tl.full((TILE,), 1, tl.int1))
+                parts = _plus_fours(parts, found, T)
+            totals = plus(totals, parts, tl.full((TILE // 4,), 1, tl.int1))
     return totals
 
 

@@ -115,7 +115,8 @@ def constants(
     walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": STAGES}
     finish, conclude = ours.finish if measures else None, ours.conclude if epilogue else None
     step = {"DIRECTION": ours.direction, "PREPARE": ours.prepare, "FINISH": finish, "CONCLUDE": conclude}
-    found = {"norm": {"SUMS": sums, "WIDTH": width, **walk}, "step": {**step, **counts, **walk}}
+    norm = {"SUMS": sums if scope == CHANNEL else "", "WIDTH": width}
+    found = {"norm": {**norm, **walk}, "step": {**step, **counts, **walk}}
     if measures:
         found["sums"] = {"MEASURE": ours.measure, "PREPARE": ours.prepare, **counts, **walk}
         found["fold"] = {"SUMS": sums, "TILE": tile}
