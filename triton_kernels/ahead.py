@@ -22,6 +22,11 @@ TYPES = {
     "n_rows": "i32",
     "n_shares": "i32",
     "n_borders": "i32",
+    "n_scopes": "i32",
+    "passes": "i32",
+    "row_sums": "*i64",
+    "sums": ("*i64", "*fp64", "*fp64", "*fp64", "*fp64", "*fp64"),
+    "concluded": "*fp64",
 }
 
 
@@ -30,8 +35,8 @@ class Specialised:
     """A kernel with all that it is specialised to.
 
     Attributes:
-        name: Such as ``adam bf16``, ``adam+max_exp_avg_sq bf16`` or ``norm bf16``: the rule, states that it
-            does not always have, and the parameter's and gradient's type.
+        name: Such as ``adam bf16``, ``adam+max_exp_avg_sq bf16``, ``lamb sums bf16`` or ``norm bf16``: the rule, states
+            that it does not always have, which kernel if it is not the step, and the parameter's and gradient's type.
         kernel: The jit function.
         constants: Its constexpr arguments.
     """
@@ -42,7 +47,7 @@ class Specialised:
 
 
 def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> list[Specialised]:
-    """The norm kernel for every element type, and the step kernel for every rule, set of states and element type.
+    """The norm kernel for every element type, and the others for every rule, set of states and element type.
 
     Args:
         rules: Eager rules, see fusedopt.rule.
@@ -51,22 +56,22 @@ def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> lis
     """
     from fusedopt.engines import triton as engine
     from fusedopt.operands import FP32, FP64, PLAIN, Signature
-    from fusedopt.triton_kernels import norm, step
 
     elements, rules = list(elements), list(rules)
-    codecs = {codec.name: codec for codec in PLAIN}
+    codecs, functions = {codec.name: codec for codec in PLAIN}, engine.functions()
     found = []
     for element, rule in product(elements, rules):
         for states in _sets_of_states(rule):
             wide = FP64 if element == FP64.name else FP32
             operands = (("param", codecs[element]), ("grad", codecs[element]), *((name, wide) for name in states))
             signature = Signature(False, operands)
-            for_norm, for_step = engine.constants(rule, [signature], engine.TILES[_backend(arch)])
+            constants = engine.constants(rule, [signature], engine.TILES[_backend(arch)], rule.scopes[0])
             switched = [s.name for s in rule.states if s.when and s.name in states]
-            label = f"{'+'.join([rule.name, *switched])} {element}"
-            found.append(Specialised(label, step.step, for_step))
-            if rule is rules[0] and states == _sets_of_states(rule)[0]:
-                found.append(Specialised(f"norm {element}", norm.norm, for_norm))
+            label = "+".join([rule.name, *switched])
+            for kernel, chosen in constants.items():
+                name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")
+                if kernel != "norm" or (rule is rules[0] and states == _sets_of_states(rule)[0]):
+                    found.append(Specialised(f"{name} {element}", functions[kernel], chosen))
     return found
 
 
@@ -83,12 +88,13 @@ def compiled(what: Specialised, arch: str) -> Any:
 
     from fusedopt.engines import triton as engine
 
-    names = what.kernel.arg_names
-    signature = {name: "constexpr" if name in what.constants else TYPES[name] for name in names}
+    absent = engine.absent(what.constants)
+    constants = {**what.constants, **{name: None for name in absent if name in what.kernel.arg_names}}
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in what.kernel.arg_names}
     backend = _backend(arch)
     wave = 64 if arch.startswith("gfx9") else 32
     target = GPUTarget(backend, arch if backend == "hip" else int(arch), wave)
-    source = ASTSource(what.kernel, signature, constexprs=what.constants)
+    source = ASTSource(what.kernel, signature, constexprs=constants)
     return triton.compile(source, target=target, options=engine.options(backend))
 
 

@@ -1,7 +1,11 @@
-"""What a kernel is specialised to: the signatures of a plan's rows.
+"""What a kernel is specialised to: the signatures of a plan's rows, and what its rule adds up.
 
 Signatures are written as fusedopt.operands.Signature writes them, such as ``dense param=bf16 grad=bf16 exp_avg=fp32``,
 and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch.
+
+Sums are written as ``group measures=2 epilogue=1 shared=0,2 joined=0``: the scope; how many sums there are before the
+step; the numbers of the scalars that have those of the epilogue, and of those that a scope shares; and whether the
+tables have what the step needs, or the slots, see sums.py. Of a rule without sums they are an empty string.
 """
 
 import triton
@@ -60,3 +64,63 @@ def has(names, name):
 def index(names, name):
     """Where a state stands among the names."""
     return names.split(",").index(name)
+
+
+@triton.constexpr_function
+def itemsize(signatures, k, operand):
+    """How many bytes an element of an operand has."""
+    return element(signatures, k, operand).primitive_bitwidth // 8
+
+
+def describe(scope: str, n_measures: int, epilogue: list[int], shared: list[int], joined: bool) -> str:
+    """Sums as kernels take them."""
+    lists = (",".join(map(str, numbers)) for numbers in (epilogue, shared))
+    return "{} measures={} epilogue={} shared={} joined={}".format(scope, n_measures, *lists, int(joined))
+
+
+@triton.constexpr_function
+def _field(sums, name):
+    """What is behind a name; empty without sums."""
+    return next((part.split("=")[1] for part in sums.split(" ") if part.startswith(name + "=")), "")
+
+
+@triton.constexpr_function
+def in_channels(sums):
+    """Whether rows have several segments."""
+    return sums.startswith("channel ")
+
+
+@triton.constexpr_function
+def spans_rows(sums):
+    """Whether scopes have several rows."""
+    return sums.startswith(("group ", "all "))
+
+
+@triton.constexpr_function
+def has_tables(sums):
+    """Whether what the step needs is in the tables of scopes, or of segments, and not in slots."""
+    return not sums.startswith("tensor ") or _field(sums, "joined") == "1"
+
+
+@triton.constexpr_function
+def has_scopes(sums):
+    """Whether scopes are more than segments."""
+    return bool(sums) and not sums.startswith("tensor ")
+
+
+@triton.constexpr_function
+def n_measures(sums):
+    """How many sums there are before the step."""
+    return int(_field(sums, "measures") or 0)
+
+
+@triton.constexpr_function
+def n_listed(sums, name):
+    """How many scalars are listed, of the epilogue or shared ones."""
+    return len(_field(sums, name).split(",")) if _field(sums, name) else 0
+
+
+@triton.constexpr_function
+def listed(sums, name, k):
+    """The number of one of them among all scalars."""
+    return int(_field(sums, name).split(",")[k])

@@ -3,76 +3,75 @@
 import triton
 import triton.language as tl
 
-from fusedopt.layout import GroupFlag, StatusNumber
-from fusedopt.triton_kernels.signatures import compute, count, n_states, states, widest
-from fusedopt.triton_kernels.tile import PARTS, fetch, locate, put, whole_tiles
+from fusedopt.triton_kernels.adding import add_up, load_sums, store_sums, tell, told, zeros
+from fusedopt.triton_kernels.cohort import (
+    NORM,
+    cohort_of,
+    counted,
+    decide,
+    engine_scalars,
+    first_scalar,
+    record_of,
+)
+from fusedopt.triton_kernels.signatures import (
+    compute,
+    count,
+    in_channels,
+    listed,
+    n_listed,
+    n_measures,
+    n_states,
+    spans_rows,
+    states,
+    widest,
+)
+from fusedopt.triton_kernels.tile import (
+    PARTS,
+    addresses_of,
+    fetch,
+    locate,
+    put,
+    segment_of,
+    segments_of,
+    tiles_of,
+    whole_row,
+    whole_tiles,
+)
 from fusedopt.triton_kernels.walk import (
-    ADDRESSES,
+    FIRST_SEGMENT,
     GRADS,
     GROUP,
-    MAX_NORM,
-    MEASURED,
-    NEW_STATE,
-    NUMEL,
-    OPERAND_ADDRESSES,
+    SCOPE,
     SHARES_UPDATED,
-    SKIP_NONFINITE,
     SKIPPED,
     SKIPPED_STEPS,
+    SUMS_WIDTH,
     claim,
     is_last,
     load_hyper,
+    load_i32,
     load_scalars,
     row_of,
     segment,
     share_of,
+    store_scalar,
     store_scalars,
     to_type,
 )
 
-DECOUPLED, SIGN = (tl.constexpr(int(flag)) for flag in GroupFlag)
-N_FLAGS = tl.constexpr(len(GroupFlag))
-SQUARED_NORM, NORM = (tl.constexpr(int(number)) for number in StatusNumber)
-
-
-@triton.jit
-def _decide(step_table, numbers, grad_scale, found_inf):
-    """What becomes of a step: the gradients' factor, 1 / loss scale * clip; whether it is skipped; and the norm."""
-    inverse = 1 / tl.load(grad_scale).to(tl.float64)
-    measured = tl.load(step_table + MEASURED) != 0
-    max_norm = tl.load(step_table + MAX_NORM).to(tl.float64, bitcast=True)
-    norm = tl.where(measured, tl.sqrt(tl.load(numbers + SQUARED_NORM)) * inverse, 0.0)
-    finite = norm < float("inf")
-    skipped = (tl.load(found_inf) != 0) | ((tl.load(step_table + SKIP_NONFINITE) != 0) & (finite == 0))
-    clip = max_norm / (norm + 1e-6)
-    clip = tl.where((clip > 1) | (max_norm == float("inf")), 1.0, clip)
-    return inverse * clip, skipped, norm
-
-
-@triton.jit
-def _engine_scalars(record, factor, mask, STEP_SCALE: tl.constexpr, N_HYPER: tl.constexpr):
-    """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and step scale."""
-    lr, weight_decay = load_hyper(record, mask, 0, 2)
-    flags = record + 2 * (2 + N_HYPER)
-    decoupled = tl.load(flags + DECOUPLED) != 0
-    gradient_factor = factor * tl.load(flags + SIGN).to(tl.float64)
-    coupled_decay = tl.where(decoupled, 0.0, weight_decay)
-    decay_factor = tl.where(decoupled, 1 - lr * weight_decay, 1.0)
-    step_scale = lr if STEP_SCALE == "lr" else tl.full([], 1.0, tl.float64)
-    return gradient_factor, coupled_decay, decay_factor, step_scale
-
 
 @triton.jit
 def _step(
-    words, layouts, addresses, start, numel, engine, c, DIRECTION: tl.constexpr, SIGNATURES: tl.constexpr,
+    segment, start, engine, c, DIRECTION: tl.constexpr, CONCLUDE: tl.constexpr, SIGNATURES: tl.constexpr,
     K: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """SIZE elements' step, in the order of every engine.
+    """SIZE elements' step, in the order of every engine; returns what the rule concludes.
 
     Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
     """
+    words, layouts, origin, numel, addresses = segment
     gradient_factor, coupled_decay, decay_factor, step_scale = engine
-    at = locate(words, layouts, start, numel, SIGNATURES, K, SIZE)
+    at = locate(words, layouts, origin, start, numel, SIGNATURES, K, SIZE)
     p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
     g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * gradient_factor
     state = ()
@@ -80,50 +79,91 @@ def _step(
         state = state + (fetch(addresses[2 + k], at, SIGNATURES, K, 2 + k, FULL),)
     g = tl.where(coupled_decay != 0, g + coupled_decay * p, g)
     d, state = DIRECTION(p, g, state, c, states(SIGNATURES, K))
-    put(addresses[0], at, decay_factor * p - step_scale * d, SIGNATURES, K, 0, FULL)
+    p = decay_factor * p - step_scale * d
+    put(addresses[0], at, p, SIGNATURES, K, 0, FULL)
     for k in tl.static_range(n_states(SIGNATURES, K)):
         put(addresses[2 + k], at, state[k], SIGNATURES, K, 2 + k, FULL)
+    if CONCLUDE is None:
+        return ()
+    else:
+        return CONCLUDE(p, g, d, state, c, states(SIGNATURES, K))
 
 
 @triton.jit
-def _cohort(rows, step_table, row, mask, WIDTH: tl.constexpr):
-    """A number that rows share whose hyperparameters are the same: twice the group, plus one if states are new.
-
-    It is -1 for rows without a gradient.
-    """
-    grad = tl.load(step_table + GRADS + row, mask=mask, other=0)
-    group = tl.load(rows + row * WIDTH + GROUP, mask=mask, other=0)
-    return tl.where(grad != 0, 2 * group + (grad & NEW_STATE), -1).to(tl.int32)
+def _tiles(
+    segment, begin, end, engine, c, DIRECTION: tl.constexpr, CONCLUDE: tl.constexpr, SUMS: tl.constexpr,
+    SIGNATURES: tl.constexpr, K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Tiles [begin, end) of a segment, the last first: the kernel before has just read the last."""
+    T: tl.constexpr = compute(SIGNATURES, K)
+    engine = to_type(engine, T)
+    c = to_type(c, T)
+    if CONCLUDE is None:
+        full_end = whole_tiles(segment[4], begin, end, segment[3], SIGNATURES, K, TILE)
+        PART: tl.constexpr = TILE // PARTS
+        for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, segment[3]), PART):
+            _step(segment, at, engine, c, DIRECTION, CONCLUDE, SIGNATURES, K, PART, False)
+        for back in tl.range(begin, full_end, num_stages=STAGES):
+            at = (begin + full_end - 1 - back).to(tl.int64) * TILE
+            _step(segment, at, engine, c, DIRECTION, CONCLUDE, SIGNATURES, K, TILE, True)
+        return ()
+    else:
+        N: tl.constexpr = n_listed(SUMS, "epilogue")
+        return add_up(
+            segment, begin, end, engine, c, _step, DIRECTION, CONCLUDE, N, False, True, T, SIGNATURES, K, TILE, STAGES,
+        )  # fmt: skip
 
 
 @triton.jit
-def _counted(scalars):
-    """The scalars with ``step``, which is first, one further."""
-    out = ()
-    for k in tl.static_range(len(scalars)):
-        out = out + ((scalars[k] + 1 if k == 0 else scalars[k]),)
-    return out
+def _finished(
+    rows, row, number, is_whole, is_first, c, scalars, sums, FINISH: tl.constexpr, SUMS: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """The coefficients of a segment. Counts the step in a row that is whole in the share, by its first segment."""
+    if FINISH is None:
+        return c
+    else:
+        own, whole, largest = tell(sums, row, number, is_first, SUMS)
+        c, scalars = FINISH(c, scalars, own, whole, largest)
+        if len(scalars) > 0:
+            if is_whole & (number == 0):
+                tl.debug_barrier()  # all threads have read the scalars that told the row from those before it
+                store_scalars(rows, row, row >= 0, scalars, FIRST, WIDTH)
+        return c
 
 
 @triton.jit
 def _row(
-    words, layouts, grad, begin, end, engine, c, DIRECTION: tl.constexpr, SIGNATURES: tl.constexpr,
-    K: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    rows, words, layouts, grad, row, low, high, n_tiles, engine, c, scalars, sums, slot, DIRECTION: tl.constexpr,
+    FINISH: tl.constexpr, CONCLUDE: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, K: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Tiles [begin, end) of a row, the last first: the norm kernel has just read the last."""
-    numel = tl.load(words + NUMEL)
-    addresses = (tl.load(words + OPERAND_ADDRESSES), grad)
-    for k in tl.static_range(n_states(SIGNATURES, K)):
-        addresses = addresses + (tl.load(words + OPERAND_ADDRESSES + ADDRESSES * (1 + k)),)
-    engine = to_type(engine, compute(SIGNATURES, K))
-    c = to_type(c, compute(SIGNATURES, K))
-    full_end = whole_tiles(addresses, begin, end, numel, SIGNATURES, K, TILE)
-    PART: tl.constexpr = TILE // PARTS
-    for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
-        _step(words, layouts, addresses, at, numel, engine, c, DIRECTION, SIGNATURES, K, PART, False)
-    for back in tl.range(begin, full_end, num_stages=STAGES):
-        at = (begin + full_end - 1 - back).to(tl.int64) * TILE
-        _step(words, layouts, addresses, at, numel, engine, c, DIRECTION, SIGNATURES, K, TILE, True)
+    """Tiles [low, high) of a row. What the rule concludes goes to ``slot``."""
+    is_whole = high - low == n_tiles
+    if in_channels(SUMS):
+        totals = zeros(n_listed(SUMS, "epilogue"))
+        addresses = addresses_of(words, grad, SIGNATURES, K)
+        number, stop, each, length = segments_of(sums[0], row, low, high, TILE)
+        for k in range(number, stop):
+            begin, end = tiles_of(k, each, low, high)
+            here = segment_of(words, layouts, addresses, k, length, SIGNATURES, K)
+            own = _finished(rows, row, k, is_whole, begin == 0, c, scalars, sums, FINISH, SUMS, FIRST, WIDTH)
+            found = _tiles(here, begin, end, engine, own, DIRECTION, CONCLUDE, SUMS, SIGNATURES, K, TILE, STAGES)
+            totals = _both(totals, found)
+        store_sums(slot, totals)
+    else:
+        here = whole_row(words, layouts, grad, SIGNATURES, K)
+        own = _finished(rows, row, 0, is_whole, low == 0, c, scalars, sums, FINISH, SUMS, FIRST, WIDTH)
+        found = _tiles(here, low, high, engine, own, DIRECTION, CONCLUDE, SUMS, SIGNATURES, K, TILE, STAGES)
+        store_sums(slot, found)
+
+
+@triton.jit
+def _both(totals, found):
+    out = ()
+    for k in tl.static_range(len(totals)):
+        out = out + (totals[k] + found[k],)
+    return out
 
 
 @triton.jit
@@ -140,32 +180,75 @@ def _count_cohort(rows, tiles, first, last, begin, end, scalars, FIRST: tl.const
 
 
 @triton.jit
+def _finished_rows(c, scalars, sums, row, mask, FINISH: tl.constexpr, SUMS: tl.constexpr):
+    """The scalars of a block of rows, after ``finish`` of their first segments; without one, and masked, of zeros."""
+    if FINISH is None:
+        return scalars
+    else:
+        row_sums, _, _, segments, _, _ = sums
+        first = tl.load(row_sums + row * SUMS_WIDTH + FIRST_SEGMENT, mask=mask, other=0)
+        after = tl.load(row_sums + (row + 1) * SUMS_WIDTH + FIRST_SEGMENT, mask=mask, other=0)
+        own = load_sums(segments + first * n_measures(SUMS), first < after, n_measures(SUMS))
+        own, whole, largest = told(sums, row, own, row >= 0, SUMS)
+        _, scalars = FINISH(c, scalars, own, whole, largest)
+        return scalars
+
+
+@triton.jit
 def _count_borders(
-    rows, borders, step_table, records, n_borders, PREPARE: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    rows, borders, step_table, records, n_borders, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Counts the step in the other rows; all programs are done with them."""
     lanes = tl.arange(0, 128)
     for at in range(0, n_borders, 128):
         mask = at + lanes < n_borders
         row = tl.load(borders + at + lanes, mask=mask, other=0)
-        cohort = _cohort(rows, step_table, row, mask, WIDTH)
+        cohort = cohort_of(rows, step_table, row, mask, WIDTH)
         active = cohort >= 0
-        scalars = _counted(load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH))
-        if N_SCALARS > 1:  # more than `step`: the rule advances them
-            record = records + tl.maximum(cohort >> 1, 0) * (2 * (2 + N_HYPER) + N_FLAGS)
-            _, scalars = PREPARE(load_hyper(record, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
+        scalars = counted(load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH))
+        if (N_SCALARS > 1) | (FINISH is not None):  # more than `step`: the rule advances them
+            record = record_of(records, cohort, N_HYPER)
+            c, scalars = PREPARE(load_hyper(record, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
+            scalars = _finished_rows(c, scalars, sums, row, active, FINISH, SUMS)
         store_scalars(rows, row, active, scalars, FIRST, WIDTH)
+
+
+@triton.jit
+def _share_scalars(
+    rows, step_table, records, n_rows, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr, N_SCALARS: tl.constexpr,
+    N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Advances what scopes share in rows without a gradient, if anything of their scope is stepped."""
+    row_sums, wholes = sums[0], sums[4]
+    lanes = tl.arange(0, 128)
+    for at in range(0, n_rows, 128):
+        row = at + lanes
+        mask = row < n_rows
+        mask = mask & (tl.load(step_table + GRADS + row, mask=mask, other=1) == 0)
+        mask = mask & (tl.load(rows + row * WIDTH + FIRST, mask=mask, other=0) != 0)
+        scope = tl.load(row_sums + row * SUMS_WIDTH + SCOPE, mask=mask, other=0)
+        stepped = wholes + scope * (n_measures(SUMS) + 1) + n_measures(SUMS)
+        mask = mask & (tl.load(stepped, mask=mask, other=0.0) != 0)
+        if tl.max(mask.to(tl.int32)) != 0:
+            group = tl.load(rows + row * WIDTH + GROUP, mask=mask, other=0)
+            record = record_of(records, 2 * group, N_HYPER)
+            scalars = load_scalars(rows, row, mask, FIRST, N_SCALARS, WIDTH)
+            c, scalars = PREPARE(load_hyper(record, mask, 2, N_HYPER), scalars, row < 0)
+            scalars = _finished_rows(c, scalars, sums, row, row < 0, FINISH, SUMS)
+            for k in tl.static_range(n_listed(SUMS, "shared")):
+                PLACE: tl.constexpr = listed(SUMS, "shared", k)
+                store_scalar(rows, row, mask, scalars[PLACE], FIRST + PLACE, WIDTH)
 
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_shares", "n_borders"], do_not_specialize_on_alignment=["grad_scale", "found_inf"]
 )
 def step(
-    rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, n_rows, n_shares,
-    n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+    rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, sums, n_rows, n_shares,
+    n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, FINISH: tl.constexpr, CONCLUDE: tl.constexpr,
+    STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr,
+    SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step of every row that has a gradient, unless it is skipped.
 
@@ -180,57 +263,71 @@ def step(
         counts: The same.
         grad_scale: One float, the loss scale.
         found_inf: One float; not 0 to skip the step.
+        sums: See adding.py; None if the rule adds nothing up.
         n_rows: How many.
         n_shares: How many.
         n_borders: How many.
         DIRECTION: The rule's, see rules/.
         PREPARE: The rule's.
+        FINISH: The rule's; None if it measures nothing.
+        CONCLUDE: The rule's; None if it has no epilogue.
         STEP_SCALE: The rule's.
         N_STATES: How many states the rule has at most.
         N_SCALARS: How many scalars it has.
         N_HYPER: How many hyperparameters.
+        SUMS: See signatures.py.
         SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
         TILE: Elements of a tile, a power of two.
         STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
     """
     records = step_table + GRADS + n_rows
-    factor, skipped, norm = _decide(step_table, numbers, grad_scale, found_inf)
-    FIRST: tl.constexpr = OPERAND_ADDRESSES + ADDRESSES * (1 + N_STATES)  # of a row's scalars
+    factor, skipped, norm = decide(step_table, numbers, grad_scale, found_inf)
+    FIRST: tl.constexpr = first_scalar(N_STATES)
+    T: tl.constexpr = widest(SIGNATURES)
     if skipped == 0:
         claimed = tl.program_id(0)
         while claimed < n_shares:
             following = claim(n_shares, counts + SHARES_UPDATED)
-            begin, end, first_row, row = share_of(shares, n_shares - 1 - claimed)
+            share = n_shares - 1 - claimed
+            begin, end, first_row, row = share_of(shares, share)
             left = end - begin
             while left > 0:  # rows of one cohort after another: `prepare` runs when the cohort changes
-                cohort = _cohort(rows, step_table, row, row >= 0, WIDTH)
+                cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
                 active = cohort >= 0
-                record = records + tl.maximum(cohort >> 1, 0) * (2 * (2 + N_HYPER) + N_FLAGS)
+                record = record_of(records, cohort, N_HYPER)
                 scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
-                c, counted = PREPARE(load_hyper(record, active, 2, N_HYPER), _counted(scalars), (cohort & 1) != 0)
-                c = to_type(c, widest(SIGNATURES))
-                engine = to_type(_engine_scalars(record, factor, active, STEP_SCALE, N_HYPER), widest(SIGNATURES))
+                c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
+                c = to_type(c, T if FINISH is None else tl.float64)
+                engine = to_type(engine_scalars(record, factor, active, STEP_SCALE, N_HYPER), T)
                 last = row
                 same = left > 0
                 while same:
                     low, high = segment(tiles, row, begin, end)
                     words, grad, signature = row_of(rows, step_table, row, WIDTH)
+                    n_tiles, slot = high, None
+                    if FINISH is not None:
+                        n_tiles = load_i32(tiles + row + 1) - load_i32(tiles + row)
+                    if CONCLUDE is not None:
+                        slot = sums[2] + (share + row) * n_listed(SUMS, "epilogue")
+                        if active == 0:
+                            store_sums(slot, zeros(n_listed(SUMS, "epilogue")))
                     for k in tl.static_range(count(SIGNATURES)):
                         if active & (signature == k):
                             _row(
-                                words, layouts, grad, low, high, engine, c, DIRECTION, SIGNATURES, k, TILE, STAGES,
+                                rows, words, layouts, grad, row, low, high, n_tiles, engine, c, after, sums, slot,
+                                DIRECTION, FINISH, CONCLUDE, SUMS, SIGNATURES, k, FIRST, WIDTH, TILE, STAGES,
                             )  # fmt: skip
                     left -= high - low
                     row -= 1
                     same = left > 0
-                    same = same & (_cohort(rows, step_table, row, same, WIDTH) == cohort)
+                    same = same & (cohort_of(rows, step_table, row, same, WIDTH) == cohort)
                     ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
                     for k in tl.static_range(N_SCALARS):
                         same = same & (ahead[k] == scalars[k])
-                if N_SCALARS > 0:
+                if (N_SCALARS > 0) & (FINISH is None):
                     if active:
-                        _count_cohort(rows, tiles, row + 1, last, begin, end, counted, FIRST, WIDTH)
+                        _count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
             claimed = following
     if is_last(counts):
         tl.store(numbers + NORM, norm)
@@ -238,5 +335,10 @@ def step(
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
         if (skipped == 0) & (N_SCALARS > 0):
             _count_borders(
-                rows, borders, step_table, records, n_borders, PREPARE, N_SCALARS, N_HYPER, FIRST, WIDTH,
+                rows, borders, step_table, records, n_borders, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST,
+                WIDTH,
             )  # fmt: skip
+            if spans_rows(SUMS) & (n_listed(SUMS, "shared") > 0):
+                _share_scalars(
+                    rows, step_table, records, n_rows, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST, WIDTH,
+                )  # fmt: skip

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.signatures import compute, element, is_strided, n_states
-from fusedopt.triton_kernels.walk import LAYOUT
+from fusedopt.triton_kernels.signatures import compute, element, is_strided, itemsize, n_states
+from fusedopt.triton_kernels.walk import ADDRESSES, LAYOUT, NUMEL, OPERAND_ADDRESSES, SEGMENT_LENGTH, SUMS_WIDTH
 
 # What is not a full, aligned tile goes in parts: fewer registers, and small tensors fill a part better.
 PARTS = tl.constexpr(4)
@@ -12,15 +12,19 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def locate(words, layouts, start, numel, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
-    """Where SIZE elements of a row from ``start`` on are: a base, their offsets from it in each operand, and a mask."""
+def locate(words, layouts, origin, start, numel, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
+    """Where SIZE elements are, from ``start`` on of the ``numel`` that follow a row's first ``origin``.
+
+    Returns a base, their offsets from it in each operand, and a mask. The addresses of dense operands are where the
+    ``numel`` begin.
+    """
     lanes = tl.arange(0, SIZE)
     mask = start + lanes < numel
     n_operands: tl.constexpr = 2 + n_states(SIGNATURES, K)
     offsets = ()
     if is_strided(SIGNATURES, K):
         layout = layouts + tl.load(words + LAYOUT)
-        rest = start + lanes
+        rest = origin + start + lanes
         for _ in tl.static_range(n_operands):
             offsets = offsets + (tl.zeros_like(rest),)
         n_dims, width = tl.load(layout), tl.load(layout + 1)
@@ -94,3 +98,53 @@ def whole_tiles(addresses, begin, end, numel, SIGNATURES: tl.constexpr, K: tl.co
             bits = bits | addresses[k]
         full = tl.maximum(tl.minimum(end, (numel // TILE).to(tl.int32)), begin)
         return tl.where((bits & 15) == 0, full, begin)
+
+
+@triton.jit
+def addresses_of(words, grad, SIGNATURES: tl.constexpr, K: tl.constexpr):
+    """Where a row's operands begin."""
+    addresses = (tl.load(words + OPERAND_ADDRESSES), grad)
+    for k in tl.static_range(n_states(SIGNATURES, K)):
+        addresses = addresses + (tl.load(words + OPERAND_ADDRESSES + ADDRESSES * (1 + k)),)
+    return addresses
+
+
+@triton.jit
+def moved(addresses, origin, SIGNATURES: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
+    """The addresses of element ``origin`` of operands from number FIRST on; of strided ones, which are walked, theirs."""
+    if is_strided(SIGNATURES, K):
+        return addresses
+    else:
+        out = ()
+        for k in tl.static_range(len(addresses)):
+            out = out + (addresses[k] + origin * itemsize(SIGNATURES, K, FIRST + k),)
+        return out
+
+
+@triton.jit
+def whole_row(words, layouts, grad, SIGNATURES: tl.constexpr, K: tl.constexpr):
+    """A row as the one segment that it has; see :func:`segment_of`."""
+    numel = tl.load(words + NUMEL)
+    return words, layouts, 0, numel, addresses_of(words, grad, SIGNATURES, K)
+
+
+@triton.jit
+def segments_of(row_sums, row, begin, end, TILE: tl.constexpr):
+    """Those of a row's segments that have tiles in [begin, end): [low, high); the tiles of each, and its elements."""
+    length = tl.load(row_sums + row * SUMS_WIDTH + SEGMENT_LENGTH)
+    each = tl.cdiv(length, TILE).to(tl.int32)
+    return begin // each, tl.cdiv(end, each), each, length
+
+
+@triton.jit
+def segment_of(words, layouts, addresses, number, length, SIGNATURES: tl.constexpr, K: tl.constexpr):
+    """One of a row's segments: words, layouts, elements before it in the row, its own, and where its operands begin."""
+    origin = number.to(tl.int64) * length
+    return words, layouts, origin, length, moved(addresses, origin, SIGNATURES, K, 0)
+
+
+@triton.jit
+def tiles_of(number, each, begin, end):
+    """Those of a segment's tiles that are among a row's [begin, end), counted from its first."""
+    first = number * each
+    return tl.maximum(begin, first) - first, tl.minimum(end, first + each) - first

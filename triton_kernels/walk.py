@@ -8,7 +8,7 @@ import triton.language as tl
 
 from fusedopt.layout import ADDRESSES as _ADDRESSES
 from fusedopt.layout import NEW_STATE as _NEW_STATE
-from fusedopt.layout import RowWord, StatusCount, StepWord
+from fusedopt.layout import RowWord, StatusCount, StepWord, SumsWord
 
 ADDRESSES = tl.constexpr(_ADDRESSES)
 NEW_STATE = tl.constexpr(_NEW_STATE)
@@ -17,6 +17,10 @@ MAX_NORM, MEASURED, SKIP_NONFINITE, GRADS = (tl.constexpr(int(word)) for word in
 DONE, SKIPPED_STEPS, SKIPPED, SHARES_MEASURED, SHARES_UPDATED, SHARES_SUMMED = (
     tl.constexpr(int(word)) for word in StatusCount
 )
+
+
+FIRST_SEGMENT, SEGMENT_LENGTH, SCOPE, FIRST_SHARE, LAST_SHARE = (tl.constexpr(int(word)) for word in SumsWord)
+SUMS_WIDTH = tl.constexpr(len(SumsWord))
 
 
 @triton.jit
@@ -78,14 +82,20 @@ def load_scalars(rows, row, mask, FIRST: tl.constexpr, N: tl.constexpr, WIDTH: t
 
 
 @triton.jit
+def store_scalar(rows, row, mask, value, PLACE: tl.constexpr, WIDTH: tl.constexpr):
+    """Puts a scalar, whose address is word PLACE, back into a row, or into each of a block of rows."""
+    address = tl.load(rows + row.to(tl.int64) * WIDTH + PLACE, mask=mask, other=0)
+    wide = mask & ((address & 1) != 0)
+    narrow = mask & ((address & 1) == 0)
+    tl.store((address & ~1).to(tl.pointer_type(tl.float64)), value, mask=wide)
+    tl.store(address.to(tl.pointer_type(tl.float32)), value.to(tl.float32), mask=narrow)
+
+
+@triton.jit
 def store_scalars(rows, row, mask, scalars, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Puts them back."""
+    """Puts all of them back."""
     for k in tl.static_range(len(scalars)):
-        address = tl.load(rows + row.to(tl.int64) * WIDTH + FIRST + k, mask=mask, other=0)
-        wide = mask & ((address & 1) != 0)
-        narrow = mask & ((address & 1) == 0)
-        tl.store((address & ~1).to(tl.pointer_type(tl.float64)), scalars[k], mask=wide)
-        tl.store(address.to(tl.pointer_type(tl.float32)), scalars[k].to(tl.float32), mask=narrow)
+        store_scalar(rows, row, mask, scalars[k], FIRST + k, WIDTH)
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from fusedopt.layout import row_width
 from fusedopt.operands import Signature
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule, StepScale
+from fusedopt.sums import CHANNEL, TENSOR
 
 WARPS = 4
 TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # 8 elements for each thread: 16 bytes of a half precision type
@@ -87,15 +88,57 @@ def _rules() -> dict[str, Any]:
     return rules.by_name()
 
 
-def constants(rule: type[Rule], signatures: Iterable[Signature], tile: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What the norm and the step kernel are specialised to."""
+def constants(
+    rule: type[Rule], signatures: Iterable[Signature], tile: int, scope: str = TENSOR, joined: bool = False
+) -> dict[str, dict[str, Any]]:
+    """What a rule's kernels are specialised to, by the kernels' names.
+
+    Args:
+        rule: The optimizer's.
+        signatures: Of the rows.
+        tile: Elements of a tile.
+        scope: Over what sums are taken.
+        joined: Whether sums over tensors are told by what others wrote, too.
+    """
+    from fusedopt.triton_kernels.rules import lists  # pyright: ignore[reportMissingImports]
+    from fusedopt.triton_kernels.signatures import describe  # pyright: ignore[reportMissingImports]
+
     ours = _rules()[rule.name]
+    measures, epilogue = lists(ours, "measures"), lists(ours, "epilogue")
+    sums = ""
+    if measures or epilogue:
+        numbers = ([ours.scalars.index(name) for name in names] for names in (epilogue, rule.shared))
+        sums = describe(scope, len(measures), *numbers, joined)
     n_states, n_scalars = len(ours.states), len(ours.scalars)
     width = row_width(n_states, n_scalars)
-    shared = {"SIGNATURES": ";".join(map(str, signatures)), "WIDTH": width, "TILE": tile, "STAGES": STAGES}
-    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper)}
-    scale = getattr(ours, "step_scale", StepScale.LR.value)
-    return shared, {"DIRECTION": ours.direction, "PREPARE": ours.prepare, "STEP_SCALE": scale, **counts, **shared}
+    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), "SUMS": sums, "WIDTH": width}
+    scale = {"STEP_SCALE": getattr(ours, "step_scale", StepScale.LR.value)}
+    walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": STAGES}
+    finish, conclude = ours.finish if measures else None, ours.conclude if epilogue else None
+    step = {"DIRECTION": ours.direction, "PREPARE": ours.prepare, "FINISH": finish, "CONCLUDE": conclude, **scale}
+    norm = {"SUMS": sums if scope == CHANNEL else "", "WIDTH": width}
+    found = {"norm": {**norm, **walk}, "step": {**step, **counts, **walk}}
+    if measures:
+        found["sums"] = {"MEASURE": ours.measure, "PREPARE": ours.prepare, **counts, **walk}
+        found["fold"] = {"SUMS": sums, "TILE": tile}
+    if sums and scope != TENSOR:
+        found["scopes"] = {"SCORE": getattr(ours, "score", None), "PREPARE": ours.prepare, **counts}
+    if epilogue:
+        found["epilogue"] = {"N_STATES": n_states, "SUMS": sums, "WIDTH": width}
+    return found
+
+
+def absent(constants: dict[str, Any]) -> tuple[str, ...]:
+    """The tables that a kernel specialised like this takes no part of, and is given None for."""
+    sums = constants.get("SUMS", "")
+    return ("row_sums", "sums")[: 2 if not sums else 0 if sums.startswith(CHANNEL) else 1]
+
+
+def functions() -> dict[str, Any]:
+    """The kernels, by name."""
+    from fusedopt.triton_kernels import norm, scopes, step, sums  # pyright: ignore[reportMissingImports]
+
+    return {f.__name__: f for f in (norm.norm, sums.sums, scopes.fold, scopes.scopes, step.step, scopes.epilogue)}
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -174,8 +217,6 @@ class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
     def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
-        from fusedopt.triton_kernels import norm, step  # pyright: ignore[reportMissingImports]
-
         device = optimizer.members(members)[0][0].device
         ours = _rules()[optimizer.rule.name]
         interpreted = device.type == "cpu"
@@ -185,23 +226,56 @@ class Plan(DevicePlan):
             programs = processors(device) * (PROGRAMS_PER_PROCESSOR or CUT_PER_PROCESSOR)
         names = ours.states, ours.scalars, ours.hyper
         super().__init__(optimizer, members, new_state, nth, names, programs, tile, sizes=SHARE_SIZES)
-        t = self.table
+        t, rule, scope = self.table, optimizer.rule, optimizer.scope
         more = {} if interpreted else options(backend_of(device))
-        self._norm, self._step = (
-            Kernel(function, chosen, more, t.programs, t.n_shares, device)
-            for function, chosen in zip(
-                (norm.norm, step.step), constants(optimizer.rule, t.signatures, tile), strict=True
-            )
-        )
+        self._n_scopes = self.sums.places.n_scopes if self.sums else 0
+        self._sums = None
+        if self.sums:
+            kept = self.sums.segments, self.sums.wholes, self.sums.largest
+            self._sums = t.row_sums, self.slots, self.epilogue_slots, *kept
+        self._row_sums = t.row_sums if scope == CHANNEL else None
+        self._adds_slots = bool(rule.measures) and scope == TENSOR
+
+        def kernels(joined: bool) -> dict[str, Kernel]:
+            chosen = constants(rule, t.signatures, tile, scope, joined)
+            most = {name: self._n_scopes if name in ("scopes", "epilogue") else t.n_shares for name in chosen}
+            return {
+                name: Kernel(functions()[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
+                for name in chosen
+            }
+
+        self._kernels = kernels(joined=False)
+        self._step_joined = kernels(joined=True)["step"] if self._adds_slots else self._kernels["step"]
 
     def launch(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
-        """Launch a kernel for each pass."""
-        t, s, words = self.table, self.status, self.step_table.on_device
+        """Launch a kernel or two for each pass."""
+        t, s, words, kernels, sums = self.table, self.status, self.step_table.on_device, self._kernels, self._sums
         if Pass.NORM in passes:
-            self._norm(t.rows, t.tiles, t.shares, t.layouts, words, self.partials, s.numbers, s.counts, t.n_shares)
+            tables = t.rows, t.tiles, t.shares, t.layouts, self._row_sums, words, self.partials, s.numbers, s.counts
+            kernels["norm"](*tables, t.n_shares)
+        if Pass.SUMS in passes:
+            self._add_up(passes, grad_scale, found_inf)
+        if Pass.SCOPES in passes:
+            kernels["scopes"](t.rows, words, sums, t.count, self._n_scopes)
         if Pass.UPDATE in passes:
+            step = kernels["step"] if Pass.SUMS in passes else self._step_joined
             tables = t.rows, t.tiles, t.shares, t.borders, t.layouts, words, s.numbers, s.counts
-            self._step(*tables, grad_scale, found_inf, t.count, t.n_shares, t.n_borders)
+            step(*tables, grad_scale, found_inf, sums, t.count, t.n_shares, t.n_borders)
+        if "epilogue" in kernels and passes & (Pass.UPDATE | Pass.EPILOGUE):
+            assert self.sums
+            tables = t.rows, words, s.counts, sums, self.sums.epilogue
+            kernels["epilogue"](*tables, t.count, self._n_scopes, int(passes))
+
+    def _add_up(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
+        """What the rule measures of segments, complete unless the step kernel completes it."""
+        t, s, words = self.table, self.status, self.step_table.on_device
+        if Pass.UPDATE not in passes:
+            assert self.sums
+            self.sums.segments.zero_()  # others wrote theirs there
+        tables = t.rows, t.tiles, t.shares, t.layouts, words, s.numbers, s.counts
+        self._kernels["sums"](*tables, grad_scale, found_inf, self._sums, t.count, t.n_shares)
+        if not self._adds_slots or Pass.UPDATE not in passes:
+            self._kernels["fold"](t.tiles, t.shares, words, self._sums, t.n_shares)
 
 
 def _quietly(kernel: Any) -> Any:
