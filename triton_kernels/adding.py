@@ -1,8 +1,8 @@
 """Sums in double precision over tiles, the same bits every time, and where those of segments are read and written.
 
 ``sums`` are a plan's tables: ``row_sums``, ``slots`` and ``epilogue_slots``, see fusedopt/layout.py, and ``segments``,
-``wholes`` and ``largest``, see fusedopt/sums.py. A segment whose tiles are all in one share has its sums in ``segments``
-at once; of others each share's part is in a slot, until :func:`tell` or the kernel ``fold`` adds them up.
+``wholes`` and ``largest``, see fusedopt/sums.py. A segment whose tiles are all in one share has its sums in
+``segments`` at once; of others each share's part is in a slot, until :func:`tell` or the kernel ``fold`` adds them up.
 """
 
 import triton
@@ -121,7 +121,7 @@ def add_slots(slots, first, last, N: tl.constexpr):
 
 @triton.jit
 def told(sums, row, own, mask, SUMS: tl.constexpr):
-    """What ``finish`` is told of the segments of a row, or of each of a block of rows: own sums, whole, largest score."""
+    """What ``finish`` is told of a row's segments, or of each of a block of rows: own sums, whole, largest score."""
     row_sums, _, _, _, wholes, largest = sums
     if has_scopes(SUMS):
         scope = tl.load(row_sums + row * SUMS_WIDTH + SCOPE, mask=mask, other=0)

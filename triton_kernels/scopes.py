@@ -122,9 +122,10 @@ def scopes(
     N: tl.constexpr = n_measures(SUMS)
     records = step_table + GRADS + n_rows
     lanes = tl.arange(0, LANES)
-    for scope in range(tl.program_id(0), n_scopes, tl.num_programs(0)):
+    for number in range(tl.program_id(0), n_scopes, tl.num_programs(0)):
+        scope = tl.cast(number, tl.int32)
         totals, largest = zeros(N), tl.full((), float("-inf"), tl.float64)
-        active = 0
+        active = tl.zeros((), tl.int32)
         if in_channels(SUMS):  # a scope is a row
             here = row_sums + scope * SUMS_WIDTH + FIRST_SEGMENT
             first, after = load_i32(here), load_i32(here + SUMS_WIDTH)
@@ -214,7 +215,8 @@ def epilogue(
     FIRST: tl.constexpr = first_scalar(N_STATES)
     if tl.load(counts + SKIPPED) == 0:
         lanes = tl.arange(0, LANES)
-        for scope in range(tl.program_id(0), n_scopes, tl.num_programs(0)):
+        for number in range(tl.program_id(0), n_scopes, tl.num_programs(0)):
+            scope = tl.cast(number, tl.int32)
             totals = load_sums(concluded + scope * N, scope >= 0, N)
             if (passes & UPDATE) != 0:
                 totals = _concluded(row_sums, epilogue_slots, scope, n_rows, SUMS)

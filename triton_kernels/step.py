@@ -139,7 +139,7 @@ def _row(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [low, high) of a row. What the rule concludes goes to ``slot``."""
-    is_whole = high - low == n_tiles
+    is_whole = (high - low == n_tiles) & (n_tiles > 0)
     if in_channels(SUMS):
         totals = zeros(n_listed(SUMS, "epilogue"))
         addresses = addresses_of(words, grad, SIGNATURES, K)
@@ -180,16 +180,16 @@ def _count_cohort(rows, tiles, first, last, begin, end, scalars, FIRST: tl.const
 
 
 @triton.jit
-def _finished_rows(c, scalars, sums, row, mask, FINISH: tl.constexpr, SUMS: tl.constexpr):
-    """The scalars of a block of rows, after ``finish`` of their first segments; without one, and masked, of zeros."""
+def _finished_rows(c, scalars, sums, row, mask, active, FINISH: tl.constexpr, SUMS: tl.constexpr):
+    """The scalars of a block of rows, after ``finish`` of their first segments; of zeros without one or a gradient."""
     if FINISH is None:
         return scalars
     else:
         row_sums, _, _, segments, _, _ = sums
-        first = tl.load(row_sums + row * SUMS_WIDTH + FIRST_SEGMENT, mask=mask, other=0)
-        after = tl.load(row_sums + (row + 1) * SUMS_WIDTH + FIRST_SEGMENT, mask=mask, other=0)
+        first = tl.load(row_sums + row * SUMS_WIDTH + FIRST_SEGMENT, mask=active, other=0)
+        after = tl.load(row_sums + (row + 1) * SUMS_WIDTH + FIRST_SEGMENT, mask=active, other=0)
         own = load_sums(segments + first * n_measures(SUMS), first < after, n_measures(SUMS))
-        own, whole, largest = told(sums, row, own, row >= 0, SUMS)
+        own, whole, largest = told(sums, row, own, mask, SUMS)
         _, scalars = FINISH(c, scalars, own, whole, largest)
         return scalars
 
@@ -210,7 +210,7 @@ def _count_borders(
         if (N_SCALARS > 1) | (FINISH is not None):  # more than `step`: the rule advances them
             record = record_of(records, cohort, N_HYPER)
             c, scalars = PREPARE(load_hyper(record, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
-            scalars = _finished_rows(c, scalars, sums, row, active, FINISH, SUMS)
+            scalars = _finished_rows(c, scalars, sums, row, active, active, FINISH, SUMS)
         store_scalars(rows, row, active, scalars, FIRST, WIDTH)
 
 
@@ -235,7 +235,7 @@ def _share_scalars(
             record = record_of(records, 2 * group, N_HYPER)
             scalars = load_scalars(rows, row, mask, FIRST, N_SCALARS, WIDTH)
             c, scalars = PREPARE(load_hyper(record, mask, 2, N_HYPER), scalars, row < 0)
-            scalars = _finished_rows(c, scalars, sums, row, row < 0, FINISH, SUMS)
+            scalars = _finished_rows(c, scalars, sums, row, mask, row < 0, FINISH, SUMS)
             for k in tl.static_range(n_listed(SUMS, "shared")):
                 PLACE: tl.constexpr = listed(SUMS, "shared", k)
                 store_scalar(rows, row, mask, scalars[PLACE], FIRST + PLACE, WIDTH)
@@ -247,8 +247,8 @@ def _share_scalars(
 def step(
     rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, sums, n_rows, n_shares,
     n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, FINISH: tl.constexpr, CONCLUDE: tl.constexpr,
-    STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr,
-    SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr,
+    SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step of every row that has a gradient, unless it is skipped.
 

@@ -111,7 +111,7 @@ def addresses_of(words, grad, SIGNATURES: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def moved(addresses, origin, SIGNATURES: tl.constexpr, K: tl.constexpr, FIRST: tl.constexpr):
-    """The addresses of element ``origin`` of operands from number FIRST on; of strided ones, which are walked, theirs."""
+    """The addresses of element ``origin`` of operands from number FIRST on; those of strided ones stay."""
     if is_strided(SIGNATURES, K):
         return addresses
     else:
@@ -139,7 +139,7 @@ def segments_of(row_sums, row, begin, end, TILE: tl.constexpr):
 @triton.jit
 def segment_of(words, layouts, addresses, number, length, SIGNATURES: tl.constexpr, K: tl.constexpr):
     """One of a row's segments: words, layouts, elements before it in the row, its own, and where its operands begin."""
-    origin = number.to(tl.int64) * length
+    origin = tl.cast(number, tl.int64) * length
     return words, layouts, origin, length, moved(addresses, origin, SIGNATURES, K, 0)
 
 

@@ -13,8 +13,8 @@ Rules that add up have more, see fusedopt/rule.py for what over and when; of sum
 ``measures``: names of the sums before the step.
 ``measure(p, g, state, c, STATES) -> values``: as ``direction``; a tuple in the order of ``measures``.
 ``score(c, m) -> value``: if there: of segments, by coefficients and sums in double.
-``finish(c, s, m, whole, largest) -> c, s``: coefficients and scalars as ``prepare`` made them, in double, to those of the
-step; ``m`` and ``whole`` are sums over the segment and the scope, in the order of ``measures``.
+``finish(c, s, m, whole, largest) -> c, s``: coefficients and scalars as ``prepare`` made them, in double, to those of
+the step; ``m`` and ``whole`` are sums over the segment and the scope, in the order of ``measures``.
 ``epilogue``: names of the sums of what is there after the step, which are scalars.
 ``conclude(p, g, d, state, c, STATES) -> values``: elementwise, a tuple in the order of ``epilogue``.
 """
