@@ -101,11 +101,12 @@ def test_one_launch_for_all_groups_and_dtypes(launches, name):
     for _ in range(3):
         fill_gradients(ps)
         optimizer.step()
-    assert launches == ["step"] * 3
+    one = ["sums", "step"] if optimizer.rule.measures else ["step"]
+    assert launches == one * 3
     optimizer.max_grad_norm = 1.0
     fill_gradients(ps)
     optimizer.step()
-    assert launches == ["step"] * 3 + ["norm", "step"]
+    assert launches == one * 3 + ["norm", *one]
 
 
 def test_status_stays_on_the_device():
