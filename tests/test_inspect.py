@@ -185,21 +185,20 @@ def test_signatures_share_a_kernel_and_strided_rows_compile(tmp_path):
 import json, sys
 import triton
 from fusedopt import LAMB, AdamW
-from fusedopt.engines import triton as engine
 from fusedopt.inspection.code import of_cubin
 from fusedopt.triton_kernels import ahead
+from fusedopt.triton_kernels.kernels import KERNELS, constants
 signatures = (
     "dense param=bf16 grad=bf16 exp_avg=fp32 exp_avg_sq=fp32",
     "dense param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32 max_exp_avg_sq=fp32",
     "strided param=fp32 grad=fp32 exp_avg=fp32 exp_avg_sq=fp32",
 )
-functions = engine.functions()
-for name, chosen in engine.constants(AdamW.rule, (), 1024).items():
-    ahead.compiled(ahead.Specialised("without rows", functions[name], chosen), "90")
-kernels = [*engine.constants(AdamW.rule, signatures, 1024).items()]
-kernels += [item for item in engine.constants(LAMB.rule, signatures[::2], 1024).items() if item[0] in ("sums", "step")]
+for name, chosen in constants(AdamW.rule, (), 1024).items():
+    ahead.compiled(ahead.Specialised("without rows", KERNELS[name], chosen), "90")
+kernels = [*constants(AdamW.rule, signatures, 1024).items()]
+kernels += [item for item in constants(LAMB.rule, signatures[::2], 1024).items() if item[0] in ("sums", "step")]
 for name, chosen in kernels:
-    made = ahead.compiled(ahead.Specialised("mixed", functions[name], chosen), "90")
+    made = ahead.compiled(ahead.Specialised("mixed", KERNELS[name], chosen), "90")
     report = of_cubin("mixed", "sm_90", made.asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
     assert report.loads_128 and not report.spills, report
     assert not report.loads_other and not report.stores_other, report

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import AVAILABLE
 from helpers import ALL, BY_NAME, close, fill_gradients, pair, params, same_gradients
+from sum_rules import SCOPED
 
 import fusedopt
 from fusedopt import state
@@ -17,6 +18,8 @@ from fusedopt.engines import triton as engine
 pytestmark = pytest.mark.skipif("triton" not in AVAILABLE, reason="needs triton, interpreting on the CPU")
 
 if "triton" in AVAILABLE:
+    import triton_rules
+
     from fusedopt.triton_kernels import norm, rules, step
 
 
@@ -76,6 +79,83 @@ def test_programs_beyond_a_row_touch_nothing(monkeypatch, programs):
     assert (memory[:1000] == 7).all() and (memory[2999:] == 7).all() and (memory[1000:2999] == 6.5).all()
 
 
+def summed():
+    """Parameters whose segments end within tiles, at their ends and in several shares; some in memory of odd kinds."""
+    shapes = [(7,), (3, 700), (5, 64), (0,), (2, 3, 130), (0, 4), (4, 1), (300,), (2, 0)]
+    values = [torch.randn(shape) for shape in shapes]
+    values += [torch.randn(130, 3).t(), torch.randn(391)[1:].view(3, 130), torch.randn(3, 260)[:, ::2]]
+    return [torch.nn.Parameter(value) for value in values]
+
+
+def in_groups(ps):
+    return [{"params": ps[:5], "lr": 0.1}, {"params": ps[5:9]}, {"params": ps[9:], "maximize": True}]
+
+
+def give_gradients(t, *lists):
+    """The same to all; some have none, and one is zero."""
+    for i, ps in enumerate(zip(*lists, strict=True)):
+        g = None if (t + i) % 5 == 4 else torch.randn(ps[0].shape) * (i != 6)
+        for p in ps:
+            p.grad = None if g is None else g.clone()
+
+
+@pytest.mark.parametrize("programs", [1, 3, pytest.param(7, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(("of", "scope"), SCOPED)
+def test_sums_of_tiles_and_programs(monkeypatch, of, scope, programs):
+    triton_rules.know(monkeypatch)
+    monkeypatch.setattr(engine, "INTERPRETED_TILE", 128)
+    monkeypatch.setattr(engine, "INTERPRETED_PROGRAMS", programs)
+    ours = summed()
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    a = of(in_groups(ours), scope=scope, engine="triton", max_grad_norm=1.0)
+    b = of(in_groups(theirs), scope=scope, engine="eager", max_grad_norm=1.0)
+    for t in range(3):
+        give_gradients(t, ours, theirs)
+        a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        close(p, q)
+        assert a.state[p].keys() == b.state[q].keys()
+        for key, value in b.state[q].items():
+            close(a.state[p][key], value)
+
+
+@pytest.mark.parametrize(("of", "scope"), SCOPED)
+def test_sums_have_the_same_bits_whoever_adds_them_up(monkeypatch, of, scope):
+    """As many programs as there are, for the same shares."""
+    triton_rules.know(monkeypatch)
+    monkeypatch.setattr(engine, "INTERPRETED_TILE", 128)
+    monkeypatch.setattr(engine, "INTERPRETED_PROGRAMS", 6)
+    results = []
+    for n in (1, 2, 6):
+
+        class Kernel(engine.Kernel):
+            def __init__(self, function, constants, more, programs, most, device, n=n):
+                super().__init__(function, constants, more, min(programs, n), most, device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "Kernel", Kernel)
+            torch.manual_seed(1)
+            ps = summed()
+            optimizer = of(in_groups(ps), scope=scope, engine="triton", max_grad_norm=1.0)
+            give_gradients(0, ps)
+            optimizer.step()
+        results.append([p.detach().clone() for p in ps])
+    for other in results[1:]:
+        assert all(map(torch.equal, results[0], other))
+
+
+def test_sums_that_single_precision_cannot_hold():
+    ours, theirs = ([torch.nn.Parameter(torch.full((n,), 1e18)) for n in (40_000, 9)] for _ in range(2))
+    a, b = (fusedopt.LARS(ps, weight_decay=0.01, engine=name) for ps, name in ((ours, "triton"), (theirs, "eager")))
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = torch.full_like(p, 1e15)
+        q.grad = p.grad.clone()
+    a.step(), b.step()
+    for p, q in zip(ours, theirs, strict=True):
+        assert p.isfinite().all()
+        close(p, q)
+
+
 @pytest.fixture
 def launches(monkeypatch):
     """The kernels that were launched, by name."""
@@ -92,21 +172,21 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_one_launch_for_all_groups_and_dtypes(launches, name):
+def test_one_launch_of_each_kernel_for_all_groups_and_dtypes(launches, name):
     ps = [p for dtype in (torch.float32, torch.bfloat16, torch.float64) for p in params((5,), (3, 2), dtype=dtype)]
     groups = [{"params": ps[k::3], "lr": 0.1 * (k + 1), "weight_decay": 0.1 * k} for k in range(3)]
     optimizer = getattr(fusedopt, name)(groups, engine="triton")
     if "amsgrad" in optimizer.defaults:
         optimizer.param_groups[1]["amsgrad"] = True
+    expected = ["sums", "step"] if optimizer.rule.measures else ["step"]
     for _ in range(3):
         fill_gradients(ps)
         optimizer.step()
-    one = ["sums", "step"] if optimizer.rule.measures else ["step"]
-    assert launches == one * 3
+    assert launches == expected * 3
     optimizer.max_grad_norm = 1.0
     fill_gradients(ps)
     optimizer.step()
-    assert launches == one * 3 + ["norm", *one]
+    assert launches == expected * 3 + ["norm", *expected]
 
 
 def test_status_stays_on_the_device():

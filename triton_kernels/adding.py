@@ -86,7 +86,8 @@ def add_up(
                 tile = t
                 if not UP:
                     tile = begin + full_end - 1 - t
-                found = BODY(segment, tile.to(tl.int64) * TILE, engine, c, FUNCTION, MORE, SIGNATURES, K, TILE, True)
+                at = tl.cast(tile, tl.int64) * TILE
+                found = BODY(segment, at, engine, c, FUNCTION, MORE, SIGNATURES, K, TILE, True)
                 parts = _plus_fours(parts, found, T)
             totals = plus(totals, parts, tl.full((TILE // 4,), 1, tl.int1))
     return totals
@@ -121,7 +122,7 @@ def add_slots(slots, first, last, N: tl.constexpr):
 
 @triton.jit
 def told(sums, row, own, mask, SUMS: tl.constexpr):
-    """What ``finish`` is told of a row's segments, or of each of a block of rows: own sums, whole, largest score."""
+    """What ``finish`` is told of a segment, or of one of each of a block of rows: own sums, whole, largest score."""
     row_sums, _, _, _, wholes, largest = sums
     if has_scopes(SUMS):
         scope = tl.load(row_sums + row * SUMS_WIDTH + SCOPE, mask=mask, other=0)

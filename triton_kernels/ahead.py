@@ -56,22 +56,23 @@ def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> lis
     """
     from fusedopt.engines import triton as engine
     from fusedopt.operands import FP32, FP64, PLAIN, Signature
+    from fusedopt.triton_kernels.kernels import KERNELS, constants
 
     elements, rules = list(elements), list(rules)
-    codecs, functions = {codec.name: codec for codec in PLAIN}, engine.functions()
+    codecs = {codec.name: codec for codec in PLAIN}
     found = []
     for element, rule in product(elements, rules):
         for states in _sets_of_states(rule):
             wide = FP64 if element == FP64.name else FP32
             operands = (("param", codecs[element]), ("grad", codecs[element]), *((name, wide) for name in states))
             signature = Signature(False, operands)
-            constants = engine.constants(rule, [signature], engine.TILES[_backend(arch)], rule.scopes[0])
+            tile = engine.TILES[_backend(arch)]
             switched = [s.name for s in rule.states if s.when and s.name in states]
             label = "+".join([rule.name, *switched])
-            for kernel, chosen in constants.items():
+            for kernel, chosen in constants(rule, [signature], tile, engine.STAGES, rule.scopes[0]).items():
                 name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")
                 if kernel != "norm" or (rule is rules[0] and states == _sets_of_states(rule)[0]):
-                    found.append(Specialised(f"{name} {element}", functions[kernel], chosen))
+                    found.append(Specialised(f"{name} {element}", KERNELS[kernel], chosen))
     return found
 
 
@@ -87,10 +88,11 @@ def compiled(what: Specialised, arch: str) -> Any:
     from triton.compiler import ASTSource
 
     from fusedopt.engines import triton as engine
+    from fusedopt.triton_kernels.kernels import absent
 
-    absent = engine.absent(what.constants)
-    constants = {**what.constants, **{name: None for name in absent if name in what.kernel.arg_names}}
-    signature = {name: "constexpr" if name in constants else TYPES[name] for name in what.kernel.arg_names}
+    names = what.kernel.arg_names
+    constants = {k: v for k, v in (absent(what.constants) | what.constants).items() if k in names}
+    signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     backend = _backend(arch)
     wave = 64 if arch.startswith("gfx9") else 32
     target = GPUTarget(backend, arch if backend == "hip" else int(arch), wave)

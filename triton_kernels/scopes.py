@@ -52,7 +52,8 @@ def fold(
     row_sums, slots, epilogue_slots, segments, wholes, largest = sums
     N: tl.constexpr = n_measures(SUMS)
     lanes = tl.arange(0, SLOTS)
-    for share in range(1 + tl.program_id(0), n_shares, tl.num_programs(0)):
+    for later in range(1 + tl.program_id(0), n_shares, tl.num_programs(0)):
+        share = tl.cast(later, tl.int32)
         begin, end, row, last_row = share_of(shares, share)
         first = load_i32(tiles + row)
         each = load_i32(tiles + row + 1) - first
@@ -157,7 +158,7 @@ def scopes(
                     )  # fmt: skip
                     largest = _best(largest, c, own, mask, SCORE)
         store_sums(wholes + scope * (N + 1), totals)
-        tl.store(wholes + scope * (N + 1) + N, active.to(tl.float64))
+        tl.store(wholes + scope * (N + 1) + N, tl.cast(active, tl.float64))
         tl.store(highest + scope, largest)
 
 

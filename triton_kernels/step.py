@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.adding import add_up, load_sums, store_sums, tell, told, zeros
+from fusedopt.triton_kernels.adding import add_up, store_sums, tell, zeros
 from fusedopt.triton_kernels.cohort import (
     NORM,
     cohort_of,
@@ -13,13 +13,12 @@ from fusedopt.triton_kernels.cohort import (
     first_scalar,
     record_of,
 )
+from fusedopt.triton_kernels.counting import count_borders, count_cohort, share_scalars
 from fusedopt.triton_kernels.signatures import (
     compute,
     count,
     in_channels,
-    listed,
     n_listed,
-    n_measures,
     n_states,
     spans_rows,
     states,
@@ -38,14 +37,10 @@ from fusedopt.triton_kernels.tile import (
     whole_tiles,
 )
 from fusedopt.triton_kernels.walk import (
-    FIRST_SEGMENT,
     GRADS,
-    GROUP,
-    SCOPE,
     SHARES_UPDATED,
     SKIPPED,
     SKIPPED_STEPS,
-    SUMS_WIDTH,
     claim,
     is_last,
     load_hyper,
@@ -54,7 +49,6 @@ from fusedopt.triton_kernels.walk import (
     row_of,
     segment,
     share_of,
-    store_scalar,
     store_scalars,
     to_type,
 )
@@ -139,7 +133,7 @@ def _row(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Tiles [low, high) of a row. What the rule concludes goes to ``slot``."""
-    is_whole = (high - low == n_tiles) & (n_tiles > 0)
+    is_whole = (low < high) & (high - low == n_tiles)  # rows without tiles are borders
     if in_channels(SUMS):
         totals = zeros(n_listed(SUMS, "epilogue"))
         addresses = addresses_of(words, grad, SIGNATURES, K)
@@ -164,81 +158,6 @@ def _both(totals, found):
     for k in tl.static_range(len(totals)):
         out = out + (totals[k] + found[k],)
     return out
-
-
-@triton.jit
-def _count_cohort(rows, tiles, first, last, begin, end, scalars, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Counts the step in those of a cohort's rows [first, last] that are whole in the share of tiles [begin, end)."""
-    tl.debug_barrier()  # all threads have read the scalars that told the cohort's rows from others
-    lanes = tl.arange(0, 128)
-    for at in range(first, last + 1, 128):
-        row = at + lanes
-        mask = row <= last
-        low, high = tl.load(tiles + row, mask=mask, other=0), tl.load(tiles + row + 1, mask=mask, other=0)
-        whole = (begin <= low) & (low < high) & (high <= end)
-        store_scalars(rows, row, mask & whole, scalars, FIRST, WIDTH)
-
-
-@triton.jit
-def _finished_rows(c, scalars, sums, row, mask, active, FINISH: tl.constexpr, SUMS: tl.constexpr):
-    """The scalars of a block of rows, after ``finish`` of their first segments; of zeros without one or a gradient."""
-    if FINISH is None:
-        return scalars
-    else:
-        row_sums, _, _, segments, _, _ = sums
-        first = tl.load(row_sums + row * SUMS_WIDTH + FIRST_SEGMENT, mask=active, other=0)
-        after = tl.load(row_sums + (row + 1) * SUMS_WIDTH + FIRST_SEGMENT, mask=active, other=0)
-        own = load_sums(segments + first * n_measures(SUMS), first < after, n_measures(SUMS))
-        own, whole, largest = told(sums, row, own, mask, SUMS)
-        _, scalars = FINISH(c, scalars, own, whole, largest)
-        return scalars
-
-
-@triton.jit
-def _count_borders(
-    rows, borders, step_table, records, n_borders, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Counts the step in the other rows; all programs are done with them."""
-    lanes = tl.arange(0, 128)
-    for at in range(0, n_borders, 128):
-        mask = at + lanes < n_borders
-        row = tl.load(borders + at + lanes, mask=mask, other=0)
-        cohort = cohort_of(rows, step_table, row, mask, WIDTH)
-        active = cohort >= 0
-        scalars = counted(load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH))
-        if (N_SCALARS > 1) | (FINISH is not None):  # more than `step`: the rule advances them
-            record = record_of(records, cohort, N_HYPER)
-            c, scalars = PREPARE(load_hyper(record, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
-            scalars = _finished_rows(c, scalars, sums, row, active, active, FINISH, SUMS)
-        store_scalars(rows, row, active, scalars, FIRST, WIDTH)
-
-
-@triton.jit
-def _share_scalars(
-    rows, step_table, records, n_rows, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
-):  # fmt: skip
-    """Advances what scopes share in rows without a gradient, if anything of their scope is stepped."""
-    row_sums, wholes = sums[0], sums[4]
-    lanes = tl.arange(0, 128)
-    for at in range(0, n_rows, 128):
-        row = at + lanes
-        mask = row < n_rows
-        mask = mask & (tl.load(step_table + GRADS + row, mask=mask, other=1) == 0)
-        mask = mask & (tl.load(rows + row * WIDTH + FIRST, mask=mask, other=0) != 0)
-        scope = tl.load(row_sums + row * SUMS_WIDTH + SCOPE, mask=mask, other=0)
-        stepped = wholes + scope * (n_measures(SUMS) + 1) + n_measures(SUMS)
-        mask = mask & (tl.load(stepped, mask=mask, other=0.0) != 0)
-        if tl.max(mask.to(tl.int32)) != 0:
-            group = tl.load(rows + row * WIDTH + GROUP, mask=mask, other=0)
-            record = record_of(records, 2 * group, N_HYPER)
-            scalars = load_scalars(rows, row, mask, FIRST, N_SCALARS, WIDTH)
-            c, scalars = PREPARE(load_hyper(record, mask, 2, N_HYPER), scalars, row < 0)
-            scalars = _finished_rows(c, scalars, sums, row, mask, row < 0, FINISH, SUMS)
-            for k in tl.static_range(n_listed(SUMS, "shared")):
-                PLACE: tl.constexpr = listed(SUMS, "shared", k)
-                store_scalar(rows, row, mask, scalars[PLACE], FIRST + PLACE, WIDTH)
 
 
 @triton.jit(
@@ -327,18 +246,18 @@ def step(
                         same = same & (ahead[k] == scalars[k])
                 if (N_SCALARS > 0) & (FINISH is None):
                     if active:
-                        _count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
+                        count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
             claimed = following
     if is_last(counts):
         tl.store(numbers + NORM, norm)
         tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
         if (skipped == 0) & (N_SCALARS > 0):
-            _count_borders(
+            count_borders(
                 rows, borders, step_table, records, n_borders, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST,
                 WIDTH,
             )  # fmt: skip
             if spans_rows(SUMS) & (n_listed(SUMS, "shared") > 0):
-                _share_scalars(
+                share_scalars(
                     rows, step_table, records, n_rows, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST, WIDTH,
                 )  # fmt: skip

@@ -5,7 +5,7 @@ With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 from typing import Any
 
@@ -16,10 +16,8 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
 from fusedopt.engines.occupancy import resident_blocks
-from fusedopt.layout import row_width
-from fusedopt.operands import Signature
 from fusedopt.passes import Pass
-from fusedopt.rule import Rule, StepScale
+from fusedopt.rule import Rule
 from fusedopt.sums import CHANNEL, TENSOR
 
 WARPS = 4
@@ -86,59 +84,6 @@ def _rules() -> dict[str, Any]:
     from fusedopt.triton_kernels import rules  # pyright: ignore[reportMissingImports]
 
     return rules.by_name()
-
-
-def constants(
-    rule: type[Rule], signatures: Iterable[Signature], tile: int, scope: str = TENSOR, joined: bool = False
-) -> dict[str, dict[str, Any]]:
-    """What a rule's kernels are specialised to, by the kernels' names.
-
-    Args:
-        rule: The optimizer's.
-        signatures: Of the rows.
-        tile: Elements of a tile.
-        scope: Over what sums are taken.
-        joined: Whether sums over tensors are told by what others wrote, too.
-    """
-    from fusedopt.triton_kernels.rules import lists  # pyright: ignore[reportMissingImports]
-    from fusedopt.triton_kernels.signatures import describe  # pyright: ignore[reportMissingImports]
-
-    ours = _rules()[rule.name]
-    measures, epilogue = lists(ours, "measures"), lists(ours, "epilogue")
-    sums = ""
-    if measures or epilogue:
-        numbers = ([ours.scalars.index(name) for name in names] for names in (epilogue, rule.shared))
-        sums = describe(scope, len(measures), *numbers, joined)
-    n_states, n_scalars = len(ours.states), len(ours.scalars)
-    width = row_width(n_states, n_scalars)
-    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), "SUMS": sums, "WIDTH": width}
-    scale = {"STEP_SCALE": getattr(ours, "step_scale", StepScale.LR.value)}
-    walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": STAGES}
-    finish, conclude = ours.finish if measures else None, ours.conclude if epilogue else None
-    step = {"DIRECTION": ours.direction, "PREPARE": ours.prepare, "FINISH": finish, "CONCLUDE": conclude, **scale}
-    norm = {"SUMS": sums if scope == CHANNEL else "", "WIDTH": width}
-    found = {"norm": {**norm, **walk}, "step": {**step, **counts, **walk}}
-    if measures:
-        found["sums"] = {"MEASURE": ours.measure, "PREPARE": ours.prepare, **counts, **walk}
-        found["fold"] = {"SUMS": sums, "TILE": tile}
-    if sums and scope != TENSOR:
-        found["scopes"] = {"SCORE": getattr(ours, "score", None), "PREPARE": ours.prepare, **counts}
-    if epilogue:
-        found["epilogue"] = {"N_STATES": n_states, "SUMS": sums, "WIDTH": width}
-    return found
-
-
-def absent(constants: dict[str, Any]) -> tuple[str, ...]:
-    """The tables that a kernel specialised like this takes no part of, and is given None for."""
-    sums = constants.get("SUMS", "")
-    return ("row_sums", "sums")[: 2 if not sums else 0 if sums.startswith(CHANNEL) else 1]
-
-
-def functions() -> dict[str, Any]:
-    """The kernels, by name."""
-    from fusedopt.triton_kernels import norm, scopes, step, sums  # pyright: ignore[reportMissingImports]
-
-    return {f.__name__: f for f in (norm.norm, sums.sums, scopes.fold, scopes.scopes, step.step, scopes.epilogue)}
 
 
 def options(backend: str) -> dict[str, Any]:
@@ -217,6 +162,8 @@ class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
     def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
+        from fusedopt.triton_kernels.kernels import KERNELS, constants  # pyright: ignore[reportMissingImports]
+
         device = optimizer.members(members)[0][0].device
         ours = _rules()[optimizer.rule.name]
         interpreted = device.type == "cpu"
@@ -237,10 +184,10 @@ class Plan(DevicePlan):
         self._adds_slots = bool(rule.measures) and scope == TENSOR
 
         def kernels(joined: bool) -> dict[str, Kernel]:
-            chosen = constants(rule, t.signatures, tile, scope, joined)
+            chosen = constants(rule, t.signatures, tile, STAGES, scope, joined)
             most = {name: self._n_scopes if name in ("scopes", "epilogue") else t.n_shares for name in chosen}
             return {
-                name: Kernel(functions()[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
+                name: Kernel(KERNELS[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
                 for name in chosen
             }
 

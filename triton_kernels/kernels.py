@@ -1,0 +1,71 @@
+"""The kernels by their names, and what those that a rule needs are specialised to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fusedopt.layout import row_width
+from fusedopt.operands import Signature
+from fusedopt.rule import Rule, StepScale
+from fusedopt.sums import CHANNEL, TENSOR
+from fusedopt.triton_kernels import norm, rules, scopes, step, sums
+from fusedopt.triton_kernels.signatures import describe
+
+KERNELS = {f.__name__: f for f in (norm.norm, sums.sums, scopes.fold, scopes.scopes, step.step, scopes.epilogue)}
+
+
+def constants(
+    rule: type[Rule],
+    signatures: Iterable[Signature | str],
+    tile: int,
+    stages: int | None = None,
+    scope: str = TENSOR,
+    joined: bool = False,
+) -> dict[str, dict[str, Any]]:
+    """What a rule's kernels are specialised to, by the kernels' names.
+
+    Args:
+        rule: The optimizer's.
+        signatures: Of the rows.
+        tile: Elements of a tile.
+        stages: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
+        scope: Over what sums are taken.
+        joined: Whether the step finds the sums over tensors complete, as where others have changed them.
+    """
+    ours = rules.by_name()[rule.name]
+    measures, epilogue = rules.lists(ours, "measures"), rules.lists(ours, "epilogue")
+    described = ""
+    if measures or epilogue:
+        numbers = ([ours.scalars.index(name) for name in names] for names in (epilogue, rule.shared))
+        described = describe(scope, len(measures), *numbers, joined)
+    n_states, n_scalars = len(ours.states), len(ours.scalars)
+    width = {"SUMS": described, "WIDTH": row_width(n_states, n_scalars)}
+    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), **width}
+    walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": stages}
+    functions = {
+        "DIRECTION": ours.direction,
+        "PREPARE": ours.prepare,
+        "FINISH": ours.finish if measures else None,
+        "CONCLUDE": ours.conclude if epilogue else None,
+        "STEP_SCALE": getattr(ours, "step_scale", StepScale.LR.value),
+    }
+    found = {
+        "norm": {**width, "SUMS": described if scope == CHANNEL else "", **walk},
+        "step": {**functions, **counts, **walk},
+    }
+    if measures:
+        found["sums"] = {"MEASURE": ours.measure, "PREPARE": ours.prepare, **counts, **walk}
+        found["fold"] = {"SUMS": described, "TILE": tile}
+    if described and scope != TENSOR:
+        found["scopes"] = {"SCORE": getattr(ours, "score", None), "PREPARE": ours.prepare, **counts}
+    if epilogue:
+        found["epilogue"] = {"N_STATES": n_states, **width}
+    return found
+
+
+def absent(constants: dict[str, Any]) -> dict[str, None]:
+    """The tables that a kernel specialised like this takes no part of, and is given None for."""
+    described = constants.get("SUMS", "")
+    names = ("row_sums", "sums")[: 2 if not described else 0 if described.startswith(CHANNEL) else 1]
+    return dict.fromkeys(names)
