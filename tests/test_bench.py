@@ -358,7 +358,7 @@ def test_standard_set_covers_all(device):
     [
         (["--suite", "gpt3"], "no suite is called 'gpt3'"),
         (["--suite", "gpt2", "--groups", "149"], "148 tensors"),
-        (["--optimizer", "AdaBelief"], "AdaBelief"),
+        (["--optimizer", "Newton"], "Newton"),
         (["--peer", "nobody"], "nobody"),
         (["--repeats", "0"], "positive"),
         (["--clip", "-1"], "positive"),

@@ -208,6 +208,41 @@ for name, chosen in kernels:
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])
+def test_sums_over_every_scope_compile(arch):
+    """Of the tests' rules, with strided rows beside dense ones: no spills, still wide."""
+    program = f"""
+import pytest
+import triton
+import triton_rules
+from fusedopt.engines import triton as engine
+from fusedopt.inspection.code import of_amdgcn, of_cubin
+from fusedopt.triton_kernels import ahead
+from fusedopt.triton_kernels.kernels import KERNELS, constants
+from sum_rules import SCOPED
+arch, tile = {arch!r}, engine.TILES["cuda" if {arch!r}.isdigit() else "hip"]
+triton_rules.know(pytest.MonkeyPatch())
+for of, scope in SCOPED:
+    states = "".join(f" {{s.name}}=fp32" for s in of.rule.states)
+    signatures = [f"dense param=bf16 grad=bf16{{states}}", f"strided param=fp32 grad=fp32{{states}}"]
+    kernels = [*constants(of.rule, signatures, tile, scope=scope).items()]
+    if scope == "tensor":
+        kernels.append(("step", constants(of.rule, signatures, tile, joined=True)["step"]))
+    for name, chosen in kernels:
+        asm = ahead.compiled(ahead.Specialised(name, KERNELS[name], chosen), arch).asm
+        if "amdgcn" in asm:
+            report = of_amdgcn(name, arch, asm["amdgcn"])
+        else:
+            report = of_cubin(name, f"sm_{{arch}}", asm["cubin"], triton.knobs.nvidia.cuobjdump.path)
+        assert not (report.spills or report.loads_other or report.stores_other), report
+        assert bool(report.loads_128) == (name in ("norm", "sums", "step")), report
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.path.dirname(__file__)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -215,7 +215,8 @@ def _result(
 ) -> Result:
     source = oracles.version(case.oracle) if has_oracle(case) else "textbook loop"
     if not has_oracle(case):
-        note = f"{case.oracle.partition(':')[0]} is not installed"
+        package = case.oracle.partition(":")[0]
+        note = f"{package} is not installed" if package != "none" else ""
     elif dtype == torch.float32 and case.signs:
         _, skip = _truth(case, steps)
         assert skip is not None
