@@ -208,7 +208,8 @@ for name, chosen in kernels:
     assert run.returncode == 0, run.stderr
 
 
-@pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("arch", ["90", "80", "100", "gfx942"])
 def test_sums_over_every_scope_compile(arch):
     """Of the tests' rules, with strided rows beside dense ones: no spills, still wide."""
     program = f"""
