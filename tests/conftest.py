@@ -84,6 +84,7 @@ INTERPRETED_AT_NIGHT = {
     "test_resume_is_bit_exact": lambda case: case.name not in ("AdamW", "SGD momentum", "NAdam"),
     "test_resume_of_half_precision_is_bit_exact": lambda name, half: name != "AdamW" or half != torch.bfloat16,
     "test_state_to_torch": lambda name, implementation: bool(implementation),
+    "test_sums_are_those_of_one_process": lambda kind, world: world > 2,
     "test_memory_of_every_kind": lambda of, scope, kind: kind != "strided",
     "test_complex_numbers_are_pairs": lambda of, scope: scope == "all",
     "test_the_same_bits_every_time_and_after_a_resume": lambda of, scope: scope not in ("tensor", "channel"),

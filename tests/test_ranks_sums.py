@@ -1,5 +1,7 @@
 """Rules that add up over every scope, on parameters that are sharded among ranks, against one process."""
 
+from contextlib import contextmanager
+
 import pytest
 import rule_builds
 import torch
@@ -14,16 +16,26 @@ from fusedopt.engines import cpu, cuda
 pytestmark = pytest.mark.xdist_group("ranks")
 
 SHAPES = [(8, 4), (5, 3), (3,), (1, 6), (4, 2, 3)]
-ENGINES = [name for name in AVAILABLE if name != "triton"]
 
 
-def know(engine):
-    if engine == "cpu":
-        known = {**cpu._kernels(), **rule_builds.cpu_kernels()}
-        cpu._kernels = lambda: known
-    elif engine == "cuda":
-        cuda.load = rule_builds.cuda_extension
-        cuda._variants.cache_clear()
+@contextmanager
+def knowing(engine):
+    """The engine has the rules of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if engine == "cpu":
+            known = {**cpu._kernels(), **rule_builds.cpu_kernels()}
+            patch.setattr(cpu, "_kernels", lambda: known)
+        elif engine == "cuda":
+            patch.setattr(cuda, "load", rule_builds.cuda_extension)
+            cuda._variants.cache_clear()
+        elif engine == "triton":
+            import triton_rules
+
+            triton_rules.know(patch)
+        try:
+            yield
+        finally:
+            cuda._variants.cache_clear()
 
 
 def places(kind):
@@ -43,9 +55,7 @@ def places(kind):
 
 
 def compare(kind, engine):
-    before = cpu._kernels, cuda.load
-    know(engine)
-    try:
+    with knowing(engine):
         for of, scope in SCOPED:
             torch.manual_seed(1)
             theirs = [nn.Parameter(torch.randn(shape)) for shape in SHAPES]
@@ -65,26 +75,21 @@ def compare(kind, engine):
                 close(whole(p), whole(q), 1e-5)
                 for key, value in a.state[p].items():
                     close(whole(value), whole(b.state[q][key]), 1e-5)
-    finally:
-        cpu._kernels, cuda.load = before
-        cuda._variants.cache_clear()
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["fsdp", "tensor parallel", "two dimensions", "mixed"])
-@pytest.mark.parametrize("of", ENGINES)
-def test_sums_are_those_of_one_process(ranks, of, kind, world):
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_sums_are_those_of_one_process(ranks, engine, kind, world):
     rule_builds.cpu_kernels(), rule_builds.cuda_extension()  # once, and not by all ranks
-    ranks.run(world, compare, kind, of)
+    ranks.run(world, compare, kind, engine)
 
 
 def compare_process_group(engine):
     """Each rank has parameters of its own; scopes span them where they are more than a tensor."""
     import torch.distributed as dist
 
-    before = cpu._kernels, cuda.load
-    know(engine)
-    try:
+    with knowing(engine):
         for of, scope in SCOPED:
             torch.manual_seed(2)
             world, rank = dist.get_world_size(), dist.get_rank()
@@ -100,12 +105,9 @@ def compare_process_group(engine):
                 a.step(), b.step()
             for p, q in zip(ours, theirs[2 * rank : 2 * rank + 2], strict=True):
                 close(p, q, 1e-5)
-    finally:
-        cpu._kernels, cuda.load = before
-        cuda._variants.cache_clear()
 
 
-@pytest.mark.parametrize("of", ENGINES)
-def test_scopes_span_a_process_group(ranks, of):
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_scopes_span_a_process_group(ranks, engine):
     rule_builds.cpu_kernels(), rule_builds.cuda_extension()
-    ranks.run(2, compare_process_group, of)
+    ranks.run(2, compare_process_group, engine)
