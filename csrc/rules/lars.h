@@ -3,20 +3,13 @@
 //   `always_adapt`
 #pragma once
 
-#include "core/math.h"
+#include "families/momentum.h"
 
 namespace fusedopt {
 
 template <bool Momentum>
-struct LARS {
+struct LARS : MomentumBuffer<Momentum> {
   static constexpr auto name = "lars";
-  static constexpr auto states = [] {
-    if constexpr (Momentum) {
-      return Names<1>{"momentum_buffer"};
-    } else {
-      return Names<0>{};
-    }
-  }();
   FUSEDOPT_SCALARS();
   FUSEDOPT_HYPER(momentum, dampening, nesterov, weight_decay, trust_coefficient, eps, always_adapt);
   FUSEDOPT_COEFFICIENTS(momentum, kept, gain, nesterov, weight_decay, trust_coefficient, eps, adapts, trust);
@@ -49,10 +42,7 @@ struct LARS {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    g = c.trust * (g + c.weight_decay * p);
-    if constexpr (!Momentum) return g;
-    state[0] = c.kept * state[0] + c.gain * g;
-    return c.nesterov != T(0) ? g + c.momentum * state[0] : state[0];
+    return MomentumBuffer<Momentum>::along(c.trust * (g + c.weight_decay * p), state, c);
   }
 };
 

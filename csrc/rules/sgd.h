@@ -1,20 +1,13 @@
 // SGD:  b <- mu b + (1 - tau) g  (first step: b <- g) ;  d = g + mu b with Nesterov, else b ; mu = 0: d = g
 #pragma once
 
-#include "core/math.h"
+#include "families/momentum.h"
 
 namespace fusedopt {
 
 template <bool Momentum>
-struct SGD {
+struct SGD : MomentumBuffer<Momentum> {
   static constexpr auto name = "sgd";
-  static constexpr auto states = [] {
-    if constexpr (Momentum) {
-      return Names<1>{"momentum_buffer"};
-    } else {
-      return Names<0>{};
-    }
-  }();
   FUSEDOPT_SCALARS();
   FUSEDOPT_HYPER(momentum, dampening, nesterov);
   FUSEDOPT_COEFFICIENTS(momentum, kept, gain, nesterov);
@@ -31,9 +24,7 @@ struct SGD {
 
   template <class T>
   FUSEDOPT_HD static T direction(T, T g, T* state, const Coefficients<T>& c) {
-    if constexpr (!Momentum) return g;
-    state[0] = c.kept * state[0] + c.gain * g;
-    return c.nesterov != T(0) ? g + c.momentum * state[0] : state[0];
+    return MomentumBuffer<Momentum>::along(g, state, c);
   }
 };
 
