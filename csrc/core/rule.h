@@ -11,7 +11,8 @@
 //   step_scale                              if there, StepScale::kOne: p -= d
 // One that must know sums before it can step has more, see fusedopt/rule.py for what they are taken over:
 //   FUSEDOPT_MEASURES                       names of the sums
-//   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten
+//   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten.
+//                                           Without `state`, none is read
 //   score(c, m) -> double                   if there: of a segment's Measures<double>; finish() is told the largest
 //   finish(c, s, m)                         in double, once per segment: what follows from the sums, to coefficients
 //                                           and scalars
@@ -74,6 +75,12 @@ template <class Rule>
 constexpr bool kAddsUp = kMeasures<Rule> > 0 || kEpilogue<Rule> > 0;
 template <class Rule>
 constexpr bool kHasScore = requires { &Rule::score; };
+
+// Whether `measure` asks for states.
+template <class Rule, class T = float>
+constexpr bool kMeasuresStates = requires(T x, T* state, const typename Rule::template Coefficients<T>& c) {
+  Rule::template measure<T>(x, x, state, c);
+};
 
 // What the engine multiplies a direction by.
 enum class StepScale { kLr, kOne };

@@ -55,11 +55,16 @@ FUSEDOPT_HD EngineScalars<double> engine_scalars(double gradient_factor, double 
 
 // What a rule measures of an element, as its step would see it.
 template <class Rule, class T>
-FUSEDOPT_HD typename Rule::template Measures<T> measure_element(T p, T g, T* state, const EngineScalars<T>& e,
+FUSEDOPT_HD typename Rule::template Measures<T> measure_element(T p, T g, [[maybe_unused]] T* state,
+                                                                const EngineScalars<T>& e,
                                                                 const typename Rule::template Coefficients<T>& c) {
   g *= e.gradient_factor;
   if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
-  return Rule::template measure<T>(p, g, state, c);
+  if constexpr (kMeasuresStates<Rule>) {
+    return Rule::template measure<T>(p, g, state, c);
+  } else {
+    return Rule::template measure<T>(p, g, c);
+  }
 }
 
 // One element's step, in the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction;

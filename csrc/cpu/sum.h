@@ -1,35 +1,69 @@
-// Sums in double, in a fixed order of lanes, so that the same values have the same bits.
+// Sums in a fixed order, so that the same values have the same bits.
 #pragma once
 
-#include <cstdint>
+#include <array>
+#include <bit>
+
+#include "cpu/blocks.h"
 
 namespace fusedopt::cpu {
 
-// The sum of value_of(x[i]) over n elements.
-template <class T, class ValueOf>
-double sum_of(const T* x, std::int64_t n, ValueOf value_of) {
-  constexpr int kLanes = 16;
-  double lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) lanes[k] += value_of(static_cast<double>(x[i + k]));
-  }
-  for (int k = 0; i < n; ++i, ++k) lanes[k] += value_of(static_cast<double>(x[i]));
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int k = 0; k < width; ++k) lanes[k] += lanes[k + width];
-  }
-  return lanes[0];
-}
+constexpr std::int64_t kRun = 512;  // elements whose sums stay in the compute type
 
-template <class T>
-double sum(const T* x, std::int64_t n) {
-  return sum_of(x, n, [](double value) { return value; });
+template <int N>
+double sum(const double* lanes) {
+  if constexpr (N == 1) {
+    return lanes[0];
+  } else {
+    double halves[N / 2];
+    for (int k = 0; k < N / 2; ++k) halves[k] = lanes[k] + lanes[k + N / 2];
+    return sum<N / 2>(halves);
+  }
 }
 
 // Of squares, which are exact products where T is float.
 template <class T>
 double sum_squares(const T* x, std::int64_t n) {
-  return sum_of(x, n, [](double value) { return value * value; });
+  constexpr int kLanes = 16;
+  double lanes[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
+  }
+  for (int k = 0; i < n; ++i, ++k) lanes[k] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+  return sum<kLanes>(lanes);
+}
+
+// N values of each of a block's elements.
+template <int N, class T>
+struct Found {
+  template <class Fields>
+  void put(int lane, const Fields& fields) {
+    const auto all = std::bit_cast<std::array<T, N>>(fields);
+    for (int k = 0; k < N; ++k) values[k][lane] = all[k];
+  }
+
+  alignas(kLine) T values[N][kBlock<T>] = {};
+};
+
+// Adds up N values of each of n elements of some streams, which end at `last`. Calls find(found, begin, count) for
+// blocks.
+template <int N, int Streams, class T, class Find>
+inline void add_up(std::int64_t n, std::int64_t last, T* const* streams, double* sums, Find find) {
+  using Lanes [[gnu::vector_size(kLine)]] = T;  // a vector, or they would not stay in registers
+  for (std::int64_t begin = 0; begin < n; begin += kRun) {
+    Lanes lanes[N] = {};
+    each_block<Streams>(begin, n - begin < kRun ? n : begin + kRun, last, streams, [&](std::int64_t at, int count) {
+      Found<N, T> found;
+      find(found, at, count);
+      for (int k = 0; k < N; ++k) lanes[k] += std::bit_cast<Lanes>(found.values[k]);
+    });
+    for (int k = 0; k < N; ++k) {
+      double wide[kBlock<T>];
+      for (int lane = 0; lane < kBlock<T>; ++lane) wide[lane] = static_cast<double>(lanes[k][lane]);
+      sums[k] += sum<kBlock<T>>(wide);
+    }
+  }
 }
 
 }  // namespace fusedopt::cpu

@@ -31,7 +31,7 @@ struct LARS : MomentumBuffer<Momentum> {
   }
 
   template <class T>
-  FUSEDOPT_HD static Measures<T> measure(T p, T g, T*, const Coefficients<T>&) {
+  FUSEDOPT_HD static Measures<T> measure(T p, T g, const Coefficients<T>&) {
     return {.param = p * p, .grad = g * g};
   }
 

@@ -18,7 +18,7 @@ struct Channel {
   }
 
   template <class T>
-  FUSEDOPT_HD static Measures<T> measure(T p, T g, T*, const Coefficients<T>&) {
+  FUSEDOPT_HD static Measures<T> measure(T p, T g, const Coefficients<T>&) {
     return {.param = p * p + T(1), .grad = g * g};
   }
 

@@ -24,7 +24,7 @@ struct Layer {
   }
 
   template <class T>
-  FUSEDOPT_HD static Measures<T> measure(T, T g, T*, const Coefficients<T>&) {
+  FUSEDOPT_HD static Measures<T> measure(T, T g, const Coefficients<T>&) {
     return {.grad = g * g};
   }
 

@@ -18,7 +18,7 @@ struct Sharing {
   }
 
   template <class T>
-  FUSEDOPT_HD static Measures<T> measure(T, T g, T*, const Coefficients<T>&) {
+  FUSEDOPT_HD static Measures<T> measure(T, T g, const Coefficients<T>&) {
     return {.grad = g * g};
   }
 
