@@ -5,6 +5,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/blocks.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -126,11 +128,15 @@ inline void with_type(Codec codec, Call call) {
 }  // namespace
 
 template <class T>
-void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count) {
+void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count,
+            std::int64_t last) {
   with_type(codec, [&](auto element) {
     using S = decltype(element);
     const S* source = static_cast<const S*>(address);
-    if (!layout) return decode_run(values, source + begin, count);
+    if (!layout) {
+      return each_block<1>(begin, begin + count, last, &source,
+                           [&](std::int64_t at, int n) { decode_run(values + (at - begin), source + at, n); });
+    }
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
       for (std::int64_t i = 0; i < n; ++i) values[at + i] = value_of<T>(source[offset + i * stride]);
     });
@@ -155,8 +161,8 @@ void* scratch(std::size_t bytes) {
   return memory.data();
 }
 
-template void decode<float>(float*, const void*, Codec, const Layout*, std::int64_t, std::int64_t);
-template void decode<double>(double*, const void*, Codec, const Layout*, std::int64_t, std::int64_t);
+template void decode<float>(float*, const void*, Codec, const Layout*, std::int64_t, std::int64_t, std::int64_t);
+template void decode<double>(double*, const void*, Codec, const Layout*, std::int64_t, std::int64_t, std::int64_t);
 template void encode<float>(const float*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
 template void encode<double>(const double*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
 

@@ -7,7 +7,8 @@ namespace fusedopt::cpu {
 
 // Elements [begin, begin + count) of an operand, in its row's order. A null layout means dense.
 template <class T>
-void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count);
+void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count,
+            std::int64_t last);
 
 template <class T>
 void encode(const T* values, void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count);

@@ -23,7 +23,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
   const auto c = cast_coefficients<Rule, T>(coefficients);
   Tile<T, kParam, N> tile(segment.row);
   each_tile(segment, tile.size(), [&](std::int64_t begin, std::int64_t count) {
-    body(Elements<Rule, T, N>(tile.fetch(begin, count), e, c), count, segment.end - begin);
+    body(Elements<Rule, T, N>(tile.fetch(begin, count, segment.end), e, c), count, segment.end - begin);
     if (writes) tile.put(begin, count);
   });
 }

@@ -21,13 +21,13 @@ class Tile {
   // How many elements to fetch at a time.
   std::int64_t size() const { return all_in_place_ ? kAnySize : kTile; }
 
-  // The values of elements [begin, begin + count), operand by operand.
-  T* const* fetch(std::int64_t begin, std::int64_t count) {
+  // The values of elements [begin, begin + count), operand by operand. Others are to come, up to `last`.
+  T* const* fetch(std::int64_t begin, std::int64_t count, std::int64_t last) {
     for (int k = 0; k < N; ++k) {
       values_[k] = static_cast<T*>(address(k)) + begin;
       if (all_in_place_ || in_place(k)) continue;
       values_[k] = buffers_ + k * kTile;
-      decode(values_[k], address(k), codec(k), layout(k), begin, count);
+      decode(values_[k], address(k), codec(k), layout(k), begin, count, last);
     }
     return values_;
   }
