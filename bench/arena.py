@@ -105,7 +105,7 @@ class Arena:
         self._watch = Stopwatch(self._device, workload.cache, self._tensors.renew)
         self._footprint, self._bytes = footprint, footprint.tensor_bytes(workload)
         self._moved = footprint.moved(workload)
-        self._limits = limits.limits(workload.kind, self._moved, len(footprint.states))
+        self._limits = limits.limits(workload.kind, self._moved, len(footprint.states), workload.case.measured)
         self._ours = self._built(contenders)
         if not self._ours:
             raise RuntimeError("none of fusedopt's engines can step it")

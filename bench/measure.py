@@ -62,7 +62,8 @@ class Bench:
         others = list(self._peers(workload))
         footprint = Footprint.of(workload)
         states, tensors = workload.suite.numel * sum(footprint.states), footprint.tensor_bytes(workload).resident
-        streams = limits.resident_bytes(workload.kind, footprint.moved(workload), len(footprint.states))
+        moved, n_states = footprint.moved(workload), len(footprint.states)
+        streams = limits.resident_bytes(workload.kind, moved, n_states, workload.case.measured)
         # At its peak a peer's step may take as much again as parameters and gradients; but one peer at a time.
         base = FLUSHED.get(workload.kind, 0) + 2 * tensors + streams
         room = memory.room(torch.device(workload.device))

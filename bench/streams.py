@@ -1,4 +1,4 @@
-"""The bare loop over a step's streams, in Triton: read all, write all but the gradient."""
+"""The bare loops over a step's streams, in Triton: read what is measured; read all, write all but the gradient."""
 
 from __future__ import annotations
 
@@ -11,11 +11,30 @@ WARPS = 8
 
 
 @triton.jit
+def _measure(streams, sums, tile: tl.constexpr):  # pyright: ignore
+    at = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
+    total = tl.load(streams[0] + at)
+    for k in tl.static_range(1, len(streams)):
+        total += tl.load(streams[k] + at)
+    tl.store(sums + tl.program_id(0), tl.sum(total, 0))
+
+
+@triton.jit
 def _touch(updated, gradient, streams: tl.constexpr, tile: tl.constexpr):  # pyright: ignore
     at = tl.program_id(0).to(tl.int64) * tile + tl.arange(0, tile)
     g = tl.load(gradient + at)
     for k in tl.static_range(streams):
         tl.store(updated[k] + at, tl.load(updated[k] + at) * 0.5 + g)
+
+
+def measure(streams: list[Tensor], sums: Tensor) -> None:
+    """Read some streams once.
+
+    Args:
+        streams: Float32, of equal length, a multiple of ``TILE``.
+        sums: Float32, gets one for each tile.
+    """
+    _measure[(sums.numel(),)](tuple(streams), sums, TILE, num_warps=WARPS)
 
 
 def touch(updated: list[Tensor], gradient: Tensor) -> None:

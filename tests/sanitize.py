@@ -28,7 +28,7 @@ host, engine, _ = cpu.load()
 print(host.__file__, engine.__file__, sep="\\n", flush=True)
 floats = array.array("f", bytes(4 * 1000))
 address, _ = floats.buffer_info()
-engine.stream([address], [address], 2000, 1)
+engine.stream([address, address], 0, 2000, 1)
 """
 
 

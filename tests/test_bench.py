@@ -4,6 +4,7 @@ import json
 import shlex
 from dataclasses import replace
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -131,12 +132,12 @@ def test_bytes_of_a_step():
         footprint = Footprint.of(tiny(case))
         assert footprint == Footprint(4, (4,) * states)
         assert footprint.moved(tiny(case)) == 300 * 4 * (3 + 2 * states)
-        assert (
-            footprint.moved(tiny(case, clip=1.0)) == footprint.moved(tiny(case, amp=True)) == 300 * 4 * (4 + 2 * states)
-        )
+        assert {footprint.moved(tiny(case, **how)) for how in ({"clip": 1.0}, {"amp": True})} == {
+            1200 * (4 + 2 * states)
+        }
     assert Footprint.of(tiny(dtype="bf16")) == Footprint(2, (4, 4))
-    for nbytes in (28, 28_000, 28_000_000):
-        assert nbytes <= limits.limits("cpu", nbytes, 2)["limit"].nbytes <= nbytes + 28
+    for nbytes, measured in product((28, 28_000, 28_000_000), (0, 4)):
+        assert nbytes <= limits.limits("cpu", nbytes, 2, measured)["limit"].nbytes <= nbytes + 28 + 4 * measured
 
 
 @needs_cpu_engine
@@ -376,8 +377,7 @@ def test_bad_input_is_one_clear_error(arguments, message, capsys):
         status = main(["bench", *arguments])
     except SystemExit as error:
         status = error.code
-    assert status == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_streams_in_triton():
@@ -386,9 +386,11 @@ def test_streams_in_triton():
         pytest.skip("the interpreter is for machines without a GPU")
     from fusedopt.bench import streams
 
-    updated, gradient = [torch.full((2 * streams.TILE,), k) for k in (1.0, 2.0, 3.0)], torch.ones(2 * streams.TILE)
+    *updated, gradient = [torch.full((2 * streams.TILE,), k) for k in (1.0, 2.0, 3.0, 1.0)]
     streams.touch(updated, gradient)
     assert [set(u.tolist()) for u in updated] == [{1.5}, {2.0}, {2.5}]
+    streams.measure([gradient, *updated], sums := torch.zeros(2))
+    assert sums.tolist() == [streams.TILE * 7.0] * 2
 
 
 def test_groups_differ_and_single_elements():

@@ -22,14 +22,14 @@ py::list describe_kernels() {
   return out;
 }
 
-void stream_from_python(const std::vector<std::size_t>& updated, const std::vector<std::size_t>& read, std::int64_t n,
-                        int threads) {
-  std::vector<float*> u;
-  std::vector<const float*> r;
-  for (const std::size_t a : updated) u.push_back(reinterpret_cast<float*>(a));
-  for (const std::size_t a : read) r.push_back(reinterpret_cast<const float*>(a));
+float stream_from_python(const std::vector<std::size_t>& addresses, int measured, std::int64_t n, int threads) {
+  std::vector<float*> streams;
+  for (const std::size_t address : addresses) streams.push_back(reinterpret_cast<float*>(address));
+  if (streams.size() < 2 || measured < 0 || measured > static_cast<int>(streams.size())) {
+    throw py::value_error("streams are two or more, and no others are measured");
+  }
   py::gil_scoped_release release;
-  stream(u.data(), static_cast<int>(u.size()), r.data(), static_cast<int>(r.size()), n, threads);
+  return stream(streams.data(), static_cast<int>(streams.size()), measured, n, threads);
 }
 
 }  // namespace
@@ -39,7 +39,8 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   using namespace fusedopt::cpu;
   m.def("kernels", &describe_kernels,
         "Kernels in this build: rule, states, scalars, hyper, coefficients, step_scale, kernel capsule.");
-  m.def("stream", &stream_from_python, py::arg("updated"), py::arg("read"), py::arg("n"), py::arg("threads"),
-        "Touch streams of n floats at the given addresses, as the engine would: the bandwidth limit.");
+  m.def("stream", &stream_from_python, py::arg("streams"), py::arg("measured"), py::arg("n"), py::arg("threads"),
+        "Read the first `measured` streams of n floats at the given addresses, then update all but the second, as a "
+        "step would: the bandwidth limit.");
   m.attr("run") = py::capsule(reinterpret_cast<void*>(&run), "fusedopt.cpu.run");
 }

@@ -5,7 +5,8 @@
 
 namespace fusedopt::cpu {
 
-// Touches `reads` + `updates` streams of n floats, writing the updated ones, with the engine's threads.
-void stream(float* const* updated, int updates, const float* const* read, int reads, std::int64_t n, int threads);
+// Touches streams of n floats as a step does, with the engine's threads: reads the first `measured` of them, and then
+// updates all but the second, which is only read. Returns something of what was read first, or that need not be.
+float stream(float* const* streams, int n_streams, int measured, std::int64_t n, int threads);
 
 }  // namespace fusedopt::cpu
