@@ -7,11 +7,12 @@ from fusedopt.backward import step_in_backward
 from fusedopt.fuse import fuse
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
+from fusedopt.options import EMA, GradientNoise, Lookahead
 
 try:
     __version__ = version("fusedopt")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["FusedOptimizer", "__version__", "fuse", "step_in_backward"]
+__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "Lookahead", "__version__", "fuse", "step_in_backward"]
 __all__ += optimizers.__all__

@@ -117,6 +117,7 @@ class _Lone:
         own.param_groups, own.state = [self._alone], defaultdict(dict)
         own._kept, own._statuses, own._retained, own._norm, own._in_backward = Plans(), {}, [], None, None
         self._state: dict[str, Any] | None = None
+        self._number()
 
     def step(self, p: Tensor) -> None:
         """Step it, whose gradient is there."""
@@ -149,6 +150,11 @@ class _Lone:
         (plan,) = planned.plans
         return plan.indivisible and plan.step_and_free()
 
+    def _number(self) -> None:
+        """Which parameter of the optimizer it is."""
+        g, i = self._place
+        self._own._numbers = [sum(len(group["params"]) for group in self._optimizer.param_groups[:g]) + i]
+
     def _read_group(self, p: Tensor) -> bool:
         """Take over what the parameter's group says now; False if it is in none any more."""
         groups, (g, i) = self._optimizer.param_groups, self._place
@@ -157,6 +163,7 @@ class _Lone:
             if not places:
                 return False
             self._place = g, i = places[0]
+            self._number()
         group, params = groups[g], self._alone["params"]
         self._alone.update(group)
         self._alone["params"] = params

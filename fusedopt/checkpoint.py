@@ -6,7 +6,7 @@ from collections import defaultdict
 from copy import deepcopy
 from typing import Any
 
-from fusedopt import checks
+from fusedopt import checks, options
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state, widened
 
@@ -28,8 +28,9 @@ def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) ->
                 f"group {i} of the loaded state dict has {len(saved['params'])} parameters, "
                 f"the optimizer's {len(group['params'])}"
             )
-        options = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
-        loaded = {**group, **options, "params": group["params"]}
+        own = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
+        loaded = {**group, **own, "params": group["params"]}
+        options.settle(loaded, f" (group {i})")
         checks.group(rule, loaded, i, stepping=True)
         groups.append(loaded)
     return groups

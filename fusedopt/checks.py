@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedopt import memory, operands
 from fusedopt.operands import COMPLEX, FLOATING
+from fusedopt.options import CAUTIOUS, STATES, STEP, settle
 from fusedopt.rule import LR, Group, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
@@ -99,6 +100,11 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
         hyperparameter(hyper, group, where, stepping=stepping)
     if conflict := rule.conflict(group):
         raise ValueError(f"{conflict}{where}")
+    settle(dict(group), where)
+    if group.get(CAUTIOUS) and not rule.is_decoupled(group):
+        flag = rule.decoupled()
+        how = f"; {flag}=True decouples it" if isinstance(flag, str) else f", which {rule.name!r} does not have"
+        raise ValueError(f"{CAUTIOUS}{where} needs decoupled weight decay{how}")
     if group["fused"] and group["foreach"]:
         raise ValueError(f"fused and foreach{where} cannot both be True")
     if group["fused"] and group["differentiable"]:
@@ -225,7 +231,7 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
         return f"of its gradient: {reason}"
     written = [p]
-    for key in (*(s.name for s in rule.states), *rule.scalars):
+    for key in (*_tensor_names(rule), *rule.scalars, STEP):
         value = state.get(key)
         if isinstance(value, Tensor):
             value = memory.local(value)
@@ -263,7 +269,7 @@ def norm_is_whole(groups: Sequence[Group]) -> None:
 
 def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
     """The rule's states that a parameter has fit it; those it lacks are not asked for."""
-    for spec in rule.states:
+    for spec in (*rule.states, *STATES.values()):
         key, value = spec.name, state.get(spec.name)
         if value is None:
             continue
@@ -284,7 +290,7 @@ def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: o
             raise ValueError(f"state {key!r} of {name} is at an address that is not a multiple of its elements' size")
         if value.layout != torch.strided or memory.overlaps(value):
             raise ValueError(f"state {key!r} of {name} is not a tensor with memory of its own for each element")
-    for key in rule.scalars.keys() & set(state):
+    for key in {STEP, *rule.scalars} & set(state):
         value = state[key]
         if isinstance(value, Tensor) and (short := memory.shortage(value)):
             raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
@@ -297,9 +303,14 @@ def _is_float_elsewhere(value: Any) -> bool:
     return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1 and value.is_floating_point()
 
 
+def _tensor_names(rule: type[Rule]) -> set[str]:
+    """Of all states that a parameter can have, scalars apart."""
+    return {s.name for s in (*rule.states, *STATES.values())}
+
+
 def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
     """A parameter's states are where it is."""
-    for key in {s.name for s in rule.states} & set(state):
+    for key in _tensor_names(rule) & set(state):
         if state[key] is not None and state[key].device != p.device:
             raise RuntimeError(f"state {key!r} of {name} is on {state[key].device}, the parameter on {p.device}")
 

@@ -11,8 +11,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, planner
+from fusedopt import checks, engines, options, planner
 from fusedopt.amp import TakesScaling
+from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import loaded_groups, loaded_state
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
@@ -41,7 +42,7 @@ def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
     return {"defaults": {**options, **fixed}, **own}
 
 
-class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
+class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
     """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
@@ -70,6 +71,11 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
             is one. As in torch, both being true is an error.
         capturable: Accepted; steps can always be captured where the engine is a GPU's.
         differentiable: Run the eager rule under autograd, so that gradients flow through the step.
+        average: :class:`fusedopt.EMA` or :class:`fusedopt.Lookahead`, an average of the parameters that the step keeps
+            in their state; None for none. See :meth:`averaged` and :meth:`average_of`.
+        gradient_noise: :class:`fusedopt.GradientNoise` that is added to the gradients; None for none.
+        cautious_weight_decay: Decay only where the step goes towards zero, too: where update times parameter is not
+            negative (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). Decay must be decoupled.
 
     Attributes:
         grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling,
@@ -111,6 +117,7 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
 
     rule: ClassVar[type[Rule]]
     _in_backward: Any = None  # see fusedopt/backward.py
+    _numbers: list[int] | None = None  # of the parameters in another optimizer that this is a part of
 
     def __init__(
         self,
@@ -156,6 +163,7 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
             checks.new_parameters(param_group["params"], self.param_groups)
         super().add_param_group(param_group)
         try:
+            options.settle(self.param_groups[-1], f" (group {len(self.param_groups) - 1})")
             checks.group(self.rule, param_group, len(self.param_groups) - 1)
             engines.check_group(self.engine, param_group, self.rule, self.scope)
         except Exception:
@@ -186,6 +194,8 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
             self._lock, self._forks = threading.RLock(), forks()
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError("step() was called inside of the same optimizer's step()")
+        if self._is_averaged:
+            raise RuntimeError("step() was called inside of averaged(), where the parameters hold their averages")
         with self._lock, threads_that_exist():
             self._step(self._scaling())
         return loss
@@ -307,6 +317,10 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
         everyone = [(p, group) for group in self.param_groups for p in group["params"]]
         return [everyone[i] for i in which]
 
+    def number_of(self, i: int) -> int:
+        """Which of the optimizer's parameters one is, for what is drawn at random; given its number here."""
+        return i if self._numbers is None else self._numbers[i]
+
     def status(self, device: torch.device, nth: int) -> Any:
         """Where the nth plan on a device tells whether its steps were skipped, and the norm."""
         if (device, nth) not in self._statuses:
@@ -319,6 +333,12 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
             self._retained.append(plan)
 
     # ----------------------------------------------------------------- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, of tensors and Python's own types, as torch.optim's is."""
+        saved = super().state_dict()
+        saved["param_groups"] = [options.plain(group) for group in saved["param_groups"]]
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state from here or from torch.optim. Tensors keep the dtype they were saved in.
@@ -346,6 +366,8 @@ class FusedOptimizer(TakesScaling, torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for g, group in enumerate(self.param_groups):
+            options.settle(group, f" (group {g})")
         self._kept = Plans()
         self.__dict__.setdefault("_scaler", None)
         self.__dict__.setdefault("_handles_amp", True)

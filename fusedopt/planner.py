@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedopt import checks, engines, memory
+from fusedopt import checks, engines, memory, options
 from fusedopt.ranks import Ranks, Reduction
-from fusedopt.state import StepCounters, initial_state
+from fusedopt.state import New, StepCounters, initial_state
 from fusedopt.sums import ALL, GROUP
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
@@ -29,6 +29,8 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
         RuntimeError, TypeError, ValueError: For whatever cannot be stepped.
     """
     adds_up = measures or optimizer.rule.has_sums()
+    for g, group in enumerate(optimizer.param_groups):
+        options.settle(group, f" (group {g})")
     if adds_up:
         ranks.refuse_overlap()
     checks.tensors_are_whole(optimizer)
@@ -40,7 +42,7 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     if any(waves):
         _leave_to_eager(optimizer, assigned, waves)
     _create_states(optimizer, assigned, new_state)
-    new = {i for i, _, _ in new_state}
+    new = New.of(optimizer.rule, new_state)
     which: dict[Any, list[int]] = {}
     for i, (name, p, _) in enumerate(assigned):
         reduction = Reduction.of(p) if adds_up and ranks.are_many else Reduction()
@@ -48,7 +50,7 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     plans = []
     for (_, name, device, reduction), members in sorted(which.items(), key=lambda item: item[0][0]):
         nth = sum(plan.device == device for plan in plans)
-        plans.append(engines.plan(name, optimizer, members, sorted(new & set(members)), nth))
+        plans.append(engines.plan(name, optimizer, members, new.among(members), nth))
         plans[-1].reduction = reduction
     return plans
 
@@ -95,7 +97,7 @@ def _used(p: Tensor, state: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]
 def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> None:
     """Make the states that parameters with gradients lack; mend all counters."""
     rule, all_states = optimizer.rule, optimizer.state
-    counters = StepCounters((all_states.get(p, {}) for _, p, _ in assigned), rule.scalars)
+    counters = StepCounters((all_states.get(p, {}) for _, p, _ in assigned), {options.STEP, *rule.scalars})
     common = _in_common(optimizer, assigned)
     made: dict[int, tuple[str, ...]] = {}
     for i, (engine, p, group) in enumerate(assigned):
@@ -103,14 +105,14 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
             new_state.append((i, p, made[id(p)]))
             continue
         device, has = engines.step_device(engine, p), all_states.get(p, {})
-        names = [spec.name for spec in rule.active_states(group)]
+        names = [*options.scalars_of(rule, group), *(spec.name for spec in options.states_of(rule, group))]
         new: dict[str, Any] = {}
-        if p.grad is not None and any(has.get(name) is None for name in (*names, *rule.scalars)):
+        if p.grad is not None and any(has.get(name) is None for name in names):
             initial = initial_state(rule, p, group)
             for name, value in common.get(_scope(optimizer, group), {}).items():
                 initial[name].fill_(value)
             new = {name: value for name, value in initial.items() if has.get(name) is None}
-        scalars = {name: new.get(name, has.get(name)) for name in rule.scalars}
+        scalars = {name: new.get(name, has.get(name)) for name in options.scalars_of(rule, group)}
         unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, device)}
         if new:
             made[id(p)] = tuple(new)

@@ -5,32 +5,64 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from copy import deepcopy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedopt import memory
+from fusedopt import memory, options
 from fusedopt.rule import LAST_FLOAT_STEP, Rule
+
+
+class New(NamedTuple):
+    """Which parameters have something that was made for the step to come.
+
+    Attributes:
+        states: Those with new states or scalars of the rule.
+        averages: Those with a new average.
+    """
+
+    states: list[int]
+    averages: list[int]
+
+    @classmethod
+    def of(cls, rule: type[Rule], made: Iterable[tuple[int, Tensor, tuple[str, ...]]]) -> New:
+        """By the names of what was made."""
+        own = {*(spec.name for spec in rule.states), *rule.scalars}
+        averages = {spec.name for spec in options.STATES.values()}
+        made = list(made)
+        return cls(*([i for i, _, names in made if kind & set(names)] for kind in (own, averages)))
+
+    def among(self, members: Iterable[int]) -> New:
+        """Those that are members."""
+        which = set(members)
+        return New([i for i in self.states if i in which], [i for i in self.averages if i in which])
+
 
 HALVES = (torch.bfloat16, torch.float16, torch.complex32)
 
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state before its first step: the rule's scalars, then its tensors."""
-    scalars = {name: group[value] if isinstance(value, str) else value for name, value in rule.scalars.items()}
+    """A parameter's state before its first step: scalars, then tensors. Averages are the parameter."""
+    scalars = {
+        name: group[value] if isinstance(value, str) else value
+        for name, value in options.scalars_of(rule, group).items()
+    }
     state = {name: torch.tensor(float(value), dtype=_scalar_dtype(), device="cpu") for name, value in scalars.items()}
     dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
     for spec in rule.active_states(group):
         value = float(group[spec.init]) if spec.init else 0.0
         fill = complex(value, value) if p.is_complex() else value
         state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
+    if average := options.average_state(group):
+        state[average.name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).detach()
+        state[average.name].copy_(p.detach())
     return state
 
 
 def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:
     """A state from elsewhere, what must be exact as wide as float32: torch's is as wide as the parameter."""
-    exact = {s.name for s in rule.states if s.exact}
+    exact = {s.name for s in (*rule.states, *options.STATES.values()) if s.exact}
     halves = {k: v for k, v in state.items() if k in exact and isinstance(v, Tensor) and v.dtype in HALVES}
     return {**state, **{key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in halves.items()}}
 
@@ -41,9 +73,9 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
     """
     adopted: dict[Any, Any] = {}
-    tensors = {s.name for s in rule.states}
+    tensors = {s.name for s in (*rule.states, *options.STATES.values())}
     for key, value in state.items():
-        if key in rule.scalars:
+        if key in rule.scalars or key == options.STEP:
             adopted[key] = _counter(value)
         elif key in tensors and value is None:
             continue  # torch's SGD says so that there is no momentum buffer yet
@@ -73,8 +105,8 @@ def unfit(counter: Any, device: torch.device, value: float | None = None) -> boo
 
 def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], device: torch.device) -> bool:
     """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
-    tensors = (spec.name for spec in rule.active_states(group))
-    scalars = [state.get(name) for name in rule.scalars]
+    tensors = (spec.name for spec in options.states_of(rule, group))
+    scalars = [state.get(name) for name in options.scalars_of(rule, group)]
     return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, device) for s in scalars)
 
 

@@ -2,8 +2,8 @@
 
 ``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for, ``accepts(p,
 group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it
-keeps the parameter's step. ``Plan(optimizer, members, new_state, nth)`` is what one step runs on: two lists of
-parameters, counted through all groups, and how many plans of the same device come before it. ``scan()`` reads what the
+keeps the parameter's step. ``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters,
+counted through all groups, and how many plans of the same device come before it. ``scan()`` reads what the
 step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()``
 measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous``
 belongs to one device, and tells the status of its steps in tensors there; others know it when ``run`` returns. One that
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.rule import Rule
+from fusedopt.state import New
 from fusedopt.sums import TENSOR
 
 StepStatus = tables.StepStatus
@@ -93,6 +94,6 @@ def refuse_capture(device: torch.device) -> None:
     tables.refuse_capture(device, "a step needed new states, or found other tensors than the one before,")
 
 
-def plan(name: str, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> Any:
+def plan(name: str, optimizer: Any, members: list[int], new: New, nth: int) -> Any:
     """What an engine needs to step its parameters, of any groups of the optimizer."""
-    return ENGINES[name].Plan(optimizer, members, new_state, nth)
+    return ENGINES[name].Plan(optimizer, members, new, nth)

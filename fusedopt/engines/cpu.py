@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host
+from fusedopt import checks, host, options
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
+from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
 
@@ -65,6 +66,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
         return f"rule {rule.name!r} has no C++ kernel"
+    if options.are_asked(group):
+        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -85,7 +88,7 @@ class Plan:
     indivisible = True
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         extension, engine, _ = load()
         rule = optimizer.rule
         host.know_dtensors(extension)
@@ -95,7 +98,7 @@ class Plan:
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self.passes = Pass.of(rule, optimizer.scope)
         self.sums = Sums(rule, optimizer.scope, self._groups, "cpu")
-        self._job = extension.CpuJob(self._groups, specs, self._state, members, new_state, optimizer.scope == CHANNEL)
+        self._job = extension.CpuJob(self._groups, specs, self._state, members, new.states, optimizer.scope == CHANNEL)
         if rule.has_sums():
             places, addresses = self.sums.places, [t.data_ptr() for t in self.sums.tensors()]
             shared = [list(rule.scalars).index(name) for name in rule.shared]

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host
+from fusedopt import checks, host, options
 from fusedopt.engines.device import DevicePlan, on_device
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
+from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR
 
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
@@ -52,6 +53,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
     if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
         return f"rule {rule.name!r} has no CUDA kernel"
+    if options.are_asked(group):
+        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -86,7 +89,7 @@ def _index(device: torch.device) -> int:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one GPU."""
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         extension, rule = load(), optimizer.rule
         chosen = optimizer.members(members)
         device = chosen[0][0].device
@@ -98,7 +101,7 @@ class Plan(DevicePlan):
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
         tile, runs = extension.tile, extension.runs_per_share
-        super().__init__(optimizer, members, new_state, nth, names, blocks, tile, limit, runs_per_share=runs)
+        super().__init__(optimizer, members, new.states, nth, names, blocks, tile, limit, runs_per_share=runs)
         t, s, nothing = self.table, self.status, self.partials
         signatures = [(x.is_strided, list(x.codecs), list(x.states)) for x in t.signatures]
         words = selection.encode(signatures, len(names[0]))

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, memory
+from fusedopt import checks, engines, memory, options
 from fusedopt.engines.eager_step import EagerSums, Step, real
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
-from fusedopt.state import lacks_state
+from fusedopt.state import New, lacks_state
 from fusedopt.sums import Sums
 
 
@@ -47,10 +47,10 @@ class Plan:
     indivisible = False
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         self.optimizer = optimizer
         self.members = members
-        self.new_state = set(new_state)
+        self.new_state, self.new_averages = set(new.states), set(new.averages)
         self.stepped_members: list[int] = []
         self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
         self.written = memory.Spans(memory.written(optimizer.param_groups, optimizer.state))
@@ -77,6 +77,7 @@ class Plan:
         self.stepped_members = []
         try:
             for g, group in enumerate(optimizer.param_groups):
+                options.settle(group, f" (group {g})")
                 checks.group(optimizer.rule, group, g, stepping=True)
             everyone = [p for group in optimizer.param_groups for p in group["params"]]
             if len(everyone) != len(self.everyone) or any(map(lambda a, b: a is not b, everyone, self.everyone)):
@@ -119,7 +120,7 @@ class Plan:
         sums = EagerSums(self.optimizer, self.sums, active)
 
         def step(i: int) -> Step:
-            return Step(self.optimizer, *active[i], factor, i in self.new_state)
+            return Step(self.optimizer, i, *active[i], factor, i in self.new_state, i in self.new_averages)
 
         if Pass.SUMS in passes:
             sums.add_segments(step)
@@ -140,6 +141,7 @@ class Plan:
     def finish(self) -> None:
         """The step is over."""
         self.new_state -= set(self.stepped_members)
+        self.new_averages -= set(self.stepped_members)
 
     @torch.no_grad()
     def _squared_norm(self) -> Tensor | float:

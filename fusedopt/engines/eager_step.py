@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import memory
+from fusedopt import memory, noise, options
 from fusedopt.rule import WEIGHT_DECAY, Rule, StepScale
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
@@ -20,18 +20,23 @@ class Step:
 
     Args:
         optimizer: Whose.
+        i: The parameter's number, counted through all groups.
         p: The parameter.
         group: Its group.
         factor: What unscales and clips its gradient.
         new_state: Whether its state was made for this step.
+        new_average: Whether its average was.
 
     Attributes:
         c: The rule's coefficients.
-        s: Its scalars after the step.
+        s: Its scalars after the step, and what the engine counts.
     """
 
-    def __init__(self, optimizer: Any, p: Tensor, group: dict[str, Any], factor: float, new_state: bool) -> None:
-        self.p, self._group = p, group
+    def __init__(
+        self, optimizer: Any, i: int, p: Tensor, group: dict[str, Any], factor: float, new_state: bool,
+        new_average: bool,
+    ) -> None:  # fmt: skip
+        self.p, self._group, self._new_average = p, group, new_average
         self._rule, self._state = optimizer.rule, optimizer.state[p]
         self.is_differentiable = bool(group["differentiable"])
         assert p.grad is not None
@@ -45,12 +50,20 @@ class Step:
         self._names = [spec.name for spec in self._rule.active_states(group)]
         self._value = real(self._here(p)).to(self.compute, copy=self.is_differentiable)  # autograd may keep it
         g = real(self._here(p.grad)).to(self.compute) * gradient_factor
+        if group[options.NOISE]:
+            g = g + self._noise(optimizer, i)
         self._g = g + coupled_decay * self._value if coupled_decay else g
         self._old = {name: real(self._here(self._state[name])).to(self.compute) for name in self._names}
 
     def _here(self, t: Tensor) -> Tensor:
         """Parts step alone; but only the DTensor itself has an autograd graph."""
         return t if self.is_differentiable else memory.local(t)
+
+    def _noise(self, optimizer: Any, i: int) -> Tensor:
+        eta, gamma, seed = self._group[options.NOISE]
+        tensor, key = optimizer.number_of(i), (seed, noise.GRADIENT + noise.salt(self.p, optimizer.process_group))
+        drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, key)
+        return (math.sqrt(float(eta) / self.s.step ** float(gamma)) * drawn).to(self.compute).to(self.p.device)
 
     def measure(self) -> tuple[Tensor, ...]:
         """What the rule measures."""
@@ -59,20 +72,35 @@ class Step:
     def update(self) -> tuple[Tensor, ...]:
         """Write what the step changes; returns what the rule concludes.
 
-        In the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay
-        and write.
+        In the order of every engine: unscale, clip and maximize (one factor); noise; coupled decay; direction;
+        decoupled decay; average; write.
         """
         rule, p = self._rule, self.p
         d, new = rule.direction(self._value, self._g, self._old, self.c)
-        value = self._decay_factor * self._value - self._step_scale * d
+        decay_factor = self._decay_factor
+        if self._group[options.CAUTIOUS]:
+            decay_factor = torch.where(d * self._value >= 0, decay_factor, 1.0)
+        value = stepped = decay_factor * self._value - self._step_scale * d
+        if average := options.average_state(self._group):
+            new[average.name], value = self._averaged(real(self._here(self._state[average.name])), stepped)
         _write(self._here(p), value)
-        for name in self._names:
+        for name in new:
             if self.is_differentiable:
                 self._state[name] = _like(p, new[name])
             else:
                 _write(self._here(self._state[name]), new[name])
-        write_scalars(self._state, self.s, rule.scalars)
-        return rule.conclude(value, self._g, d, new, self.c) if rule.epilogue else ()
+        write_scalars(self._state, self.s, vars(self.s))
+        return rule.conclude(stepped, self._g, d, new, self.c) if rule.epilogue else ()
+
+    def _averaged(self, average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """The average and the parameter after it."""
+        asked, average = self._group[options.AVERAGE], average.to(self.compute)
+        if isinstance(asked, options.EMA):
+            return torch.lerp(average, value, 1.0 if self._new_average else 1 - float(asked.decay)), value
+        if self.s.step % float(asked.k):
+            return average, value
+        slow = torch.lerp(average, value, float(asked.alpha))
+        return slow, slow
 
 
 def prepared(
@@ -80,8 +108,9 @@ def prepared(
 ) -> tuple[SimpleNamespace, SimpleNamespace]:
     """A parameter's coefficients and scalars after ``prepare``, of a step that counts or of none."""
     h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
-    s = SimpleNamespace(**{name: float(state[name]) for name in rule.scalars})
-    if "step" in rule.scalars and counts:
+    names = options.scalars_of(rule, group) if options.STEP in state else rule.scalars
+    s = SimpleNamespace(**{name: float(state[name]) for name in names})
+    if options.STEP in vars(s) and counts:
         s.step += 1
     return rule.prepare(h, s, new_state), s
 

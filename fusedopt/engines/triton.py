@@ -16,8 +16,10 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
 from fusedopt.engines.occupancy import resident_blocks
+from fusedopt.options import are_asked
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
+from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR
 
 WARPS = 4
@@ -65,6 +67,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if rule.name not in _rules():
         return f"rule {rule.name!r} has no Triton kernel"
+    if are_asked(group):
+        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -161,7 +165,7 @@ class Kernel:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
-    def __init__(self, optimizer: Any, members: list[int], new_state: list[int], nth: int) -> None:
+    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         from fusedopt.triton_kernels.kernels import KERNELS, constants  # pyright: ignore[reportMissingImports]
 
         device = optimizer.members(members)[0][0].device
@@ -172,7 +176,7 @@ class Plan(DevicePlan):
         if not interpreted:
             programs = processors(device) * (PROGRAMS_PER_PROCESSOR or CUT_PER_PROCESSOR)
         names = ours.states, ours.scalars, ours.hyper
-        super().__init__(optimizer, members, new_state, nth, names, programs, tile, sizes=SHARE_SIZES)
+        super().__init__(optimizer, members, new.states, nth, names, programs, tile, sizes=SHARE_SIZES)
         t, rule, scope = self.table, optimizer.rule, optimizer.scope
         more = {} if interpreted else options(backend_of(device))
         self._n_scopes = self.sums.places.n_scopes if self.sums else 0

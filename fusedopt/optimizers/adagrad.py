@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 from fusedopt.state import initial_state
 
@@ -44,8 +45,8 @@ class Adagrad(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         initial_accumulator_value: What S starts from; not negative.
         eps: Added to the root of S.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
-            See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -73,6 +74,9 @@ class Adagrad(FusedOptimizer):
         differentiable: bool = False,
         fused: bool | None = None,
         capturable: bool = False,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

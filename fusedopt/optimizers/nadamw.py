@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
+from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import BETAS, DECOUPLED, EPS, Rule, State, bias_correction
 
 
@@ -50,8 +51,8 @@ class NAdamW(FusedOptimizer):
         betas: Decay rates of the first and second moment, each in [0, 1).
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient, multiplied by ``lr``.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
-            See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -78,6 +79,9 @@ class NAdamW(FusedOptimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 
 
@@ -55,8 +56,8 @@ class RMSprop(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         momentum: Momentum of the scaled gradient; 0 for none.
         centered: Divide by the root of the variance instead.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
-            See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -85,6 +86,9 @@ class RMSprop(FusedOptimizer):
         differentiable: bool = False,
         *,
         fused: bool | None = None,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import RULE, Hyper, Rule, State, StepScale
 
 
@@ -54,8 +55,8 @@ class Rprop(FusedOptimizer):
         lr: What step sizes start from, and nothing afterwards; a float or a one-element tensor.
         etas: By what step sizes shrink, in (0, 1), and grow, more than 1.
         step_sizes: The smallest and the largest step size.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
-            See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -81,6 +82,9 @@ class Rprop(FusedOptimizer):
         maximize: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import Hyper, Rule, State
 
 MOMENTUM = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
@@ -53,8 +54,8 @@ class SGD(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         nesterov: Nesterov momentum; needs momentum, and no dampening.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, max_grad_norm, skip_nonfinite, process_group, engine:
-            See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -83,6 +84,9 @@ class SGD(FusedOptimizer):
         fused: bool | None = None,
         capturable: bool = False,
         decoupled_weight_decay: bool = False,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

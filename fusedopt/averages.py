@@ -1,0 +1,82 @@
+"""Averages of the weights: reading them, and putting them in the place of the parameters for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import options
+from fusedopt.interrupts import held_back
+
+
+class KeepsAverages:
+    """What an optimizer does with the averages that its steps keep, see ``average`` of :class:`FusedOptimizer`."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    _is_averaged = False
+
+    def average_of(self, p: Tensor) -> Tensor:
+        """The average of a parameter's values: its state ``ema`` or ``slow`` itself, not a copy.
+
+        Args:
+            p: A parameter of a group that has an average.
+
+        Returns:
+            A tensor of the parameter's shape, float32 or wider, on its device; before the parameter's first step, the
+            parameter itself without its graph.
+
+        Raises:
+            ValueError: If the parameter is not this optimizer's, or its group has no average.
+        """
+        for group in self.param_groups:
+            if any(q is p for q in group["params"]):
+                if options.average_state(group) is None:
+                    raise ValueError("the parameter's group keeps no average; give the optimizer or the group average=")
+                average = self._average(p, group)
+                return p.detach() if average is None else average
+        raise ValueError("the parameter is in none of this optimizer's groups")
+
+    def _average(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+        """A parameter's average, once it has one."""
+        spec = options.average_state(group)
+        return spec and self.state.get(p, {}).get(spec.name)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """In this context the parameters hold their averages; after it, whatever happens, their own bits again.
+
+        It takes as much memory as the parameters that have averages. Parameters without one stay as they are. The
+        optimizer cannot step inside, and changes that are made to those parameters are lost.
+
+        Raises:
+            RuntimeError: If they hold them already, or no group keeps an average.
+
+        Example:
+            >>> with optimizer.averaged():
+            ...     loss = evaluate(model)
+        """
+        if self._is_averaged:
+            raise RuntimeError("averaged() inside of averaged(): the parameters hold their averages already")
+        if not any(map(options.average_state, self.param_groups)):
+            raise RuntimeError("averaged() needs an average: no group of this optimizer keeps one")
+        own: dict[int, tuple[Tensor, Tensor]] = {}
+        try:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for p in group["params"]:
+                        average = self._average(p, group)
+                        if average is not None and id(p) not in own:
+                            own[id(p)] = p, p.detach().clone(memory_format=torch.preserve_format)
+                            p.copy_(average)
+            self._is_averaged = True
+            yield
+        finally:
+            self._is_averaged = False
+            with held_back(), torch.no_grad():
+                for p, kept in own.values():
+                    p.copy_(kept)

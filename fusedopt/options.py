@@ -1,0 +1,200 @@
+"""What a param group can ask of the engines besides its rule: averages of the weights, noise in the gradients.
+
+They are options of every optimizer, and the same on every engine. A group has them as the tuples of here; a
+``state_dict`` has plain ones, which anybody can load: ``("ema", 0.999)``, ``("lookahead", 5, 0.5)``,
+``("gaussian", 0.01, 0.55, 0)``.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+from fusedopt.rule import Group, Hyper, Rule, State
+
+AVERAGE, NOISE, CAUTIOUS = "average", "gradient_noise", "cautious_weight_decay"
+STEP = "step"  # the scalar that counts
+
+LARGEST_K = float(2**24)
+LARGEST_SEED = 2**32 - 1
+
+
+def _in_domain(kind: str, name: str, value: Any, low: float, high: float) -> Any:
+    is_tensor = isinstance(value, Tensor) and value.numel() == 1
+    if not is_tensor and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name} of {kind} is {value!r}; it must be a number or a one-element tensor")
+    if not low <= float(value) <= high:
+        raise ValueError(f"{name} of {kind} is {value!r}; it must lie in [{low:g}, {high:g}]")
+    return value
+
+
+class EMA(namedtuple("EMA", ("decay",))):
+    """An exponential moving average of the parameters.
+
+    After a parameter's first step it is the parameter, then ``ema <- decay ema + (1 - decay) p`` after each step, as in
+    :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(decay)``. The state is called ``ema``.
+
+    Args:
+        decay: In [0, 1].
+
+    Raises:
+        ValueError: If it does not lie there.
+        TypeError: If it is no number.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, decay: float | Tensor) -> EMA:
+        """See the class."""
+        return super().__new__(cls, _in_domain("EMA", "decay", decay, 0.0, 1.0))
+
+
+class Lookahead(namedtuple("Lookahead", ("k", "alpha"))):
+    """Slow weights, towards which the parameters are put back in every k-th step.
+
+    They are the parameter before its first step; in every k-th step of a parameter
+    ``slow <- slow + alpha (p - slow); p <- slow``. The state is called ``slow``.
+
+    Args:
+        k: Steps from one synchronisation to the next.
+        alpha: How far the slow weights go, in [0, 1].
+
+    Raises:
+        ValueError: If something is outside of its domain.
+        TypeError: If something is no number.
+
+    Reference:
+        Zhang, Lucas, Hinton and Ba, NeurIPS 2019.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, k: int = 5, alpha: float | Tensor = 0.5) -> Lookahead:
+        """See the class."""
+        if isinstance(k, float) and not k.is_integer():
+            raise ValueError(f"k of Lookahead is {k!r}; it must be a whole number")
+        k = _in_domain("Lookahead", "k", k, 1, LARGEST_K)
+        return super().__new__(cls, k, _in_domain("Lookahead", "alpha", alpha, 0.0, 1.0))
+
+
+class GradientNoise(namedtuple("GradientNoise", ("eta", "gamma", "seed"))):
+    """Gaussian noise, added to the gradients after clipping, before weight decay and moments.
+
+    Its variance is ``eta / (1 + t) ** gamma`` in step t of a parameter, counted from 0. It depends on the seed, the
+    step, the parameter's place among all of the optimizer's and the element's in it; not on the engine or on how a
+    DTensor is sharded.
+
+    Args:
+        eta: The variance in the first step.
+        gamma: How fast it decays.
+        seed: A whole number from 0 to 2**32 - 1.
+
+    Raises:
+        ValueError: If something is outside of its domain.
+        TypeError: If something is no number.
+
+    Reference:
+        Neelakantan et al., "Adding Gradient Noise Improves Learning for Very Deep Networks", 2015.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, eta: float | Tensor, gamma: float | Tensor = 0.55, seed: int = 0) -> GradientNoise:
+        """See the class."""
+        kind = "GradientNoise"
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed of {kind} is {seed!r}; it must be a whole number")
+        most = 3.4e38
+        eta, gamma = _in_domain(kind, "eta", eta, 0.0, most), _in_domain(kind, "gamma", gamma, 0.0, most)
+        return super().__new__(cls, eta, gamma, _in_domain(kind, "seed", seed, 0, LARGEST_SEED))
+
+
+Average = EMA | Lookahead
+
+# By their names in a state dict.
+_KINDS: dict[str, dict[str, type[Any]]] = {
+    AVERAGE: {"ema": EMA, "lookahead": Lookahead},
+    NOISE: {"gaussian": GradientNoise},
+}
+_SAY = {
+    AVERAGE: "fusedopt.EMA(decay), fusedopt.Lookahead(k, alpha) or None",
+    NOISE: "fusedopt.GradientNoise(eta, gamma, seed) or None",
+}
+DEFAULTS: dict[str, Any] = {AVERAGE: None, NOISE: None, CAUTIOUS: False}
+
+# What the engines read of a group beside the rule's hyperparameters, by what asks for it.
+HYPER: dict[type[Any], tuple[Hyper, ...]] = {
+    EMA: (Hyper("decay", AVERAGE, 0, high=1.0),),
+    Lookahead: (Hyper("k", AVERAGE, 0, low=1.0, high=LARGEST_K), Hyper("alpha", AVERAGE, 1, high=1.0)),
+    GradientNoise: (Hyper("eta", NOISE, 0), Hyper("gamma", NOISE, 1), Hyper("seed", NOISE, 2, high=LARGEST_SEED)),
+}
+STATES = {EMA: State("ema", exact=True), Lookahead: State("slow", exact=True)}
+
+
+def settle(group: dict[str, Any], where: str) -> None:
+    """Bring a group's options into the form that engines read; those it lacks are off.
+
+    Raises:
+        TypeError: If one is of another kind.
+        ValueError: If a number lies outside of its domain.
+    """
+    settled = {AVERAGE: _settled(AVERAGE, group, where), NOISE: _settled(NOISE, group, where)}
+    cautious = group.get(CAUTIOUS, False)
+    if not isinstance(cautious, bool):
+        raise TypeError(f"{CAUTIOUS}{where} is {cautious!r}; it must be True or False")
+    group.update(settled, **{CAUTIOUS: cautious})
+
+
+def _settled(key: str, group: Group, where: str) -> Any:
+    value, kinds = group.get(key), _KINDS[key]
+    if value is None:
+        return None
+    if isinstance(value, tuple(kinds.values())):
+        return type(value)(*value)
+    if isinstance(value, (tuple, list)) and value and isinstance(value[0], str) and value[0] in kinds:
+        try:
+            return kinds[value[0]](*value[1:])
+        except TypeError as error:
+            raise TypeError(f"{key}{where}: {error}") from None
+    raise TypeError(f"{key}{where} is {value!r}; it must be {_SAY[key]}")
+
+
+def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group whose options are of Python's own types."""
+    saved = dict(group)
+    for key, kinds in _KINDS.items():
+        for name, kind in kinds.items():
+            if isinstance(saved.get(key), kind):
+                saved[key] = (name, *saved[key])
+    return saved
+
+
+def are_asked(group: Group) -> bool:
+    """Whether a group asks for any."""
+    return any(group.get(key) for key in DEFAULTS)
+
+
+def average_state(group: Group) -> State | None:
+    """The state that a group's average is kept in."""
+    return STATES.get(type(group.get(AVERAGE)))
+
+
+def counts(rule: type[Rule], group: Group) -> bool:
+    """Whether the engine has to count a parameter's steps, because the rule does not."""
+    needs = isinstance(group.get(AVERAGE), Lookahead) or group.get(NOISE) is not None
+    return needs and STEP not in rule.scalars
+
+
+def states_of(rule: type[Rule], group: Group) -> tuple[State, ...]:
+    """All states that a parameter of a group has."""
+    average = average_state(group)
+    return rule.active_states(group) + ((average,) if average else ())
+
+
+def scalars_of(rule: type[Rule], group: Group) -> dict[str, float | str]:
+    """All scalars that it has, and their initial values."""
+    return {STEP: 0.0, **rule.scalars} if counts(rule, group) else rule.scalars
