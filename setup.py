@@ -29,6 +29,7 @@ RULES = sorted((CSRC / "rules").glob("*.h"))
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
 
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
+CPU_SOURCES = ("average", "codec", "engine", "noise", "stream", "sums")  # of the engine, besides rules and the module
 # Faster sqrt and branches, but never -ffast-math: a NaN must propagate.
 ENGINE_FLAGS = "-O3 -fno-math-errno -fno-trapping-math"
 
@@ -201,7 +202,7 @@ class BuildExtensions(build_ext):
                 ninja.compile(CSRC / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
                 for rule in RULES
             ]
-            for source in ("codec", "engine", "stream", "sums"):
+            for source in CPU_SOURCES:
                 objects.append(ninja.compile(CSRC / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
             # Its checks would take a minute to compile, and it only passes on.
             module = f"{plain} {python} -DFUSEDOPT_MODULE=_cpu_{level}"

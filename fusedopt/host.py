@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks, memory
+from fusedopt import checks, memory, options
 from fusedopt.operands import FLOATING
-from fusedopt.rule import LR, WEIGHT_DECAY, Rule
+from fusedopt.rule import LR, WEIGHT_DECAY, Hyper, Rule
 from fusedopt.scan import Scan
 
 REPORT = Path(__file__).parent / "_build_report.json"
@@ -206,8 +206,18 @@ def check_scan(tables: Any) -> None:
         assert nbytes in (-1, t.untyped_storage().nbytes()), (nbytes, t.untyped_storage().nbytes())
 
 
-def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> tuple[Any, ...]:
-    """What a scan must know of a param group: its kernel, and where the kernel's hyperparameters are."""
+def group_spec(
+    rule: type[Rule], group: Any, kernel: Any, hyper: list[str], numbers: list[tuple[Hyper | None, int]]
+) -> tuple[Any, ...]:
+    """What a scan must know of a param group.
+
+    Args:
+        rule: The optimizer's.
+        group: The group.
+        kernel: Its kernel.
+        hyper: Names of the kernel's hyperparameters.
+        numbers: Where the engine's own are, see :func:`fusedopt.options.numbers`.
+    """
     by_name = {h.name: h for h in rule.hyper}
     most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")
     keys: list[tuple[Any, ...]] = []
@@ -215,10 +225,19 @@ def group_spec(rule: type[Rule], group: Any, kernel: Any, hyper: list[str]) -> t
         if len(keys) == 1 and WEIGHT_DECAY not in rule.engine_hyper():
             keys.append(ZERO)
             continue
-        low, high = checks.step_domain(h)
-        keys.append((h.key, h.index, checks.PAIR if h.index >= 0 else 0, low, min(high, most)))
-    switches = [(key, bool(group[key])) for key in rule.switches()]
-    return kernel, keys, switches, rule.decoupled()
+        keys.append(_key(h, checks.PAIR if h.index >= 0 else 0, most))
+    keys += [_key(h, size, most) for h, size in numbers]
+    switches = [(key, bool(group[key])) for key in (*rule.switches(), options.AVERAGE, options.NOISE)]
+    average = options.average_state(group)
+    return kernel, keys, switches, rule.decoupled(), average and average.name, options.counts(rule, group)
+
+
+def _key(h: Hyper | None, size: int, most: float) -> tuple[Any, ...]:
+    """Where a hyperparameter is, among how many, and what it may be."""
+    if h is None:
+        return ZERO
+    low, high = checks.step_domain(h)
+    return h.key, h.index, size, low, min(high, most)
 
 
 def know_dtensors(host: Any) -> None:
@@ -249,8 +268,8 @@ def device_scan(
             raise ImportError
         host = load()
     except ImportError:
-        specs = [group_spec(rule, g, n, n[2]) for g, n in zip(groups, names, strict=True)]
+        specs = [group_spec(rule, g, n, n[2], []) for g, n in zip(groups, names, strict=True)]
         return Scan(optimizer.param_groups, specs, optimizer.state, members, new_state, device)
     know_dtensors(host)
-    specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2]) for g, n in zip(groups, names, strict=True)]
+    specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2], []) for g, n in zip(groups, names, strict=True)]
     return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, new_state)

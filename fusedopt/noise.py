@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,12 +80,10 @@ def whole_strides(p: Tensor) -> tuple[int, list[int]]:
     """What the logical index in the whole tensor is of a parameter's elements that are here.
 
     Returns:
-        That of the first, and how much it grows along each dimension. Complex numbers count twice.
+        That of the first, and how much it grows along each dimension; complex numbers count once.
     """
-    parts = 2 if p.is_complex() else 1
-    strides = [parts * math.prod(p.shape[d + 1 :]) for d in range(p.dim())]
-    first = sum(offset * stride for offset, stride in zip(_offsets(p), strides, strict=True))
-    return first, strides
+    strides = [math.prod(p.shape[d + 1 :]) for d in range(p.dim())]
+    return sum(offset * stride for offset, stride in zip(_offsets(p), strides, strict=True)), strides
 
 
 def _offsets(p: Tensor) -> tuple[int, ...]:
@@ -104,14 +103,25 @@ def elements(p: Tensor) -> Tensor:
         int64, of the shape of the part that is here, or of ``torch.view_as_real`` of it.
     """
     first, strides = whole_strides(p)
-    shape = [*memory.local(p).shape, *([2] if p.is_complex() else [])]
+    shape = memory.local(p).shape
     device = "cpu" if p.device.type == "mps" else p.device  # which has no float64, in which numbers are drawn
     index = torch.full(shape, first, dtype=torch.int64, device=device)
-    strides += [1] if p.is_complex() else []
     for d, stride in enumerate(strides):
         along = torch.arange(shape[d], device=device) * stride
         index += along.reshape([-1 if k == d else 1 for k in range(len(shape))])
-    return index
+    return torch.stack((2 * index, 2 * index + 1), -1) if p.is_complex() else index
+
+
+def place(optimizer: Any, i: int, p: Tensor) -> tuple[int, int, int, list[int]]:
+    """By what an optimizer's i-th parameter draws its gradients' noise, besides the seed and the step.
+
+    Returns:
+        The tensor's number, the stream, the logical index in the whole tensor of its first element that is here, of
+        complex numbers their parts', and how much that of numbers grows along each dimension.
+    """
+    first, strides = whole_strides(p)
+    stream = GRADIENT + salt(p, optimizer.process_group)
+    return optimizer.number_of(i), stream, first * (2 if p.is_complex() else 1), strides
 
 
 def salt(p: Tensor, process_group: object) -> int:

@@ -8,7 +8,7 @@ They are options of every optimizer, and the same on every engine. A group has t
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -164,8 +164,8 @@ def _settled(key: str, group: Group, where: str) -> Any:
 
 
 def plain(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group whose options are of Python's own types."""
-    saved = dict(group)
+    """A group whose options are of Python's own types; those that are off are left out, as if nobody knew them."""
+    saved = {key: value for key, value in group.items() if value or key not in DEFAULTS}
     for key, kinds in _KINDS.items():
         for name, kind in kinds.items():
             if isinstance(saved.get(key), kind):
@@ -176,6 +176,21 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
 def are_asked(group: Group) -> bool:
     """Whether a group asks for any."""
     return any(group.get(key) for key in DEFAULTS)
+
+
+def numbers(groups: Sequence[Group], group: Group) -> list[tuple[Hyper | None, int]]:
+    """Where the engines find a group's numbers, and of how many each is one; None for 0.
+
+    They are the average's two, a decay or a period and alpha, then the noise's three; none at all where none of the
+    groups that are stepped together asks for any.
+    """
+    if not any(map(are_asked, groups)):
+        return []
+    found: list[tuple[Hyper | None, int]] = []
+    for key, size in ((AVERAGE, 2), (NOISE, 3)):
+        own = HYPER.get(type(group.get(key)), ())
+        found += [(h, len(own)) for h in own] + [(None, 0)] * (size - len(own))
+    return found
 
 
 def average_state(group: Group) -> State | None:

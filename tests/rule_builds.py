@@ -28,7 +28,7 @@ def cpu_kernels():
         ninja.compile(setup.CSRC / "cpu" / "rule_unit.cpp", rule.stem, f"{flags} {setup.define(rule)}")
         for rule in RULES
     ]
-    for source in ("codec", "engine", "stream", "sums"):
+    for source in setup.CPU_SOURCES:
         objects.append(ninja.compile(setup.CSRC / "cpu" / f"{source}.cpp", f"{source}_", flags))
     module = f"{flags} {setup.python_includes()} -DFUSEDOPT_MODULE={name}"
     objects.append(ninja.compile(setup.CSRC / "cpu" / "module.cpp", "module_", module))

@@ -37,19 +37,21 @@ struct EngineScalars {
   T gradient_factor;  // unscales, clips and, where it is negative, maximizes
   T coupled_decay;    // weight_decay where it is L2 regularisation, else 0
   T decay_factor;     // 1 - lr * weight_decay where decay is decoupled, else 1
+  T opposed_factor;   // the same where the direction and the parameter have opposite signs: 1 if decay is cautious
   T step_scale;       // of the direction: lr or 1
 
   template <class U>
   FUSEDOPT_HD EngineScalars<U> as() const {
     return {static_cast<U>(gradient_factor), static_cast<U>(coupled_decay), static_cast<U>(decay_factor),
-            static_cast<U>(step_scale)};
+            static_cast<U>(opposed_factor), static_cast<U>(step_scale)};
   }
 };
 
 template <class Rule>
 FUSEDOPT_HD EngineScalars<double> engine_scalars(double gradient_factor, double lr, double weight_decay,
-                                                 bool is_decoupled) {
-  return {gradient_factor, is_decoupled ? 0 : weight_decay, is_decoupled ? 1 - lr * weight_decay : 1,
+                                                 bool is_decoupled, bool is_cautious) {
+  const double factor = is_decoupled ? 1 - lr * weight_decay : 1;
+  return {gradient_factor, is_decoupled ? 0 : weight_decay, factor, is_cautious ? 1 : factor,
           kStepScale<Rule> == StepScale::kLr ? lr : 1};
 }
 
@@ -67,16 +69,16 @@ FUSEDOPT_HD typename Rule::template Measures<T> measure_element(T p, T g, [[mayb
   }
 }
 
-// One element's step, in the order of every engine: unscale, clip and maximize (one factor); coupled decay; direction;
-// decoupled decay and write. Its values come from operands, and go back to be rounded into them. Calls conclude(g, d)
-// then.
+// One element's step, in the order of every engine: unscale, clip and maximize (one factor); noise; coupled decay;
+// direction; decoupled decay; average; write. Its values come from operands, and go back to be rounded into them. Calls
+// conclude(g, d) then. Noise comes before this, with the factor, and the average after it.
 template <class Rule, class T, class Conclude>
 FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
                               const typename Rule::template Coefficients<T>& c, Conclude conclude) {
   g *= e.gradient_factor;
   if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
   const T d = Rule::template direction<T>(p, g, state, c);
-  p = e.decay_factor * p - e.step_scale * d;
+  p = (d * p < T(0) ? e.opposed_factor : e.decay_factor) * p - e.step_scale * d;
   conclude(g, d);
 }
 

@@ -19,6 +19,7 @@ class Elements {
   }
 
   T* const* streams() const { return streams_; }
+  void replace_gradient(T* gradient) { streams_[kGrad] = gradient; }
 
   void step(std::int64_t begin, int count) const {
     FUSEDOPT_INDEPENDENT

@@ -17,6 +17,27 @@ struct Layout {
   std::int64_t stride[kMaxDims];
 };
 
+// Logical indices of a row's elements in the whole tensor, see fusedopt/noise.py. A null layout means dense.
+struct Indices {
+  std::int64_t first = 0;
+  const Layout* layout = nullptr;
+};
+
+// What a row's noise is drawn by, but for the seed and the step.
+struct Drawing {
+  std::uint32_t tensor, stream;
+  Indices indices;
+};
+
+// What the engine does in a step besides the rule.
+struct StepOptions {
+  double noise = 0;  // its standard deviation; drawn where the row has a Drawing
+  std::uint32_t seed = 0, step = 0;
+  bool averages = false;   // average <- lerp(average, parameter, weight) after the step
+  bool puts_back = false;  // and then the parameter is the average
+  double weight = 0;
+};
+
 struct Cohort;
 struct Segment;
 
@@ -36,7 +57,8 @@ struct Kernel {
 // Rows whose steps advance together under the same hyperparameters.
 struct Cohort {
   double lr, weight_decay, sign;
-  bool is_decoupled;
+  bool is_decoupled, is_cautious;
+  StepOptions options;
   std::size_t coefficients;  // where they begin in Job::coefficients
   std::size_t scalars;       // where they begin in Job::scalars
 };
@@ -44,9 +66,10 @@ struct Cohort {
 struct Row {
   std::int64_t numel;
   const Kernel* kernel;
-  void** addresses;              // of each operand, in the order of their roles; second ones behind all first ones
+  void** addresses;              // of each operand, in the order of their roles, then of the average
   const Codec* codecs;           // of each operand: the row's signature, which rows share
   const Layout* const* layouts;  // of each operand, null where it is dense; null when all are
+  const Drawing* drawing;        // null: without noise
   std::int32_t cohort;
   bool active;  // has a gradient in this step
 };

@@ -3,7 +3,9 @@
 
 #include <vector>
 
+#include "cpu/average.h"
 #include "cpu/elements.h"
+#include "cpu/noise.h"
 #include "cpu/tile.h"
 
 namespace fusedopt::cpu {
@@ -13,17 +15,36 @@ inline std::vector<Kernel>& kernels() {
   return all;
 }
 
-// Calls body(elements, count) for each tile of a segment, of which the first N operands are fetched in the compute type
-// T.
+// Calls body(elements, count, last) for each tile of a segment, of which the first N operands are fetched in the
+// compute type T; where they are not fetched, memory goes on up to `last`. What the engine does besides the rule is
+// done here.
 template <class Rule, class T, int N, class Body>
 void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients, bool writes,
                   Body body) {
-  const EngineScalars<T> e =
-      engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled).template as<T>();
+  const Row& row = segment.row;
+  const StepOptions& options = cohort.options;
+  const bool draws = row.drawing && options.noise != 0, averages = writes && options.averages;
+  EngineScalars<T> e = engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled,
+                                            cohort.is_cautious)
+                           .template as<T>();
+  const T gradient_factor = e.gradient_factor;
+  if (draws) e.gradient_factor = 1;
   const auto c = cast_coefficients<Rule, T>(coefficients);
-  Tile<T, kParam, N> tile(segment.row);
-  each_tile(segment, tile.size(), [&](std::int64_t begin, std::int64_t count) {
-    body(Elements<Rule, T, N>(tile.fetch(begin, count, segment.end), e, c), count, segment.end - begin);
+  Tile<T, kParam, N + 1> tile(row, N + averages);
+  const std::int64_t size = draws || averages ? kTile : tile.size();
+  each_tile(segment, size, [&](std::int64_t begin, std::int64_t count) {
+    const std::int64_t last = segment.end - begin;
+    T* const* const values = tile.fetch(begin, count, segment.end);
+    Elements<Rule, T, N> elements(values, e, c);
+    alignas(kLine) T noisy[kTile];
+    if (draws) {
+      const Draw draw{options.seed, row.drawing->stream, row.drawing->tensor, options.step};
+      add_noise(noisy, values[kGrad], gradient_factor, static_cast<T>(options.noise), draw, row.drawing->indices, begin,
+                count);
+      elements.replace_gradient(noisy);
+    }
+    body(elements, count, last);
+    if (averages) average(values[kParam], values[N], static_cast<T>(options.weight), options.puts_back, count, last);
     if (writes) tile.put(begin, count);
   });
 }

@@ -9,12 +9,13 @@ namespace fusedopt::cpu {
 
 constexpr std::int64_t kTile = 1024;  // elements of a tile that passes through buffers: six of 4 KiB stay in L1
 
-// N operands of a row, from First on. One that is dense and of type T is used where it is; others pass through buffers.
+// Up to N operands of a row, from First on. One that is dense and of type T is used where it is; others pass through
+// buffers.
 template <class T, int First, int N>
 class Tile {
  public:
-  explicit Tile(const Row& row) : row_(row) {
-    for (int k = 0; k < N; ++k) all_in_place_ &= in_place(k);
+  explicit Tile(const Row& row, int n = N) : row_(row), n_(n) {
+    for (int k = 0; k < n_; ++k) all_in_place_ &= in_place(k);
     if (!all_in_place_) buffers_ = static_cast<T*>(scratch(sizeof(T) * N * kTile));
   }
 
@@ -23,7 +24,7 @@ class Tile {
 
   // The values of elements [begin, begin + count), operand by operand. Others are to come, up to `last`.
   T* const* fetch(std::int64_t begin, std::int64_t count, std::int64_t last) {
-    for (int k = 0; k < N; ++k) {
+    for (int k = 0; k < n_; ++k) {
       values_[k] = static_cast<T*>(address(k)) + begin;
       if (all_in_place_ || in_place(k)) continue;
       values_[k] = buffers_ + k * kTile;
@@ -34,7 +35,7 @@ class Tile {
 
   // Rounds them into the operands; gradients stay as they are.
   void put(std::int64_t begin, std::int64_t count) const {
-    for (int k = 0; k < N && !all_in_place_; ++k) {
+    for (int k = 0; k < n_ && !all_in_place_; ++k) {
       if (!in_place(k) && First + k != kGrad) encode(values_[k], address(k), codec(k), layout(k), begin, count);
     }
   }
@@ -49,6 +50,7 @@ class Tile {
   const Layout* layout(int k) const { return row_.layouts ? row_.layouts[First + k] : nullptr; }
 
   const Row& row_;
+  const int n_;
   bool all_in_place_ = true;
   T* values_[N];
   T* buffers_ = nullptr;

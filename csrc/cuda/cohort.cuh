@@ -121,7 +121,7 @@ __device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>&
   Prepared<Rule> p;
   p.coefficients.engine =
       engine_scalars<Rule>(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
-                           record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0);
+                           record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0, /*is_cautious=*/false);
   advance<Rule>(a, key, p.scalars, reinterpret_cast<double*>(&p.coefficients.rule));
   return p;
 }

@@ -1,6 +1,7 @@
 #include "host/cpu_job.h"
 
 #include <algorithm>
+#include <cmath>
 #include <iterator>
 
 #include "host/walk_order.h"
@@ -14,8 +15,6 @@ constexpr std::int64_t kSharesWanted = 256;
 constexpr std::int64_t kCut = 1024;            // shares begin at multiples of it in a row
 constexpr std::size_t kCountersAhead = 16;     // to prefetch
 constexpr std::int64_t kWorthThreads = 32768;  // elements below which a second thread costs more than it brings
-// A float counter stops at 2^24; the job is then made anew with a double one.
-constexpr double kLastFloatStep = 16777216;
 // Cohorts are looked for among the newest only; a missed match costs one more prepare.
 constexpr std::size_t kCohortsSearched = 16;
 
@@ -30,12 +29,14 @@ void CpuJob::Counter::write(double value) const {
 }
 
 CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state,
-               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state, bool in_channels)
-    : roster_(std::move(param_groups), groups, std::move(state), members, new_state), in_channels_(in_channels) {
+               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state,
+               const std::vector<std::size_t>& new_average, bool in_channels)
+    : roster_(std::move(param_groups), groups, std::move(state), members, new_state, new_average),
+      in_channels_(in_channels) {
   if (roster_.groups()) n_scalars_ = roster_.group(0).kernel().names.scalars.size();  // all groups have one rule
   std::size_t n_operands = 0;
   for (std::size_t i = 0; i < roster_.size(); ++i) {
-    n_operands += kFirstState + roster_.kernel(roster_.entry(i)).names.states.size();
+    n_operands += kFirstState + roster_.kernel(roster_.entry(i)).names.states.size() + 1;
   }
   addresses_.reserve(n_operands);  // rows point into it
   for (std::size_t i = 0; i < roster_.size(); ++i) add_row(roster_.entry(i));
@@ -46,6 +47,7 @@ void CpuJob::add_row(const Entry& entry) {
   Row row{};
   LayoutTable layouts;
   counters_.resize(counters_.size() + n_scalars_);
+  own_counters_.push_back({});
   if (entry.is_member && entry.is_steppable) {
     row.kernel = &roster_.kernel(entry);
     row.addresses = addresses_.data() + addresses_.size();
@@ -63,6 +65,12 @@ void CpuJob::add_row(const Entry& entry) {
     take(entry.gradient_dtype, nullptr, roster_.dims(entry.gradient_strides));
     for (const Member& state : roster_.states(entry)) {
       take(state.dtype, state.address, roster_.dims(state.dims) + entry.ndim);
+    }
+    if (const Member* const average = roster_.average(entry)) {
+      take(average->dtype, average->address, roster_.dims(average->dims) + entry.ndim);
+    }
+    if (const Member* const counter = roster_.counter(entry)) {
+      own_counters_.back() = {counter->address, counter->dtype == DType::f64};
     }
     row.codecs = signatures_.insert(std::move(signature)).first->data();
     Counter* counter = counters_.data() + counters_.size() - n_scalars_;
@@ -171,7 +179,8 @@ void CpuJob::lay_out(std::size_t i) {
   const Layout layout = order.layout_of(roster_.gradient_strides(i));
   Row& row = rows_[i];
   if (!layout.ndim && !(row.layouts && row.layouts[kGrad])) return;  // strides that do not matter
-  const std::size_t n_operands = kFirstState + row.kernel->names.states.size();
+  const bool has_average = roster_.average(entry);
+  const std::size_t n_operands = kFirstState + row.kernel->names.states.size() + has_average;
   LayoutTable table(n_operands);
   if (row.layouts) table.assign(row.layouts, row.layouts + n_operands);
   table[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
@@ -181,35 +190,63 @@ void CpuJob::lay_out(std::size_t i) {
 bool CpuJob::join_cohort(std::size_t i, Room room) {
   for (std::size_t k = 0; k < n_scalars_; ++k) {
     const Counter& counter = counters(i)[k];
-    if (room == Room::kForStep && !counter.wide && counter.read() >= kLastFloatStep) return false;
+    if (room == Room::kForStep && !counter.has_room()) return false;
   }
+  if (room == Room::kForStep && own_counters_[i].address && !own_counters_[i].has_room()) return false;
+  const CohortKey key = key_of(i);
   const std::size_t n = cohorts_.size(), oldest = n > kCohortsSearched ? n - kCohortsSearched : 0;
   std::size_t c = n;
-  while (c > oldest && !is_in(c - 1, i)) --c;
-  if (c == oldest) add_cohort(i);
+  while (c > oldest && !is_in(c - 1, key, i)) --c;
+  if (c == oldest) add_cohort(key, i);
   rows_[i].cohort = static_cast<std::int32_t>(c == oldest ? n : c - 1);
   return true;
 }
 
-bool CpuJob::is_in(std::size_t cohort, std::size_t i) const {
-  const CohortKey& key = cohort_keys_[cohort];
-  bool same = key.group == static_cast<std::int32_t>(roster_.group_of(i)) && key.new_state == roster_.has_new_state(i);
+CpuJob::CohortKey CpuJob::key_of(std::size_t i) const {
+  const double count = own_counters_[i].address ? own_counters_[i].read() : 0;
+  return {static_cast<std::int32_t>(roster_.group_of(i)), roster_.has_new_state(i), roster_.has_new_average(i), count};
+}
+
+bool CpuJob::is_in(std::size_t cohort, const CohortKey& key, std::size_t i) const {
+  bool same = cohort_keys_[cohort] == key;
   for (std::size_t k = 0; k < n_scalars_; ++k) same &= before_[cohort * n_scalars_ + k] == counters(i)[k].read();
   return same;
 }
 
 // A cohort of row i, and of those after it that advance with it.
-void CpuJob::add_cohort(std::size_t i) {
+void CpuJob::add_cohort(const CohortKey& key, std::size_t i) {
   const Group& group = roster_.group(roster_.group_of(i));
   for (std::size_t k = 0; k < n_scalars_; ++k) before_.push_back(counters(i)[k].read());
   const std::size_t scalars = after_.size(), first = coefficients_.size();
   after_.insert(after_.end(), before_.end() - static_cast<std::ptrdiff_t>(n_scalars_), before_.end());
   if (n_scalars_) after_[scalars] += 1;  // `step` comes first
   coefficients_.resize(first + rows_[i].kernel->names.coefficients.size());
-  const bool new_state = roster_.has_new_state(i);
-  rows_[i].kernel->prepare(group.values.data() + 2, after_.data() + scalars, new_state, coefficients_.data() + first);
-  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, first, scalars});
-  cohort_keys_.push_back({static_cast<std::int32_t>(roster_.group_of(i)), new_state});
+  const double step = own_counters_[i].address ? key.count + 1 : n_scalars_ ? after_[scalars] : 0;
+  rows_[i].kernel->prepare(group.values.data() + 2, after_.data() + scalars, key.new_state,
+                           coefficients_.data() + first);
+  cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, group.is_cautious,
+                      options_of(group, key, step), first, scalars});
+  cohort_keys_.push_back(key);
+}
+
+// step: which of a parameter's steps it is, from 1 on.
+StepOptions CpuJob::options_of(const Group& group, const CohortKey& key, double step) const {
+  StepOptions out;
+  const double* const numbers = group.options();
+  if (!numbers) return out;
+  if (numbers[kEta] > 0) {
+    out.noise = std::sqrt(numbers[kEta] / std::pow(step, numbers[kGamma]));
+    out.seed = static_cast<std::uint32_t>(numbers[kSeed]);
+    out.step = static_cast<std::uint32_t>(step - 1);
+  }
+  if (group.average() == Average::kEma) {
+    out.averages = true;
+    out.weight = key.new_average ? 1 : 1 - numbers[kWeightOrPeriod];
+  } else if (group.average() == Average::kSlow) {
+    out.averages = out.puts_back = std::fmod(step, numbers[kWeightOrPeriod]) == 0;
+    out.weight = numbers[kAlpha];
+  }
+  return out;
 }
 
 py::object CpuJob::step(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
@@ -275,6 +312,7 @@ void CpuJob::advance_counters(const Job& job) {
       after = scalars.data();
     }
     for (std::size_t k = 0; k < n_scalars_; ++k) counters(i)[k].write(after[k]);
+    if (own_counters_[i].address) own_counters_[i].write(own_counters_[i].read() + 1);
     roster_.set_stepped(i);
   }
 }
@@ -311,6 +349,17 @@ void CpuJob::write_epilogue(const Job& job) const {
       counters(i)[at].write(found[k]);
     }
   }
+}
+
+void CpuJob::draw(std::size_t i, std::uint32_t tensor, std::uint32_t stream, std::int64_t first,
+                  const std::vector<std::int64_t>& strides) {
+  const Entry& entry = roster_.entry(i);
+  if (!rows_[i].kernel || static_cast<int>(strides.size()) != entry.ndim) return;
+  const std::int64_t* const shape = roster_.dims(entry.param.dims);
+  const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
+  const Layout layout = order.layout_of(strides.data());
+  drawings_.push_back({tensor, stream, {first, layout.ndim ? &layouts_.emplace_back(layout) : nullptr}});
+  rows_[i].drawing = &drawings_.back();
 }
 
 void CpuJob::release() { roster_.release(); }

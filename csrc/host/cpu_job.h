@@ -15,7 +15,12 @@ class CpuJob {
  public:
   // See Roster. in_channels: sums are taken over slices of dimension 0.
   CpuJob(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
-         const std::vector<std::size_t>& new_state, bool in_channels);
+         const std::vector<std::size_t>& new_state, const std::vector<std::size_t>& new_average, bool in_channels);
+
+  // What row i draws its noise by: its number, the stream, and the logical index in the whole tensor of its first
+  // element, and how much that grows along each dimension.
+  void draw(std::size_t i, std::uint32_t tensor, std::uint32_t stream, std::int64_t first,
+            const std::vector<std::int64_t>& strides);
 
   // Where what the rule adds up is kept, see fusedopt/sums.py.
   // first: segment of each row, and how many there are
@@ -53,13 +58,17 @@ class CpuJob {
   struct Counter {
     void* address;
     bool wide;  // double, else float
+    // A float stops counting at 2^24; the job is then made anew with a double one.
+    bool has_room() const { return wide || read() < 16777216; }
     double read() const { return wide ? *static_cast<const double*>(address) : *static_cast<const float*>(address); }
     void write(double value) const;
   };
   enum class Room { kAny, kForStep };  // that a counter must have left
   struct CohortKey {
     std::int32_t group;
-    bool new_state;
+    bool new_state, new_average;
+    double count;  // steps before, that the engine counts; 0 if it does not
+    bool operator==(const CohortKey&) const = default;
   };
   using LayoutTable = std::vector<const Layout*>;  // of each operand of a row
 
@@ -70,8 +79,10 @@ class CpuJob {
   void lay_out(std::size_t i);
   bool make_cohorts(Room room);
   bool join_cohort(std::size_t i, Room room);
-  bool is_in(std::size_t cohort, std::size_t i) const;
-  void add_cohort(std::size_t i);
+  CohortKey key_of(std::size_t i) const;
+  bool is_in(std::size_t cohort, const CohortKey& key, std::size_t i) const;
+  StepOptions options_of(const Group& group, const CohortKey& key, double step) const;
+  void add_cohort(const CohortKey& key, std::size_t i);
   py::tuple launch(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
                    bool skip_nonfinite, double squared_norm);
   void advance_counters(const Job& job);
@@ -86,9 +97,11 @@ class CpuJob {
   std::set<std::vector<Codec>> signatures_;            // of all rows
   std::size_t n_scalars_ = 0;                          // of the rule
   std::vector<Counter> counters_;                      // of all rows
+  std::vector<Counter> own_counters_;                  // the engine's, of each row; null where it counts nothing
   std::vector<const Layout* const*> planned_layouts_;  // of each row
   std::deque<Layout> layouts_;                         // of parameters, states and gradients as planned
   std::deque<LayoutTable> tables_;
+  std::deque<Drawing> drawings_;
   std::deque<Layout> step_layouts_;  // of this step's other gradients
   std::deque<LayoutTable> step_tables_;
   SumTables sums_;

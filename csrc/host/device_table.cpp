@@ -30,7 +30,7 @@ std::int64_t source_of(PyObject* value, const void* context) {
 
 DeviceTable::DeviceTable(py::object param_groups, const py::list& groups, py::object state,
                          const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
-    : roster_(std::move(param_groups), groups, std::move(state), members, new_state) {}
+    : roster_(std::move(param_groups), groups, std::move(state), members, new_state, {}) {}
 
 bool DeviceTable::scan(int threads) {
   if (!roster_.scan(threads, source_of, &roster_)) return false;

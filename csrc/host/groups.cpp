@@ -56,7 +56,9 @@ Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group))
   }
   values.resize(hyper_.size());
   sources.resize(hyper_.size());
-  if (hyper_.size() != 2 + kernel_->names.hyper.size()) {
+  const std::size_t expected = 2 + kernel_->names.hyper.size();
+  has_options_ = hyper_.size() == expected + kOptionNumbers;
+  if (hyper_.size() != expected && !has_options_) {
     throw std::logic_error("hyperparameters do not match the kernel");
   }
   for (const py::handle item : py::object(spec[2])) {
@@ -64,6 +66,11 @@ Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group))
     switches_.push_back({s[0], s[1].cast<bool>()});
   }
   decoupled_ = spec[3];
+  if (!py::object(spec[4]).is_none()) {
+    average_name_ = py::object(spec[4]).cast<std::string>();
+    average_ = average_name_ == "ema" ? Average::kEma : Average::kSlow;
+  }
+  counts_ = py::object(spec[5]).cast<bool>();
 }
 
 py::object Group::option(PyObject* key) const { return look_up(group_.ptr(), key); }
@@ -99,6 +106,7 @@ bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* contex
 
 bool Group::read(SourceOf source_of, const void* context) {
   static PyObject* const maximize_key = PyUnicode_InternFromString("maximize");
+  static PyObject* const cautious_key = PyUnicode_InternFromString("cautious_weight_decay");
   for (std::size_t k = 0; k < hyper_.size(); ++k) {
     if (!read_value(hyper_[k], source_of, context, &values[k], &sources[k])) return false;
   }
@@ -108,6 +116,10 @@ bool Group::read(SourceOf source_of, const void* context) {
   const int maximize = truth(look_up(group_.ptr(), maximize_key));
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);
   if (maximize < 0 || decoupled < 0) return false;
+  const py::object cautious = look_up(group_.ptr(), cautious_key);
+  const int is_set = cautious ? truth(cautious) : 0;
+  if (is_set < 0 || PyErr_Occurred()) return false;
+  is_cautious = is_set;
   is_decoupled = decoupled;
   sign = maximize ? -1 : 1;
   return true;

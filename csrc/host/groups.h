@@ -19,6 +19,13 @@ struct HyperKey {
   double low, high;  // what it may be, ends included
 };
 
+// What an average of the parameters is, by the name of its state.
+enum class Average { kNone, kEma, kSlow };
+
+// Numbers that the engine reads of a group, in fusedopt/options.py's order.
+enum OptionNumber { kWeightOrPeriod, kAlpha, kEta, kGamma, kSeed };
+constexpr std::size_t kOptionNumbers = 5;
+
 // A hyperparameter that decides which states there are; it must keep its truth value.
 struct Switch {
   py::object key;
@@ -41,7 +48,9 @@ using SourceOf = std::int64_t (*)(PyObject* value, const void* context);
 
 class Group {
  public:
-  // spec: (kernel capsule, [(key, index, count, low, high)], [(key, on)], decoupled: True, False or the key of a flag)
+  // spec: (kernel capsule, [(key, index, count, low, high)], [(key, on)], decoupled: True, False or the key of a flag,
+  // the name of the average or None, whether the engine counts steps). Behind the kernel's hyperparameters there may be
+  // kOptionNumbers of the engine's.
   Group(py::object group, const py::tuple& spec);
 
   // Reads all hyperparameters; false, perhaps with a Python error, when the plan does not fit them. May run Python.
@@ -59,8 +68,13 @@ class Group {
   // What `read` found.
   std::vector<double> values;  // lr, weight_decay, then the kernel's hyperparameters
   std::vector<std::int64_t> sources;
-  bool is_decoupled = false;
+  bool is_decoupled = false, is_cautious = false;
   double sign = 1;  // -1 to maximize
+  const double* options() const { return has_options_ ? values.data() + values.size() - kOptionNumbers : nullptr; }
+
+  Average average() const { return average_; }
+  std::string_view average_name() const { return average_name_; }  // of the state, empty if there is none
+  bool counts() const { return counts_; }                          // a step that the rule does not
 
  private:
   bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,
@@ -73,6 +87,9 @@ class Group {
   std::vector<HyperKey> hyper_;
   std::vector<Switch> switches_;
   py::object decoupled_;
+  bool has_options_ = false, counts_ = false;
+  Average average_ = Average::kNone;
+  std::string average_name_;
 };
 
 // mapping[key] of a dict or any other mapping; empty, perhaps with a Python error, if it is not there.

@@ -103,9 +103,11 @@ PYBIND11_MODULE(_host, m) {
   using fusedopt::host::CpuJob;
   using Members = std::vector<std::size_t>;
   add_class<CpuJob>(m, "CpuJob")
-      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&, bool>(),
+      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&, const Members&, bool>(),
            py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"),
-           py::arg("in_channels") = false)
+           py::arg("new_average"), py::arg("in_channels") = false)
+      .def("draw", &CpuJob::draw, py::arg("row"), py::arg("tensor"), py::arg("stream"), py::arg("first"),
+           py::arg("strides"))
       .def("keep_sums", &CpuJob::keep_sums, py::arg("has_scopes"), py::arg("first"), py::arg("scopes"),
            py::arg("addresses"), py::arg("shared"))
       .def("step", &CpuJob::step, py::arg("engine"), py::arg("threads"), py::arg("passes"), py::arg("inverse_scale"),

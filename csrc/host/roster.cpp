@@ -7,7 +7,8 @@
 
 namespace fusedopt::host {
 Roster::Roster(py::object param_groups, const py::list& groups, py::object state,
-               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
+               const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state,
+               const std::vector<std::size_t>& new_average)
     : param_groups_(std::move(param_groups)), state_(std::move(state)) {
   const auto sequence = py::reinterpret_steal<py::tuple>(PySequence_Tuple(param_groups_.ptr()));
   if (!sequence) throw py::error_already_set();
@@ -37,7 +38,7 @@ Roster::Roster(py::object param_groups, const py::list& groups, py::object state
       entries_.push_back(contains(members, i) ? entry_of(g, groups_[g].param(k)) : Entry{});
       const Entry& entry = entries_.back();
       briefs_.push_back({entry.whole, static_cast<std::int32_t>(g), entry.gradient_dtype, entry.is_member,
-                         entry.is_steppable, entry.param.is_complex, contains(new_state, i),
+                         entry.is_steppable, entry.param.is_complex, contains(new_state, i), contains(new_average, i),
                          entry.is_member && torch.is_dtensor(entry.whole), Py_TYPE(groups_[g].param(k)), nullptr,
                          torch.abi() && entry.is_member ? torch.abi()->parts(Torch::handle(entry.whole)) : Parts{}});
     }
@@ -200,7 +201,9 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
 void Roster::add_states(Entry& entry, std::size_t i) {
   const RuleNames& names = kernel(entry).names;
   entry.first = static_cast<std::uint32_t>(members_.size());
-  members_.resize(members_.size() + names.states.size() + names.scalars.size());
+  const Group& group = group_of(entry);
+  const bool has_average = group.average() != Average::kNone;
+  members_.resize(members_.size() + names.states.size() + names.scalars.size() + has_average + group.counts());
   const py::object mapping = look_up(state_.ptr(), entry.whole);
   if (!mapping) {
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
@@ -211,6 +214,7 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   items.mapping = mapping.ptr();
   held_.push_back(mapping);
   items.first = static_cast<std::uint32_t>(items_.size());
+  const std::string_view average_name = group.average_name(), counter_name = "step";
   const auto find = [&](std::span<const std::string_view> list, std::size_t first, std::string_view key,
                         PyObject* value) {
     const auto k = static_cast<std::size_t>(std::find(list.begin(), list.end(), key) - list.begin());
@@ -225,6 +229,8 @@ void Roster::add_states(Entry& entry, std::size_t i) {
     if (!name) return !PyErr_Occurred();
     find(names.states, entry.first, name, value);
     find(names.scalars, entry.first + names.states.size(), name, value);
+    if (has_average) find({&average_name, 1}, own_of(entry), name, value);
+    if (group.counts()) find({&counter_name, 1}, own_of(entry) + has_average, name, value);
     return true;
   });
   if (PyErr_Occurred()) throw py::error_already_set();

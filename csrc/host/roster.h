@@ -38,7 +38,7 @@ struct Entry {
   std::int32_t ndim = 0;
   std::int64_t numel = 0;  // of complex tensors, numbers and not pairs of them
   Member param;
-  std::uint32_t first = 0;  // of its states, and then its scalars, among the roster's members
+  std::uint32_t first = 0;  // of its states, its scalars, its average and its counter, among the roster's members
   // Of its gradient: as it was when it was planned, else like the parameter.
   DType gradient_dtype = DType::f32;
   std::uint32_t gradient_strides = 0;
@@ -53,9 +53,9 @@ class Roster {
  public:
   // groups: a spec for each param group, see Group
   // members: which parameters, counted through all groups, are stepped by this plan; others go to another
-  // new_state: which of them have states that were made for the step to come
+  // new_state, new_average: which of them have states of the rule, or averages, that were made for the step to come
   Roster(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
-         const std::vector<std::size_t>& new_state);
+         const std::vector<std::size_t>& new_state, const std::vector<std::size_t>& new_average);
   ~Roster() { release(); }
   Roster(const Roster&) = delete;
   Roster& operator=(const Roster&) = delete;
@@ -81,6 +81,14 @@ class Roster {
     const RuleNames& names = kernel(entry).names;
     return std::span(members_).subspan(entry.first + names.states.size(), names.scalars.size());
   }
+  // What the engine has of it besides the rule: null if there is none.
+  const Member* average(const Entry& entry) const {
+    return group_of(entry).average() == Average::kNone ? nullptr : &members_[own_of(entry)];
+  }
+  const Member* counter(const Entry& entry) const {
+    const std::size_t first = own_of(entry) + (group_of(entry).average() != Average::kNone);
+    return group_of(entry).counts() ? &members_[first] : nullptr;
+  }
   const Group& group(std::size_t g) const { return groups_[g]; }
   std::size_t groups() const { return groups_.size(); }
   const std::int64_t* dims(std::uint32_t at) const { return dims_.data() + at; }
@@ -95,13 +103,19 @@ class Roster {
 
   std::size_t group_of(std::size_t i) const { return static_cast<std::size_t>(briefs_[i].group); }
   bool has_new_state(std::size_t i) const { return briefs_[i].new_state; }
-  void set_stepped(std::size_t i) { briefs_[i].new_state = false; }
+  bool has_new_average(std::size_t i) const { return briefs_[i].new_average; }
+  void set_stepped(std::size_t i) { briefs_[i].new_state = briefs_[i].new_average = false; }
 
   // (tensor, address, dtype, shape, strides, storage bytes) of all that a scan vouched for; -1 bytes for gradients.
   py::list facts() const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
+  const Group& group_of(const Entry& entry) const { return groups_[static_cast<std::size_t>(entry.group)]; }
+  std::size_t own_of(const Entry& entry) const {
+    const RuleNames& names = kernel(entry).names;
+    return entry.first + names.states.size() + names.scalars.size();
+  }
   Entry entry_of(std::size_t group, PyObject* param);
   void add_states(Entry& entry, std::size_t i);
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
@@ -140,7 +154,7 @@ class Roster {
   std::vector<Group> groups_;
   std::vector<bool> has_members_;  // of each group
   std::vector<Entry> entries_;
-  std::vector<Member> members_;          // states and scalars of each entry that is a member
+  std::vector<Member> members_;          // states, scalars, average and counter of each entry that is a member
   std::vector<StateItems> state_items_;  // of each entry
   std::vector<Item> items_;
   std::vector<Item> all_states_;  // the optimizer's, in their order
@@ -169,7 +183,7 @@ class Roster {
     PyObject* param;
     std::int32_t group;
     DType gradient_dtype;
-    bool is_member, is_steppable, is_complex, new_state, is_dtensor;
+    bool is_member, is_steppable, is_complex, new_state, new_average, is_dtensor;
     const PyTypeObject* type;
     const PyObject* gradient;  // the last one, to prefetch it
     Parts parts;

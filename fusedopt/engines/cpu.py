@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host, options
+from fusedopt import checks, host, noise, options
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New
@@ -66,8 +66,6 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
         return f"rule {rule.name!r} has no C++ kernel"
-    if options.are_asked(group):
-        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -92,13 +90,17 @@ class Plan:
         extension, engine, _ = load()
         rule = optimizer.rule
         host.know_dtensors(extension)
-        specs = [_group_spec(rule, group) for group in optimizer.param_groups]
+        specs = [_group_spec(rule, group, optimizer.param_groups) for group in optimizer.param_groups]
         self._members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self.passes = Pass.of(rule, optimizer.scope)
         self.sums = Sums(rule, optimizer.scope, self._groups, "cpu")
-        self._job = extension.CpuJob(self._groups, specs, self._state, members, new.states, optimizer.scope == CHANNEL)
+        in_channels = optimizer.scope == CHANNEL
+        self._job = extension.CpuJob(self._groups, specs, self._state, members, *new, in_channels)
+        for i, (p, group) in zip(members, optimizer.members(members), strict=True):
+            if group[options.NOISE]:
+                self._job.draw(i, *noise.place(optimizer, i, p))
         if rule.has_sums():
             places, addresses = self.sums.places, [t.data_ptr() for t in self.sums.tensors()]
             shared = [list(rule.scalars).index(name) for name in rule.shared]
@@ -178,6 +180,6 @@ class Plan:
         self._job.release()
 
 
-def _group_spec(rule: type[Rule], group: Any) -> tuple[Any, ...]:
+def _group_spec(rule: type[Rule], group: Any, groups: list[dict[str, Any]]) -> tuple[Any, ...]:
     entry = kernel(rule, group)
-    return host.group_spec(rule, group, entry["kernel"], entry["hyper"])
+    return host.group_spec(rule, group, entry["kernel"], entry["hyper"], options.numbers(groups, group))

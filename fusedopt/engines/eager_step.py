@@ -61,8 +61,8 @@ class Step:
 
     def _noise(self, optimizer: Any, i: int) -> Tensor:
         eta, gamma, seed = self._group[options.NOISE]
-        tensor, key = optimizer.number_of(i), (seed, noise.GRADIENT + noise.salt(self.p, optimizer.process_group))
-        drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, key)
+        tensor, stream, _, _ = noise.place(optimizer, i, self.p)
+        drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, (seed, stream))
         return (math.sqrt(float(eta) / self.s.step ** float(gamma)) * drawn).to(self.compute).to(self.p.device)
 
     def measure(self) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ FOLDER = ROOT / "build" / "_openmp_on_threads"
 
 # Programs, and what each watches: paths below csrc/, and a rule_unit.cpp for each of the rules.
 PROGRAMS = {
-    "races": ("cpu/engine.cpp", "cpu/codec.cpp", "cpu/sums.cpp"),
+    "races": tuple(f"cpu/{source}.cpp" for source in setup.CPU_SOURCES),
     "inspection": ("host/abi.cpp", "host/written_memory.cpp"),
 }
 WATCHED_RULES = {"races": ("adam", "lamb", "lion", "sgd"), "inspection": ()}
