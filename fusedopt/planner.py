@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory, options
 from fusedopt.ranks import Ranks, Reduction
-from fusedopt.state import New, StepCounters, initial_state
+from fusedopt.state import New, StepCounters, initial_options, initial_state
 from fusedopt.sums import ALL, GROUP
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for this step
@@ -108,7 +108,7 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
         names = [*options.scalars_of(rule, group), *(spec.name for spec in options.states_of(rule, group))]
         new: dict[str, Any] = {}
         if p.grad is not None and any(has.get(name) is None for name in names):
-            initial = initial_state(rule, p, group)
+            initial = initial_options(rule, p, group) | initial_state(rule, p, group)
             for name, value in common.get(_scope(optimizer, group), {}).items():
                 initial[name].fill_(value)
             new = {name: value for name, value in initial.items() if has.get(name) is None}

@@ -43,21 +43,32 @@ HALVES = (torch.bfloat16, torch.float16, torch.complex32)
 
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """A parameter's state before its first step: scalars, then tensors. Averages are the parameter."""
-    scalars = {
-        name: group[value] if isinstance(value, str) else value
-        for name, value in options.scalars_of(rule, group).items()
-    }
-    state = {name: torch.tensor(float(value), dtype=_scalar_dtype(), device="cpu") for name, value in scalars.items()}
-    dtype = torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+    """What a rule has of a parameter before its first step: scalars, then tensors."""
+    scalars = {name: group[value] if isinstance(value, str) else value for name, value in rule.scalars.items()}
+    state = {name: _scalar(value) for name, value in scalars.items()}
     for spec in rule.active_states(group):
         value = float(group[spec.init]) if spec.init else 0.0
         fill = complex(value, value) if p.is_complex() else value
-        state[spec.name] = torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
+        state[spec.name] = torch.full_like(p, fill, dtype=_wide(p), memory_format=torch.preserve_format).detach()
+    return state
+
+
+def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """The same of what the engine has: its count of steps, and the average, which is the parameter."""
+    state = {options.STEP: _scalar(0.0)} if options.counts(rule, group) else {}
     if average := options.average_state(group):
-        state[average.name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).detach()
+        state[average.name] = torch.empty_like(p, dtype=_wide(p), memory_format=torch.preserve_format).detach()
         state[average.name].copy_(p.detach())
     return state
+
+
+def _wide(p: Tensor) -> torch.dtype:
+    """The dtype of a parameter's states."""
+    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
+
+
+def _scalar(value: Any) -> Tensor:
+    return torch.tensor(float(value), dtype=_scalar_dtype(), device="cpu")
 
 
 def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:

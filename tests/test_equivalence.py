@@ -8,6 +8,7 @@ from helpers import ALL, params
 import fusedopt
 from fusedopt.verification import gate
 from fusedopt.verification.cases import CASES
+from fusedopt.verification.options import OPTION_CASES
 from fusedopt.verification.trajectory import STEPS, run, run_reference
 
 
@@ -15,6 +16,13 @@ from fusedopt.verification.trajectory import STEPS, run, run_reference
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gate(case, engine, dtype):
     result = gate.compare(case, engine, dtype, steps={"triton": 30, "cuda": 150}.get(engine, STEPS))
+    assert result.passed, result
+
+
+@pytest.mark.parametrize("dtype", gate.DTYPES, ids=str)
+@pytest.mark.parametrize("case", OPTION_CASES, ids=lambda case: case.name)
+def test_gate_of_options(case, engine, dtype):
+    result = gate.compare(case, engine, dtype, steps={"triton": 12}.get(engine))
     assert result.passed, result
 
 

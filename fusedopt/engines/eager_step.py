@@ -77,10 +77,10 @@ class Step:
         """
         rule, p = self._rule, self.p
         d, new = rule.direction(self._value, self._g, self._old, self.c)
-        decay_factor = self._decay_factor
+        decayed = self._decay_factor * self._value
         if self._group[options.CAUTIOUS]:
-            decay_factor = torch.where(d * self._value >= 0, decay_factor, 1.0)
-        value = stepped = decay_factor * self._value - self._step_scale * d
+            decayed = torch.where(d * self._value >= 0, decayed, self._value)
+        value = stepped = decayed - self._step_scale * d
         if average := options.average_state(self._group):
             new[average.name], value = self._averaged(real(self._here(self._state[average.name])), stepped)
         _write(self._here(p), value)

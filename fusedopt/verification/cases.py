@@ -24,6 +24,7 @@ class Case:
         alone: Whether the oracle has one step count for all parameters, so that each gets an oracle of its own.
         exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
         signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
+        steps: How many are compared.
         results: States that are of use in themselves, and compared as parameters are.
     """
 
@@ -36,6 +37,7 @@ class Case:
     alone: bool = False
     exact: float = 1e-12
     signs: bool = False
+    steps: int = 300
     results: tuple[str, ...] = ()
 
     def build(self, params: Any, **more: Any) -> fusedopt.FusedOptimizer:

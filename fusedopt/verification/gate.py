@@ -1,7 +1,7 @@
 """The gate: an engine may err by twice what the reference itself errs in the same precision.
 
-fp32: 300 steps; the largest distance from the fp64 truth is at most twice the oracle's own.
-fp64: 300 steps; relative distance from the oracle at most 1e-12 (NAdam 1e-8: torch keeps a product in fp32).
+fp32: 300 steps, 60 of options beside a rule; the largest distance from the fp64 truth is at most twice the oracle's.
+fp64: as many; relative distance from the oracle at most 1e-12 (NAdam 1e-8: torch keeps a product in fp32).
 bf16, fp16: one step from the same state; at most one unit in the last place from the fp64 result, rounded once
 (where the step cancels the parameter, what fp32 rounds off the parameter itself is not counted).
 Where a step is a sign (Lion), elements whose sign hangs on rounding are left out; there may be few.
@@ -21,7 +21,8 @@ from torch import Tensor
 from fusedopt.engines import ENGINES
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import CASES, Case
-from fusedopt.verification.trajectory import CPU, STEPS, gradients, parameters, run, run_reference
+from fusedopt.verification.options import OPTION_CASES
+from fusedopt.verification.trajectory import CPU, gradients, parameters, run, run_reference
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -48,7 +49,8 @@ class Result:
 def comparisons(engines: Iterable[str], optimizers: Iterable[str] | None) -> list[tuple[Case, str, torch.dtype]]:
     """What ``verify`` goes through."""
     wanted = None if optimizers is None else {name.lower() for name in optimizers}
-    cases = [c for c in CASES if wanted is None or {c.name.lower(), c.optimizer.lower()} & wanted]
+    everyone = (*CASES, *OPTION_CASES)
+    cases = [c for c in everyone if wanted is None or {c.name.lower(), c.optimizer.lower()} & wanted]
     return [(case, engine, dtype) for case in cases for engine in engines for dtype in DTYPES]
 
 
@@ -74,8 +76,9 @@ def verify(
     return results
 
 
-def compare(case: Case, engine: str, dtype: torch.dtype, steps: int = STEPS) -> Result:
+def compare(case: Case, engine: str, dtype: torch.dtype, steps: int | None = None) -> Result:
     """One case on one engine, on the device that it is for."""
+    steps = steps or case.steps
     if dtype in HALF:
         return _compare_one_step(case, engine, dtype)
     truth, skip = _truth(case, steps)
@@ -138,7 +141,7 @@ def _distance(result: list[Tensor], truth: list[Tensor], skip: list[Tensor] | No
     for k, (a, b) in enumerate(zip(result, truth, strict=True)):
         gap = (a.double() - b.double()).abs()
         if skip is not None:
-            gap = gap[~skip[k]]
+            gap = gap[~skip[k % len(skip)]]  # results after the parameters are in their order, too
         if gap.numel():
             worst = max(worst, gap.max().item() if not gap.isnan().any() else float("inf"))
     return worst
@@ -211,7 +214,7 @@ def _result(
     limit: float,
     unit: str,
     note: str = "",
-    steps: int = STEPS,
+    steps: int = 0,
 ) -> Result:
     source = oracles.version(case.oracle) if has_oracle(case) else "textbook loop"
     if not has_oracle(case):

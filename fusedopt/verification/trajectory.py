@@ -89,7 +89,7 @@ def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[l
     if case.reference is None:
         raise LookupError(f"{case.name} has no textbook loop, and its oracle {case.oracle} is not installed")
     params: list[Tensor] = [p.detach() for p in parameters(dtype)]
-    states: list[dict[str, Any]] = [{} for _ in params]
+    states: list[dict[str, Any]] = [{"number": k} for k in range(len(params))]
     options = dict(case.build(parameters(dtype)).param_groups[0])
     base = dict(options)
     for t, step in enumerate(gradients(steps)):
