@@ -20,6 +20,7 @@ from fusedopt import checks, memory, options
 from fusedopt.operands import FLOATING
 from fusedopt.rule import LR, WEIGHT_DECAY, Hyper, Rule
 from fusedopt.scan import Scan
+from fusedopt.state import New
 
 REPORT = Path(__file__).parent / "_build_report.json"
 CHECKED = os.environ.get("FUSEDOPT_CHECK_SCAN", "0") not in ("", "0")
@@ -227,7 +228,7 @@ def group_spec(
             continue
         keys.append(_key(h, checks.PAIR if h.index >= 0 else 0, most))
     keys += [_key(h, size, most) for h, size in numbers]
-    switches = [(key, bool(group[key])) for key in (*rule.switches(), options.AVERAGE, options.NOISE)]
+    switches = [(key, bool(group[key])) for key in (*rule.switches(), *options.DEFAULTS)]
     average = options.average_state(group)
     return kernel, keys, switches, rule.decoupled(), average and average.name, options.counts(rule, group)
 
@@ -249,27 +250,33 @@ def know_dtensors(host: Any) -> None:
         _dtensor = kind
 
 
-def device_scan(
-    optimizer: Any, hyper: tuple[str, ...], members: list[int], new_state: list[int], device: torch.device
-) -> Any:
+def device_scan(optimizer: Any, hyper: tuple[str, ...], members: list[int], new: New, device: torch.device) -> Any:
     """A scan for an engine that keeps counters on a device and looks rows up in tables there.
 
     Args:
         optimizer: Whose parameters.
         hyper: Names of the rule's hyperparameters, in the order of the engine.
         members: Which parameters the engine steps, counted through all groups; all are on the device.
-        new_state: Those whose states were made for the coming step.
+        new: Those whose states or averages were made for the coming step.
         device: Where they are.
     """
     rule, groups = optimizer.rule, list(optimizer.param_groups)  # which may change meanwhile
     names = [([s.name for s in rule.active_states(group)], list(rule.scalars), list(hyper)) for group in groups]
+    numbers = [options.numbers(groups, group) for group in groups]
     try:
         if os.environ.get("FUSEDOPT_HOST") == "python":
             raise ImportError
         host = load()
     except ImportError:
-        specs = [group_spec(rule, g, n, n[2], []) for g, n in zip(groups, names, strict=True)]
-        return Scan(optimizer.param_groups, specs, optimizer.state, members, new_state, device)
+        of_engine = [
+            ([s.name for s in options.states_of(rule, g)], list(options.scalars_of(rule, g)), list(hyper))
+            for g in groups
+        ]
+        specs = [group_spec(rule, g, n, n[2], k) for g, n, k in zip(groups, of_engine, numbers, strict=True)]
+        return Scan(optimizer.param_groups, specs, optimizer.state, members, new, device)
     know_dtensors(host)
-    specs = [group_spec(rule, g, host.describe(rule.name, *n), n[2], []) for g, n in zip(groups, names, strict=True)]
-    return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, new_state)
+    specs = [
+        group_spec(rule, g, host.describe(rule.name, *n), n[2], k)
+        for g, n, k in zip(groups, names, numbers, strict=True)
+    ]
+    return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, *new)

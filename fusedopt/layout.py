@@ -10,7 +10,8 @@ table          dtype, shape                what it holds
 ``borders``    int64 (n_borders)           the numbers of rows that no share has whole: what updates a share counts the
                                            step of the others
 ``layouts``    int64                       of each strided row the number of dimensions, the words of each, and of each,
-                                           innermost first, its size and every operand's stride
+                                           innermost first, its size and every operand's stride, then, where noise is
+                                           drawn, that of the logical index
 ``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each
                                            row, and a record for each group
 ``partials``   float64 (n_shares)          sums of the gradients' squares
@@ -35,28 +36,33 @@ from enum import IntEnum
 
 ADDRESSES = 2  # of an operand: how many its codec may have
 NEW_STATE = 1  # added to a gradient's word: the row's states were made for this step
+NEW_AVERAGE = 1 << 62  # the same of its average
 NO_MEMORY = 2  # a gradient's word where the gradient has no elements; without a gradient it is 0
 
 
 class RowWord(IntEnum):
     """Of a row of ``rows``.
 
-    After the last come ADDRESSES of the parameter and of each of the rule's states, then the address of each of its
-    scalars, whose bit 0 is set when it is a double, not a float.
+    After the last come ADDRESSES of the parameter, of each of the rule's states, and of the average where the plan has
+    any, then the address of each of the rule's scalars, whose bit 0 is set when it is a double, not a float.
     """
 
     NUMEL = 0  # of complex tensors, real numbers
     SIGNATURE = 1  # its number among the plan's
     LAYOUT = 2  # where in ``layouts`` it begins
     GROUP = 3
-    OPERAND_ADDRESSES = 4
+    COUNTER = 4  # the address of the step that the engine counts, like a scalar's; 0 if it does not
+    DRAW = 5  # what noise is drawn by: the tensor's number, and 2**32 times the stream
+    FIRST_ELEMENT = 6  # the logical index of its first element in the whole tensor
+    OPERAND_ADDRESSES = 7
 
 
 class StepWord(IntEnum):
     """Of ``step_table``.
 
     After the gradients' words come the groups' records: for lr, weight decay and each of the rule's hyperparameters the
-    bits of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double), then GroupFlag.
+    bits of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double), the same of
+    options.NUMBERS numbers where any group asks for averages, noise or cautious decay, then GroupFlag.
     """
 
     MAX_NORM = 0  # the bits of a double
@@ -70,6 +76,7 @@ class GroupFlag(IntEnum):
 
     DECOUPLED = 0
     SIGN = 1  # -1 to maximize
+    CAUTIOUS = 2
 
 
 class SumsWord(IntEnum):
@@ -101,7 +108,7 @@ class StatusCount(IntEnum):
 
 
 def row_width(n_states: int, n_scalars: int) -> int:
-    """Words of a row."""
+    """Words of a row; an average is one more state."""
     return RowWord.OPERAND_ADDRESSES + ADDRESSES * (1 + n_states) + n_scalars
 
 

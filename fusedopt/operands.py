@@ -40,6 +40,8 @@ PLAIN = (FP32, FP64, BF16, FP16)
 # What each role may be stored as. An exact state keeps what float32 can hold.
 LEGAL = {"param": PLAIN, "grad": PLAIN, "state": PLAIN, "exact state": (FP32, FP64)}
 
+AVERAGES = ("ema", "slow")  # states that are the engine's, not the rule's
+
 # Complex numbers are pairs of real ones.
 PARTS = {torch.complex64: torch.float32, torch.complex128: torch.float64, torch.complex32: torch.float16}
 
@@ -68,22 +70,29 @@ class Signature:
 
     Attributes:
         is_strided: Whether some operand is not dense in the parameter's order.
-        operands: (name, codec) of the parameter, the gradient, and the states that the row has.
+        operands: (name, codec) of the parameter, the gradient, the states that the row has, and its average.
+        draws: Whether its gradients get noise.
     """
 
     is_strided: bool
     operands: tuple[tuple[str, Codec], ...]
+    draws: bool = False
 
     @classmethod
-    def of(cls, is_strided: bool, tensors: Iterable[tuple[str, Tensor]]) -> Signature:
+    def of(cls, is_strided: bool, tensors: Iterable[tuple[str, Tensor]], draws: bool = False) -> Signature:
         """That of plain operands, which have passed the checks."""
         named = ((name, plain(t.dtype)) for name, t in tensors)
-        return cls(is_strided, tuple((name, codec) for name, codec in named if codec))
+        return cls(is_strided, tuple((name, codec) for name, codec in named if codec), draws)
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The names of the states."""
-        return tuple(name for name, _ in self.operands[2:])
+        """The names of the rule's states."""
+        return tuple(name for name, _ in self.operands[2:] if name not in AVERAGES)
+
+    @property
+    def average(self) -> str:
+        """The name of the average; empty if there is none."""
+        return next((name for name, _ in self.operands if name in AVERAGES), "")
 
     @property
     def codecs(self) -> tuple[str, ...]:
@@ -92,4 +101,4 @@ class Signature:
 
     def __str__(self) -> str:
         operands = " ".join(f"{name}={codec.name}" for name, codec in self.operands)
-        return f"{'strided' if self.is_strided else 'dense'} {operands}"
+        return f"{'strided' if self.is_strided else 'dense'}{'+noise' if self.draws else ''} {operands}"

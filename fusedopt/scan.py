@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, memory
-from fusedopt.layout import NEW_STATE, NO_MEMORY, record_width
+from fusedopt.layout import NEW_AVERAGE, NEW_STATE, NO_MEMORY, record_width
+from fusedopt.options import CAUTIOUS
+from fusedopt.state import New
 
 
 class Scan:
@@ -23,7 +25,7 @@ class Scan:
             decoupled, or the flag's key.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
-        new_state: Those whose states are new.
+        new: Those whose states or averages are new.
         device: Where they are.
     """
 
@@ -33,7 +35,7 @@ class Scan:
         specs: list[tuple[Any, ...]],
         state: dict[Any, Any],
         members: list[int],
-        new_state: list[int],
+        new: New,
         device: torch.device,
     ) -> None:
         self._param_groups, self._specs, self._state, self._device = param_groups, specs, state, device
@@ -50,7 +52,7 @@ class Scan:
                 is_member = len(self._rows) in which
                 self._rows.append(_Row(p, spec[0], state.get(p)) if is_member else None)
             self._has_members.append(any(self._rows[first:]))
-        self._new_state = set(new_state)
+        self._new_state, self._new_average = set(new.states), set(new.averages)
         self._written = memory.Spans(memory.written(param_groups, state))
         self._gradients: list[Tensor | None] = []
         self._at: list[tuple[Any, ...] | None] = []  # where they were
@@ -92,11 +94,14 @@ class Scan:
         g = self._gradients[i]
         if g is None:
             return 0
-        return (g.data_ptr() if g.numel() else NO_MEMORY) + NEW_STATE * (i in self._new_state)
+        address = g.data_ptr() if g.numel() else NO_MEMORY
+        return address + NEW_STATE * (i in self._new_state) + NEW_AVERAGE * (i in self._new_average)
 
     def commit(self) -> None:
         """The step happened: states that were new are so no more."""
-        self._new_state -= {i for i, g in enumerate(self._gradients) if g is not None}
+        stepped = {i for i, g in enumerate(self._gradients) if g is not None}
+        self._new_state -= stepped
+        self._new_average -= stepped
 
     def release(self) -> None:
         """Let go of this step's gradients."""
@@ -139,7 +144,7 @@ class Scan:
                 return None
             words += [_bits(number), source]
         decoupled = group[spec[3]] if isinstance(spec[3], str) else spec[3]
-        return [*words, int(bool(decoupled)), -1 if group["maximize"] else 1]
+        return [*words, int(bool(decoupled)), -1 if group["maximize"] else 1, int(group[CAUTIOUS])]
 
     def _source(self, value: Any) -> int:
         """Where the device finds a hyperparameter; 0 if it does not. Bit 0: as a double."""

@@ -7,12 +7,14 @@ from fusedopt.triton_kernels.adding import load_sums, told
 from fusedopt.triton_kernels.cohort import cohort_of, counted, record_of
 from fusedopt.triton_kernels.signatures import listed, n_listed, n_measures
 from fusedopt.triton_kernels.walk import (
+    COUNTER,
     FIRST_SEGMENT,
     GRADS,
     GROUP,
     SCOPE,
     SUMS_WIDTH,
     load_hyper,
+    load_number,
     load_scalars,
     store_scalar,
     store_scalars,
@@ -33,6 +35,27 @@ def count_cohort(rows, tiles, first, last, begin, end, scalars, FIRST: tl.conste
 
 
 @triton.jit
+def _own_steps(rows, row, mask, WIDTH: tl.constexpr):
+    """Which of a block of rows the engine counts the steps of, and how many there were."""
+    address = tl.load(rows + row.to(tl.int64) * WIDTH + COUNTER, mask=mask, other=0)
+    mask = mask & (address != 0)
+    return mask, load_number(address, mask)
+
+
+@triton.jit
+def count_steps(rows, tiles, first, last, begin, end, steps, WIDTH: tl.constexpr):
+    """Counts what the engine counts in a cohort's rows that are whole in the share; see :func:`count_cohort`."""
+    tl.debug_barrier()
+    lanes = tl.arange(0, 128)
+    for at in range(first, last + 1, 128):
+        row = at + lanes
+        mask = row <= last
+        low, high = tl.load(tiles + row, mask=mask, other=0), tl.load(tiles + row + 1, mask=mask, other=0)
+        has, _ = _own_steps(rows, row, mask & (begin <= low) & (low < high) & (high <= end), WIDTH)
+        store_scalar(rows, row, has, tl.zeros_like(row).to(tl.float64) + steps + 1, COUNTER, WIDTH)
+
+
+@triton.jit
 def _finished_rows(c, scalars, sums, row, mask, stepped, FINISH: tl.constexpr, SUMS: tl.constexpr):
     """The scalars of a block of rows after ``finish``: of the first segment of those stepped, of zeros elsewhere."""
     if FINISH is None:
@@ -50,7 +73,8 @@ def _finished_rows(c, scalars, sums, row, mask, stepped, FINISH: tl.constexpr, S
 @triton.jit
 def count_borders(
     rows, borders, step_table, records, n_borders, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Counts the step in the other rows; all programs are done with them."""
     lanes = tl.arange(0, 128)
@@ -61,16 +85,19 @@ def count_borders(
         active = cohort >= 0
         scalars = counted(load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH))
         if (N_SCALARS > 1) | (FINISH is not None):  # more than `step`: the rule advances them
-            record = record_of(records, cohort, N_HYPER)
+            record = record_of(records, cohort, N_HYPER, OPTIONS)
             c, scalars = PREPARE(load_hyper(record, active, 2, N_HYPER), scalars, (cohort & 1) != 0)
             scalars = _finished_rows(c, scalars, sums, row, active, active, FINISH, SUMS)
         store_scalars(rows, row, active, scalars, FIRST, WIDTH)
+        if OPTIONS == "engine":
+            has, steps = _own_steps(rows, row, active, WIDTH)
+            store_scalar(rows, row, has, steps + 1, COUNTER, WIDTH)
 
 
 @triton.jit
 def share_scalars(
     rows, step_table, records, n_rows, sums, PREPARE: tl.constexpr, FINISH: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, SUMS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Advances what scopes share in rows without a gradient, if anything of their scope is stepped."""
     row_sums, wholes = sums[0], sums[4]
@@ -85,7 +112,7 @@ def share_scalars(
         mask = mask & (tl.load(stepped, mask=mask, other=0.0) != 0)
         if tl.max(mask.to(tl.int32)) != 0:
             group = tl.load(rows + row * WIDTH + GROUP, mask=mask, other=0)
-            record = record_of(records, 2 * group, N_HYPER)
+            record = record_of(records, 4 * group, N_HYPER, OPTIONS)
             scalars = load_scalars(rows, row, mask, FIRST, N_SCALARS, WIDTH)
             c, scalars = PREPARE(load_hyper(record, mask, 2, N_HYPER), scalars, row < 0)
             scalars = _finished_rows(c, scalars, sums, row, mask, row < 0, FINISH, SUMS)

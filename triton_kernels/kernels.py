@@ -7,6 +7,7 @@ from typing import Any
 
 from fusedopt.layout import row_width
 from fusedopt.operands import Signature
+from fusedopt.options import STEP
 from fusedopt.rule import Rule, StepScale
 from fusedopt.sums import CHANNEL, TENSOR
 from fusedopt.triton_kernels import norm, rules, scopes, step, sums
@@ -22,6 +23,8 @@ def constants(
     stages: int | None = None,
     scope: str = TENSOR,
     joined: bool = False,
+    options: bool = False,
+    has_average: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """What a rule's kernels are specialised to, by the kernels' names.
 
@@ -31,6 +34,8 @@ def constants(
         tile: Elements of a tile.
         stages: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
         scope: Over what sums are taken.
+        options: Whether groups ask for averages, noise or cautious decay.
+        has_average: Whether rows have room for the address of an average.
         joined: Whether the step finds the sums over tensors complete, as where others have changed them.
     """
     ours = rules.by_name()[rule.name]
@@ -39,9 +44,10 @@ def constants(
     if measures or epilogue:
         numbers = ([ours.scalars.index(name) for name in names] for names in (epilogue, rule.shared))
         described = describe(scope, len(measures), *numbers, joined)
-    n_states, n_scalars = len(ours.states), len(ours.scalars)
+    n_states, n_scalars = len(ours.states) + has_average, len(ours.scalars)
+    who = "" if not options else "rule" if STEP in ours.scalars else "engine"
     width = {"SUMS": described, "WIDTH": row_width(n_states, n_scalars)}
-    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), **width}
+    counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), "OPTIONS": who, **width}
     walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": stages}
     functions = {
         "DIRECTION": ours.direction,

@@ -77,13 +77,13 @@ def fold(
 @triton.jit
 def _prepared(
     rows, step_table, records, row, mask, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, WIDTH: tl.constexpr,
+    N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The coefficients of a row, or of each of a block of rows, before ``finish``."""
     FIRST: tl.constexpr = first_scalar(N_STATES)
     cohort = cohort_of(rows, step_table, row, mask, WIDTH)
     scalars = counted(load_scalars(rows, row, mask, FIRST, N_SCALARS, WIDTH))
-    hyper = load_hyper(record_of(records, cohort, N_HYPER), mask, 2, N_HYPER)
+    hyper = load_hyper(record_of(records, cohort, N_HYPER, OPTIONS), mask, 2, N_HYPER)
     c, _ = PREPARE(hyper, scalars, (cohort & 1) != 0)
     return to_type(c, tl.float64)
 
@@ -101,7 +101,7 @@ def _best(largest, c, own, mask, SCORE: tl.constexpr):
 @triton.jit(do_not_specialize=["n_rows", "n_scopes"])
 def scopes(
     rows, step_table, sums, n_rows, n_scopes, SCORE: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr,
-    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
+    N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Adds segments up over scopes of active rows, and finds their largest scores.
 
@@ -113,9 +113,10 @@ def scopes(
         n_scopes: How many.
         SCORE: The rule's; None if it has none.
         PREPARE: The rule's.
-        N_STATES: How many states the rule has at most.
-        N_SCALARS: How many scalars it has.
+        N_STATES: How many states rows have at most, averages among them.
+        N_SCALARS: How many scalars the rule has.
         N_HYPER: How many hyperparameters.
+        OPTIONS: See signatures.py.
         SUMS: What there is to add up.
         WIDTH: Of ``rows``.
     """
@@ -135,7 +136,8 @@ def scopes(
                 c = ()
                 if SCORE is not None:
                     c = _prepared(
-                        rows, step_table, records, scope, scope >= 0, PREPARE, N_STATES, N_SCALARS, N_HYPER, WIDTH,
+                        rows, step_table, records, scope, scope >= 0, PREPARE, N_STATES, N_SCALARS, N_HYPER, OPTIONS,
+                        WIDTH,
                     )  # fmt: skip
                 for at in range(first, after, LANES):
                     mask = at + lanes < after
@@ -154,7 +156,8 @@ def scopes(
                 totals = plus(totals, own, mask)
                 if SCORE is not None:
                     c = _prepared(
-                        rows, step_table, records, row, mask, PREPARE, N_STATES, N_SCALARS, N_HYPER, WIDTH,
+                        rows, step_table, records, row, mask, PREPARE, N_STATES, N_SCALARS, N_HYPER, OPTIONS,
+                        WIDTH,
                     )  # fmt: skip
                     largest = _best(largest, c, own, mask, SCORE)
         store_sums(wholes + scope * (N + 1), totals)

@@ -3,6 +3,9 @@
 Signatures are written as fusedopt.operands.Signature writes them, such as ``dense param=bf16 grad=bf16 exp_avg=fp32``,
 and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch.
 
+OPTIONS says whether groups ask for averages, noise or cautious decay, and who counts steps: it is empty if none does,
+else ``rule`` or ``engine``.
+
 Sums are written as ``group measures=2 epilogue=1 shared=0,2 joined=0``: the scope; how many sums there are before the
 step; the numbers of the scalars that have those of the epilogue, and of those that a scope shares; and whether the
 tables have what the step needs, or the slots, see sums.py. Of a rule without sums they are an empty string.
@@ -10,6 +13,8 @@ tables have what the step needs, or the slots, see sums.py. Of a rule without su
 
 import triton
 import triton.language as tl
+
+from fusedopt.operands import AVERAGES
 
 
 @triton.constexpr_function
@@ -21,7 +26,7 @@ def count(signatures):
 @triton.constexpr_function
 def is_strided(signatures, k):
     """Whether the operands of signature k are walked by strides."""
-    return signatures.split(";")[k].split(" ")[0] == "strided"
+    return signatures.split(";")[k].startswith("strided")
 
 
 @triton.constexpr_function
@@ -43,15 +48,35 @@ def widest(signatures):
 
 
 @triton.constexpr_function
+def draws(signatures, k):
+    """Whether the gradients of signature k get noise."""
+    return signatures.split(";")[k].split(" ")[0].endswith("+noise")
+
+
+@triton.constexpr_function
+def average(signatures, k):
+    """The average of signature k, which is its last operand; empty without one."""
+    last = signatures.split(";")[k].split(" ")[-1].split("=")[0]
+    return last if last in AVERAGES else ""
+
+
+@triton.constexpr_function
 def states(signatures, k):
-    """The names of the states of signature k, joined by commas."""
-    return ",".join(operand.split("=")[0] for operand in signatures.split(";")[k].split(" ")[3:])
+    """The names of the rule's states of signature k, joined by commas."""
+    named = (operand.split("=")[0] for operand in signatures.split(";")[k].split(" ")[3:])
+    return ",".join(name for name in named if name not in AVERAGES)
 
 
 @triton.constexpr_function
 def n_states(signatures, k):
-    """How many states signature k has."""
-    return len(signatures.split(";")[k].split(" ")) - 3
+    """How many states of the rule signature k has."""
+    return n_operands(signatures, k) - 2 - (average(signatures, k) != "")
+
+
+@triton.constexpr_function
+def n_operands(signatures, k):
+    """How many operands signature k has."""
+    return len(signatures.split(";")[k].split(" ")) - 1
 
 
 @triton.constexpr_function

@@ -7,13 +7,15 @@ from fusedopt.triton_kernels.adding import add_up, store_sums, tell, zeros
 from fusedopt.triton_kernels.cohort import (
     NORM,
     cohort_of,
+    count_of,
     counted,
     decide,
     engine_scalars,
     first_scalar,
     record_of,
 )
-from fusedopt.triton_kernels.counting import count_borders, count_cohort, share_scalars
+from fusedopt.triton_kernels.counting import count_borders, count_cohort, count_steps, share_scalars
+from fusedopt.triton_kernels.operands import averaged, decayed, operands
 from fusedopt.triton_kernels.signatures import (
     compute,
     count,
@@ -27,8 +29,6 @@ from fusedopt.triton_kernels.signatures import (
 from fusedopt.triton_kernels.tile import (
     PARTS,
     addresses_of,
-    fetch,
-    locate,
     put,
     segment_of,
     segments_of,
@@ -61,26 +61,19 @@ def _step(
 ):  # fmt: skip
     """SIZE elements' step, in the order of every engine; returns what the rule concludes.
 
-    Unscale, clip and maximize (one factor); coupled decay; direction; decoupled decay and write.
+    Unscale, clip and maximize (one factor); noise; coupled decay; direction; decoupled decay; average; write.
     """
-    words, layouts, origin, numel, addresses = segment
-    gradient_factor, coupled_decay, decay_factor, step_scale = engine
-    at = locate(words, layouts, origin, start, numel, SIGNATURES, K, SIZE)
-    p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
-    g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * gradient_factor
-    state = ()
-    for k in tl.static_range(n_states(SIGNATURES, K)):
-        state = state + (fetch(addresses[2 + k], at, SIGNATURES, K, 2 + k, FULL),)
-    g = tl.where(coupled_decay != 0, g + coupled_decay * p, g)
+    addresses = segment[4]
+    at, p, g, state = operands(segment, start, engine, SIGNATURES, K, SIZE, FULL)
     d, state = DIRECTION(p, g, state, c, states(SIGNATURES, K))
-    p = decay_factor * p - step_scale * d
-    put(addresses[0], at, p, SIGNATURES, K, 0, FULL)
+    stepped = decayed(p, d, engine) - engine[3] * d
+    put(addresses[0], at, averaged(addresses, at, stepped, engine, SIGNATURES, K, FULL), SIGNATURES, K, 0, FULL)
     for k in tl.static_range(n_states(SIGNATURES, K)):
         put(addresses[2 + k], at, state[k], SIGNATURES, K, 2 + k, FULL)
     if CONCLUDE is None:
         return ()
     else:
-        return CONCLUDE(p, g, d, state, c, states(SIGNATURES, K))
+        return CONCLUDE(stepped, g, d, state, c, states(SIGNATURES, K))
 
 
 @triton.jit
@@ -167,7 +160,8 @@ def step(
     rows, tiles, shares, borders, layouts, step_table, numbers, counts, grad_scale, found_inf, sums, n_rows, n_shares,
     n_borders, DIRECTION: tl.constexpr, PREPARE: tl.constexpr, FINISH: tl.constexpr, CONCLUDE: tl.constexpr,
     STEP_SCALE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr,
-    SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    OPTIONS: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """One step of every row that has a gradient, unless it is skipped.
 
@@ -191,9 +185,10 @@ def step(
         FINISH: The rule's; None if it measures nothing.
         CONCLUDE: The rule's; None if it has no epilogue.
         STEP_SCALE: The rule's.
-        N_STATES: How many states the rule has at most.
-        N_SCALARS: How many scalars it has.
+        N_STATES: How many states rows have at most, averages among them.
+        N_SCALARS: How many scalars the rule has.
         N_HYPER: How many hyperparameters.
+        OPTIONS: See signatures.py.
         SUMS: See signatures.py.
         SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
@@ -214,11 +209,13 @@ def step(
             while left > 0:  # rows of one cohort after another: `prepare` runs when the cohort changes
                 cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
                 active = cohort >= 0
-                record = record_of(records, cohort, N_HYPER)
+                record = record_of(records, cohort, N_HYPER, OPTIONS)
                 scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
                 c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
                 c = to_type(c, T if FINISH is None else tl.float64)
-                engine = to_type(engine_scalars(record, factor, active, STEP_SCALE, N_HYPER), T)
+                steps = count_of(rows + row * WIDTH, scalars, active, OPTIONS)
+                engine = engine_scalars(record, factor, active, cohort, steps, STEP_SCALE, N_HYPER, OPTIONS)
+                engine = to_type(engine, T)
                 last = row
                 same = left > 0
                 while same:
@@ -244,6 +241,11 @@ def step(
                     ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
                     for k in tl.static_range(N_SCALARS):
                         same = same & (ahead[k] == scalars[k])
+                    if OPTIONS == "engine":
+                        same = same & (count_of(rows + row * WIDTH, ahead, same & active, OPTIONS) == steps)
+                if OPTIONS == "engine":
+                    if active:
+                        count_steps(rows, tiles, row + 1, last, begin, end, steps, WIDTH)
                 if (N_SCALARS > 0) & (FINISH is None):
                     if active:
                         count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
@@ -252,12 +254,13 @@ def step(
         tl.store(numbers + NORM, norm)
         tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
-        if (skipped == 0) & (N_SCALARS > 0):
+        if (skipped == 0) & ((N_SCALARS > 0) | (OPTIONS == "engine")):
             count_borders(
-                rows, borders, step_table, records, n_borders, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST,
-                WIDTH,
+                rows, borders, step_table, records, n_borders, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, OPTIONS, SUMS,
+                FIRST, WIDTH,
             )  # fmt: skip
             if spans_rows(SUMS) & (n_listed(SUMS, "shared") > 0):
                 share_scalars(
-                    rows, step_table, records, n_rows, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, SUMS, FIRST, WIDTH,
+                    rows, step_table, records, n_rows, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, OPTIONS, SUMS, FIRST,
+                    WIDTH,
                 )  # fmt: skip

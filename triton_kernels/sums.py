@@ -6,17 +6,17 @@ import triton.language as tl
 from fusedopt.triton_kernels.adding import add_up, store_sums
 from fusedopt.triton_kernels.cohort import (
     cohort_of,
+    count_of,
     counted,
     decide,
     engine_scalars,
     first_scalar,
     record_of,
 )
-from fusedopt.triton_kernels.signatures import compute, count, in_channels, n_measures, n_states, states, widest
+from fusedopt.triton_kernels.operands import operands
+from fusedopt.triton_kernels.signatures import compute, count, in_channels, n_measures, states, widest
 from fusedopt.triton_kernels.tile import (
     addresses_of,
-    fetch,
-    locate,
     segment_of,
     segments_of,
     tiles_of,
@@ -45,15 +45,7 @@ def measured(
     FULL: tl.constexpr,
 ):  # fmt: skip
     """What the rule measures of SIZE elements, as their step will see them."""
-    words, layouts, origin, numel, addresses = segment
-    gradient_factor, coupled_decay, _, _ = engine
-    at = locate(words, layouts, origin, start, numel, SIGNATURES, K, SIZE)
-    p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
-    g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * gradient_factor
-    state = ()
-    for k in tl.static_range(n_states(SIGNATURES, K)):
-        state = state + (fetch(addresses[2 + k], at, SIGNATURES, K, 2 + k, FULL),)
-    g = tl.where(coupled_decay != 0, g + coupled_decay * p, g)
+    _, p, g, state = operands(segment, start, engine, SIGNATURES, K, SIZE, FULL)
     return MEASURE(p, g, state, c, states(SIGNATURES, K))
 
 
@@ -111,8 +103,8 @@ def _row(
 def sums(
     rows, tiles, shares, layouts, step_table, numbers, counts, grad_scale, found_inf, sums, n_rows, n_shares,
     MEASURE: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr, N_SCALARS: tl.constexpr,
-    N_HYPER: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
-    STAGES: tl.constexpr,
+    N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds up what the rule measures of every row that has a gradient, unless the step is skipped.
 
@@ -131,9 +123,10 @@ def sums(
         n_shares: How many.
         MEASURE: The rule's, see rules/.
         PREPARE: The rule's.
-        N_STATES: How many states the rule has at most.
-        N_SCALARS: How many scalars it has.
+        N_STATES: How many states rows have at most, averages among them.
+        N_SCALARS: How many scalars the rule has.
         N_HYPER: How many hyperparameters.
+        OPTIONS: See signatures.py.
         SUMS: See signatures.py.
         SIGNATURES: See signatures.py.
         WIDTH: Of ``rows``.
@@ -152,11 +145,13 @@ def sums(
             while left > 0:  # rows of one cohort after another, as in step.py
                 cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
                 active = cohort >= 0
-                record = record_of(records, cohort, N_HYPER)
+                record = record_of(records, cohort, N_HYPER, OPTIONS)
                 scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
                 c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
                 c = to_type(c, widest(SIGNATURES))
-                engine = to_type(engine_scalars(record, factor, active, "lr", N_HYPER), widest(SIGNATURES))
+                steps = count_of(rows + row * WIDTH, scalars, active, OPTIONS)
+                engine = engine_scalars(record, factor, active, cohort, steps, "lr", N_HYPER, OPTIONS)
+                engine = to_type(engine, widest(SIGNATURES))
                 same = left > 0
                 while same:
                     low, high = segment(tiles, row, begin, end)
@@ -175,5 +170,7 @@ def sums(
                     ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
                     for k in tl.static_range(N_SCALARS):
                         same = same & (ahead[k] == scalars[k])
+                    if OPTIONS == "engine":
+                        same = same & (count_of(rows + row * WIDTH, ahead, same & active, OPTIONS) == steps)
             share = following
     is_last(counts)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.signatures import compute, element, is_strided, itemsize, n_states
+from fusedopt.triton_kernels.signatures import compute, draws, element, is_strided, itemsize, n_operands
 from fusedopt.triton_kernels.walk import ADDRESSES, LAYOUT, NUMEL, OPERAND_ADDRESSES, SEGMENT_LENGTH, SUMS_WIDTH
 
 # What is not a full, aligned tile goes in parts: fewer registers, and small tensors fill a part better.
@@ -15,17 +15,17 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 def locate(words, layouts, origin, start, numel, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr):
     """Where SIZE elements are, from ``start`` on of the ``numel`` that follow a row's first ``origin``.
 
-    Returns a base, their offsets from it in each operand, and a mask. The addresses of dense operands are where the
-    ``numel`` begin.
+    Returns a base, their offsets from it in each operand, and of strided ones in the logical index where noise is
+    drawn, and a mask. The addresses of dense operands are where the ``numel`` begin.
     """
     lanes = tl.arange(0, SIZE)
     mask = start + lanes < numel
-    n_operands: tl.constexpr = 2 + n_states(SIGNATURES, K)
+    N: tl.constexpr = n_operands(SIGNATURES, K) + draws(SIGNATURES, K)
     offsets = ()
     if is_strided(SIGNATURES, K):
         layout = layouts + tl.load(words + LAYOUT)
         rest = origin + start + lanes
-        for _ in tl.static_range(n_operands):
+        for _ in tl.static_range(N):
             offsets = offsets + (tl.zeros_like(rest),)
         n_dims, width = tl.load(layout), tl.load(layout + 1)
         for d in range(n_dims):
@@ -35,7 +35,7 @@ def locate(words, layouts, origin, start, numel, SIGNATURES: tl.constexpr, K: tl
             rest = rest // size
         return start * 0, offsets, mask
     else:
-        for _ in tl.static_range(n_operands):
+        for _ in tl.static_range(N):
             offsets = offsets + (lanes,)
         return start, offsets, mask
 
@@ -104,7 +104,7 @@ def whole_tiles(addresses, begin, end, numel, SIGNATURES: tl.constexpr, K: tl.co
 def addresses_of(words, grad, SIGNATURES: tl.constexpr, K: tl.constexpr):
     """Where a row's operands begin."""
     addresses = (tl.load(words + OPERAND_ADDRESSES), grad)
-    for k in tl.static_range(n_states(SIGNATURES, K)):
+    for k in tl.static_range(n_operands(SIGNATURES, K) - 2):
         addresses = addresses + (tl.load(words + OPERAND_ADDRESSES + ADDRESSES * (1 + k)),)
     return addresses
 

@@ -7,12 +7,16 @@ import triton
 import triton.language as tl
 
 from fusedopt.layout import ADDRESSES as _ADDRESSES
+from fusedopt.layout import NEW_AVERAGE as _NEW_AVERAGE
 from fusedopt.layout import NEW_STATE as _NEW_STATE
 from fusedopt.layout import RowWord, StatusCount, StepWord, SumsWord
 
 ADDRESSES = tl.constexpr(_ADDRESSES)
 NEW_STATE = tl.constexpr(_NEW_STATE)
-NUMEL, SIGNATURE, LAYOUT, GROUP, OPERAND_ADDRESSES = (tl.constexpr(int(word)) for word in RowWord)
+NEW_AVERAGE = tl.constexpr(_NEW_AVERAGE)
+NUMEL, SIGNATURE, LAYOUT, GROUP, COUNTER, DRAW, FIRST_ELEMENT, OPERAND_ADDRESSES = (
+    tl.constexpr(int(word)) for word in RowWord
+)
 MAX_NORM, MEASURED, SKIP_NONFINITE, GRADS = (tl.constexpr(int(word)) for word in StepWord)
 DONE, SKIPPED_STEPS, SKIPPED, SHARES_MEASURED, SHARES_UPDATED, SHARES_SUMMED = (
     tl.constexpr(int(word)) for word in StatusCount
@@ -58,7 +62,7 @@ def segment(tiles, row, begin, end):
 def row_of(rows, step_table, row, WIDTH: tl.constexpr):
     """A row's words, the address of its gradient (0: none), and its signature."""
     words = rows + row * WIDTH
-    return words, tl.load(step_table + GRADS + row) & ~NEW_STATE, load_i32(words + SIGNATURE)
+    return words, tl.load(step_table + GRADS + row) & ~(NEW_STATE | NEW_AVERAGE), load_i32(words + SIGNATURE)
 
 
 @triton.jit

@@ -12,9 +12,10 @@
 
 namespace fusedopt {
 
-FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kOperandAddresses);
+FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kCounter, kDraw, kFirstElement,
+               kOperandAddresses);
 FUSEDOPT_WORDS(StepWord, step_words, kMaxNorm, kMeasured, kSkipNonfinite, kGrads);
-FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign);
+FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign, kCautious);
 FUSEDOPT_WORDS(StatusNumber, status_numbers, kSquaredNorm, kNorm);
 FUSEDOPT_WORDS(StatusCount, status_counts, kDone, kSkippedSteps, kSkipped, kSharesMeasured, kSharesUpdated,
                kSharesSummed);
@@ -23,8 +24,10 @@ FUSEDOPT_WORDS(SumsWord, sums_words, kFirstSegment, kSegmentLength, kScope, kFir
 // A group's record in the step table: pairs of lr, weight decay and the hyperparameters, then its flags.
 constexpr int record_words(int n_hyper) { return 2 * (2 + n_hyper) + static_cast<int>(group_flags.size()); }
 
-// Of a gradient's word: its states are new; it has no memory (the rest of the word is its address, 0 without one).
+// Of a gradient's word: its states are new, and its average; it has no memory (the rest of the word is its address, 0
+// without one).
 constexpr std::int64_t kNewState = 1;
+constexpr std::int64_t kNewAverage = std::int64_t{1} << 62;
 constexpr std::int64_t kNoMemory = 2;
 
 }  // namespace fusedopt

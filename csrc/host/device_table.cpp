@@ -29,8 +29,9 @@ std::int64_t source_of(PyObject* value, const void* context) {
 }  // namespace
 
 DeviceTable::DeviceTable(py::object param_groups, const py::list& groups, py::object state,
-                         const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state)
-    : roster_(std::move(param_groups), groups, std::move(state), members, new_state, {}) {}
+                         const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state,
+                         const std::vector<std::size_t>& new_average)
+    : roster_(std::move(param_groups), groups, std::move(state), members, new_state, new_average) {}
 
 bool DeviceTable::scan(int threads) {
   if (!roster_.scan(threads, source_of, &roster_)) return false;
@@ -78,7 +79,8 @@ bool DeviceTable::write(const py::handle& words) const {
   for (std::size_t i = 0; i < roster_.size(); ++i) {
     const Entry& entry = roster_.entry(i);
     const auto address = reinterpret_cast<std::int64_t>(roster_.gradient_address(i));
-    put(roster_.has_gradient(i) ? (entry.numel ? address : kNoMemory) + kNewState * roster_.has_new_state(i) : 0);
+    const std::int64_t flags = kNewState * roster_.has_new_state(i) + kNewAverage * roster_.has_new_average(i);
+    put(roster_.has_gradient(i) ? (entry.numel ? address : kNoMemory) + flags : 0);
   }
   for (std::size_t g = 0; g < roster_.groups(); ++g) {
     const Group& group = roster_.group(g);
@@ -86,7 +88,7 @@ bool DeviceTable::write(const py::handle& words) const {
       put(std::bit_cast<std::int64_t>(group.values[k]));
       put(group.sources[k]);
     }
-    const std::int64_t flags[] = {group.is_decoupled, static_cast<std::int64_t>(group.sign)};  // as GroupFlag
+    const std::int64_t flags[] = {group.is_decoupled, static_cast<std::int64_t>(group.sign), group.is_cautious};  // as GroupFlag
     std::for_each(std::begin(flags), std::end(flags), put);
   }
   return changed != 0;

@@ -11,7 +11,8 @@ class DeviceTable {
  public:
   // See Roster.
   DeviceTable(py::object param_groups, const py::list& groups, py::object state,
-              const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state);
+              const std::vector<std::size_t>& members, const std::vector<std::size_t>& new_state,
+              const std::vector<std::size_t>& new_average);
 
   // True when all is as it was planned and a step can run; false when the tables must be made anew.
   bool scan(int threads);

@@ -119,8 +119,9 @@ PYBIND11_MODULE(_host, m) {
       .def_property_readonly("cohorts", &CpuJob::cohorts);
   using fusedopt::host::DeviceTable;
   add_class<DeviceTable>(m, "DeviceTable")
-      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&>(), py::arg("param_groups"),
-           py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"))
+      .def(py::init<py::object, const py::list&, py::object, const Members&, const Members&, const Members&>(),
+           py::arg("param_groups"), py::arg("groups"), py::arg("state"), py::arg("members"), py::arg("new_state"),
+           py::arg("new_average"))
       .def("write", &DeviceTable::write, py::arg("words"))
       .def("commit", &DeviceTable::commit);
 }

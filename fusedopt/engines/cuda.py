@@ -101,7 +101,7 @@ class Plan(DevicePlan):
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
         limit = extension.words_by_value(index)
         tile, runs = extension.tile, extension.runs_per_share
-        super().__init__(optimizer, members, new.states, nth, names, blocks, tile, limit, runs_per_share=runs)
+        super().__init__(optimizer, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)
         t, s, nothing = self.table, self.status, self.partials
         signatures = [(x.is_strided, list(x.codecs), list(x.states)) for x in t.signatures]
         words = selection.encode(signatures, len(names[0]))

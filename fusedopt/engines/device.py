@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host
+from fusedopt import checks, host, options
 from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
 from fusedopt.layout import StepWord, record_width
 from fusedopt.passes import Pass
 from fusedopt.rule import LAST_FLOAT_STEP
 from fusedopt.scan import Scan
+from fusedopt.state import New
 from fusedopt.sums import Sums
 
 
@@ -35,7 +36,7 @@ class DevicePlan:
     Args:
         optimizer: Whose parameters.
         members: Those that the plan steps, counted through all groups; all are on one device.
-        new_state: Those whose states were made for the coming step.
+        new: Those whose states or averages were made for the coming step.
         nth: How many plans on the device come before it in a step.
         names: The rule's states, scalars and hyperparameters, in the engine's order.
         programs: How many the engine launches at most.
@@ -52,7 +53,7 @@ class DevicePlan:
         self,
         optimizer: Any,
         members: list[int],
-        new_state: list[int],
+        new: New,
         nth: int,
         names: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]],
         programs: int,
@@ -67,14 +68,15 @@ class DevicePlan:
         self.stepped_members: list[int] = []
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
-        self._scan = host.device_scan(optimizer, names[2], members, new_state, self.device)
+        self._scan = host.device_scan(optimizer, names[2], members, new, self.device)
         rule, scope = optimizer.rule, optimizer.scope
         self.passes = Pass.of(rule, scope)
         with on_device(self.device):
             self.sums = Sums(rule, scope, self._groups, self.device) if rule.has_sums() else None
             places, sizes = self.sums and self.sums.places, sizes or tables.SHARE_SIZES
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes, places)
-            words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(len(names[2]))
+            n_hyper = len(names[2]) + (options.NUMBERS if self.table.has_options else 0)
+            words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(n_hyper)
             self.step_table = StepTable(words, self.device, words <= by_value)
             self.status = optimizer.status(self.device, nth)
             self.partials = torch.empty(self.table.n_shares, dtype=torch.float64, device=self.device)
@@ -115,8 +117,6 @@ class DevicePlan:
 
     def _steps_left(self, scalars: tuple[str, ...]) -> int:
         """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""
-        if "step" not in scalars:
-            return sys.maxsize
         states = [self._state.get(p, {}) for p in self._params]
         steps = [s["step"] for s in states if "step" in s and s["step"].dtype == torch.float32]
         return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize

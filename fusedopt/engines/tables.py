@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import struct
 from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt import memory
+from fusedopt import memory, noise, options
 from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, SumsWord, row_width
 from fusedopt.operands import Signature
 from fusedopt.sums import CHANNEL, Segments
@@ -165,6 +166,8 @@ class Rows:
         count, n_shares, n_borders: How many rows, shares and borders.
         programs: How many to launch.
         signatures: Of the rows; a row has its number among them.
+        has_options: Whether any group asks for averages, noise or cautious decay.
+        has_average: Whether any asks for an average, so that rows have room for its address.
     """
 
     def __init__(
@@ -179,13 +182,17 @@ class Rows:
         places: Segments | None,
     ) -> None:
         self._in_channels = places is not None and places.scope == CHANNEL
-        self.width = row_width(len(names[0]), len(names[1]))
+        groups = optimizer.param_groups
+        self.has_options = any(map(options.are_asked, groups))
+        self.has_average = any(map(options.average_state, groups))
+        self._draws = any(group[options.NOISE] for group in groups)
+        self.width = row_width(len(names[0]) + self.has_average, len(names[1]))
         self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
         which = set(members)
         everyone = [(g, group, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
         planned = [
-            self._row(optimizer, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
+            self._row(optimizer, i, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
         ]
         rows = [row or [0] * self.width for row in planned]
         counts = [max(after - first, 1) for first, after in pairwise(places.first)] if places else [1] * len(rows)
@@ -211,38 +218,48 @@ class Rows:
         self.layouts = on_device(self._layouts or [0])
         self.signatures = tuple(self._signatures)
 
-    def _row(self, optimizer: Any, p: Tensor, group: Any, number: int) -> list[int] | None:
+    def _row(self, optimizer: Any, i: int, whole: Tensor, group: Any, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
-        state = optimizer.state.get(p, {})
-        active = [s.name for s in optimizer.rule.active_states(group)]
-        if any(state.get(name) is None for name in (*active, *self._names[1])):
+        state, rule = optimizer.state.get(whole, {}), optimizer.rule
+        active = [s.name for s in options.states_of(rule, group)]
+        counts = [options.STEP] if options.counts(rule, group) else []
+        if any(state.get(name) is None for name in (*active, *self._names[1], *counts)):
             return None
         scalars = [state[name] for name in self._names[1]]
-        if any(t.device != p.device for t in scalars):
+        counters = [state[name] for name in counts]
+        if any(t.device != whole.device for t in (*scalars, *counters)):
             return None  # without a gradient yet; it is planned anew before it is stepped
-        g = p if p.grad is None else p.grad
-        p = memory.local(p)
+        g = whole if whole.grad is None else whole.grad
+        p = memory.local(whole)
         operands = {"param": p, "grad": memory.resolved(memory.local(g))}
         operands.update({name: memory.local(state[name]) for name in active})
         is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
         is_dense &= not self._in_channels or memory.begins_with_slices(p)
-        signature = Signature.of(not is_dense, operands.items())
+        draws, strides = group[options.NOISE] is not None, None
         words = [0] * self.width
+        if draws:
+            tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(optimizer, i, whole)
+            words[RowWord.DRAW] = tensor | stream << 32
+            is_dense &= all(p.shape[d] == 1 or p.stride(d) == strides[d] for d in range(p.dim()))
+        signature = Signature.of(not is_dense, operands.items(), draws)
         words[RowWord.NUMEL] = p.numel() * (2 if p.is_complex() else 1)
         words[RowWord.SIGNATURE] = self._signatures.setdefault(signature, len(self._signatures))
-        words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, list(operands.values()))
+        words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, list(operands.values()), strides)
         words[RowWord.GROUP] = number
+        for counter in counters:
+            words[RowWord.COUNTER] = counter.data_ptr() | (counter.dtype == torch.float64)
         for k, t in enumerate([p, *(operands[name] for name in active)]):
             words[RowWord.OPERAND_ADDRESSES + ADDRESSES * k] = t.data_ptr()
         for k, t in enumerate(scalars):
             words[k - len(scalars)] = t.data_ptr() | (t.dtype == torch.float64)
         return words
 
-    def _layout(self, p: Tensor, operands: list[Tensor]) -> int:
+    def _layout(self, p: Tensor, operands: list[Tensor], index: Sequence[int] | None) -> int:
         """Enter sizes and strides, innermost first; complex numbers are pairs. Returns where."""
         at = len(self._layouts)
         parts = 2 if p.is_complex() else 1
-        dims = [[2, *[1] * len(operands)]] if p.is_complex() else []
-        dims += [[p.shape[d], *(t.stride(d) * parts for t in operands)] for d in reversed(range(p.dim()))]
-        self._layouts += [len(dims), 1 + len(operands), *(word for dim in dims for word in dim)]
+        strides = [t.stride() for t in operands] + ([index] if index is not None else [])
+        dims = [[2, *[1] * len(strides)]] if p.is_complex() else []
+        dims += [[p.shape[d], *(stride[d] * parts for stride in strides)] for d in reversed(range(p.dim()))]
+        self._layouts += [len(dims), 1 + len(strides), *(word for dim in dims for word in dim)]
         return at

@@ -16,7 +16,6 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
 from fusedopt.engines.occupancy import resident_blocks
-from fusedopt.options import are_asked
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New
@@ -67,8 +66,6 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if rule.name not in _rules():
         return f"rule {rule.name!r} has no Triton kernel"
-    if are_asked(group):
-        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -176,7 +173,7 @@ class Plan(DevicePlan):
         if not interpreted:
             programs = processors(device) * (PROGRAMS_PER_PROCESSOR or CUT_PER_PROCESSOR)
         names = ours.states, ours.scalars, ours.hyper
-        super().__init__(optimizer, members, new.states, nth, names, programs, tile, sizes=SHARE_SIZES)
+        super().__init__(optimizer, members, new, nth, names, programs, tile, sizes=SHARE_SIZES)
         t, rule, scope = self.table, optimizer.rule, optimizer.scope
         more = {} if interpreted else options(backend_of(device))
         self._n_scopes = self.sums.places.n_scopes if self.sums else 0
@@ -188,7 +185,7 @@ class Plan(DevicePlan):
         self._adds_slots = bool(rule.measures) and scope == TENSOR
 
         def kernels(joined: bool) -> dict[str, Kernel]:
-            chosen = constants(rule, t.signatures, tile, STAGES, scope, joined)
+            chosen = constants(rule, t.signatures, tile, STAGES, scope, joined, t.has_options, t.has_average)
             most = {name: self._n_scopes if name in ("scopes", "epilogue") else t.n_shares for name in chosen}
             return {
                 name: Kernel(KERNELS[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
