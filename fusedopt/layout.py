@@ -62,13 +62,23 @@ class StepWord(IntEnum):
 
     After the gradients' words come the groups' records: for lr, weight decay and each of the rule's hyperparameters the
     bits of a double and the address of a tensor that has it instead (0: none; bit 0: it is a double), the same of
-    options.NUMBERS numbers where any group asks for averages, noise or cautious decay, then GroupFlag.
+    OptionNumber where any group asks for averages, noise or cautious decay, then GroupFlag.
     """
 
     MAX_NORM = 0  # the bits of a double
     MEASURED = 1  # whether the status has the squared norm
     SKIP_NONFINITE = 2
     GRADS = 3
+
+
+class OptionNumber(IntEnum):
+    """Behind the hyperparameters of a record, where any group asks for averages, noise or cautious decay."""
+
+    DECAY_OR_PERIOD = 0
+    ALPHA = 1
+    ETA = 2
+    GAMMA = 3
+    SEED = 4
 
 
 class GroupFlag(IntEnum):

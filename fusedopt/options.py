@@ -132,7 +132,6 @@ HYPER: dict[type[Any], tuple[Hyper, ...]] = {
     Lookahead: (Hyper("k", AVERAGE, 0, low=1.0, high=LARGEST_K), Hyper("alpha", AVERAGE, 1, high=1.0)),
     GradientNoise: (Hyper("eta", NOISE, 0), Hyper("gamma", NOISE, 1), Hyper("seed", NOISE, 2, high=LARGEST_SEED)),
 }
-NUMBERS = 5  # of a group: see numbers()
 STATES = {EMA: State("ema", exact=True), Lookahead: State("slow", exact=True)}
 
 

@@ -113,13 +113,14 @@ def test_tables_have_one_layout():
         layout.RowWord,
         layout.StepWord,
         layout.GroupFlag,
+        layout.OptionNumber,
         layout.StatusNumber,
         layout.StatusCount,
         layout.SumsWord,
     ):
         words = [re.sub("(?<!^)(?=[A-Z])", "_", word.removeprefix("k")).upper() for word in found.pop(table.__name__)]
         assert words == [word.name for word in table] and list(table) == list(range(len(table)))
-    assert found == {name: getattr(layout, name) for name in ("ADDRESSES", "NEW_STATE", "NO_MEMORY")}
+    assert found == {name: getattr(layout, name) for name in ("ADDRESSES", "NEW_STATE", "NEW_AVERAGE", "NO_MEMORY")}
 
 
 @pytest.mark.parametrize("name", ALL)

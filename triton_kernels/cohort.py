@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-from fusedopt.layout import GroupFlag, StatusNumber
-from fusedopt.options import NUMBERS as _NUMBERS
+from fusedopt.layout import GroupFlag, OptionNumber, StatusNumber
 from fusedopt.triton_kernels.walk import (
     ADDRESSES,
     COUNTER,
@@ -22,7 +21,7 @@ from fusedopt.triton_kernels.walk import (
 
 DECOUPLED, SIGN, CAUTIOUS = (tl.constexpr(int(flag)) for flag in GroupFlag)
 N_FLAGS = tl.constexpr(len(GroupFlag))
-NUMBERS = tl.constexpr(_NUMBERS)
+NUMBERS = tl.constexpr(len(OptionNumber))
 SQUARED_NORM, NORM = (tl.constexpr(int(number)) for number in StatusNumber)
 
 

@@ -16,12 +16,14 @@ FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kCounter
                kOperandAddresses);
 FUSEDOPT_WORDS(StepWord, step_words, kMaxNorm, kMeasured, kSkipNonfinite, kGrads);
 FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign, kCautious);
+FUSEDOPT_WORDS(OptionNumber, option_numbers, kDecayOrPeriod, kAlpha, kEta, kGamma, kSeed);
 FUSEDOPT_WORDS(StatusNumber, status_numbers, kSquaredNorm, kNorm);
 FUSEDOPT_WORDS(StatusCount, status_counts, kDone, kSkippedSteps, kSkipped, kSharesMeasured, kSharesUpdated,
                kSharesSummed);
 FUSEDOPT_WORDS(SumsWord, sums_words, kFirstSegment, kSegmentLength, kScope, kFirstShare, kLastShare);
 
-// A group's record in the step table: pairs of lr, weight decay and the hyperparameters, then its flags.
+// A group's record in the step table: pairs of lr, weight decay, the hyperparameters, and of OptionNumber where any
+// group asks for options; then its flags.
 constexpr int record_words(int n_hyper) { return 2 * (2 + n_hyper) + static_cast<int>(group_flags.size()); }
 
 // Of a gradient's word: its states are new, and its average; it has no memory (the rest of the word is its address, 0

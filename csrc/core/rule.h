@@ -76,6 +76,13 @@ constexpr bool kAddsUp = kMeasures<Rule> > 0 || kEpilogue<Rule> > 0;
 template <class Rule>
 constexpr bool kHasScore = requires { &Rule::score; };
 
+// Whether the rule counts steps.
+template <class Rule>
+constexpr bool kHasStep = [] {
+  if constexpr (kScalars<Rule> > 0) return Rule::scalars[0] == "step";
+  return false;
+}();
+
 // Whether `measure` asks for states.
 template <class Rule, class T = float>
 constexpr bool kMeasuresStates = requires(T x, T* state, const typename Rule::template Coefficients<T>& c) {

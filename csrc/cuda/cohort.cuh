@@ -2,7 +2,7 @@
 #pragma once
 
 #include "core/step.h"
-#include "cuda/walk.cuh"
+#include "cuda/options.cuh"
 
 namespace fusedopt::cuda {
 
@@ -23,13 +23,20 @@ __device__ __forceinline__ const std::int64_t* scalars_of(const Tables& t, int r
   return row_words(t, row) + kOperandAddresses + kAddresses * (1 + t.n_states);
 }
 
-// What tells cohorts apart: twice the group, plus one if states are new, and the N scalars before the step. Rows
-// without a gradient have -1. With a key one can compare when the step of its row has been counted, with the row one
-// cannot.
+// The steps of a row that the engine counts; 0 if it does not.
+__device__ __forceinline__ double counted_of(const Tables& t, int row) {
+  const std::int64_t counter = row_words(t, row)[kCounter];
+  return counter ? load_number(counter) : 0;
+}
+
+// What tells cohorts apart: four times the group, plus one if states are new and two if averages are; and the N scalars
+// before the step, and the steps that the engine counts. Rows without a gradient have -1. With a key one can compare
+// when the step of its row has been counted, with the row one cannot.
 template <int N>
 struct CohortKey {
   int number;
   double scalars[N + 1];
+  double counted;
 
   CohortKey() = default;
 
@@ -38,13 +45,14 @@ struct CohortKey {
     const std::int64_t grad = grad_word(a, row);
     const int group = static_cast<int>(row_words(a.tables, row)[kGroup]);
     const std::int64_t* addresses = scalars_of(a.tables, row);
-    number = grad ? 2 * group + static_cast<int>(grad & kNewState) : -1;
+    number = grad ? 4 * group + (grad & kNewAverage ? 2 : 0) + static_cast<int>(grad & kNewState) : -1;
+    counted = a.tables.n_options && grad ? counted_of(a.tables, row) : 0;
 #pragma unroll
     for (int k = 0; k < N; ++k) scalars[k] = grad ? load_number(addresses[k]) : 0;
   }
 
   __device__ __forceinline__ bool operator==(const CohortKey& other) const {
-    bool same = number == other.number;
+    bool same = number == other.number && counted == other.counted;
 #pragma unroll
     for (int k = 0; k < N; ++k) same &= scalars[k] == other.scalars[k];
     return same;
@@ -75,7 +83,8 @@ using KeyOf = CohortKey<kScalars<Rule>>;
 template <class Rule>
 __device__ __forceinline__ KeyOf<Rule> key_without_gradient(const Tables& t, int row) {
   KeyOf<Rule> key;
-  key.number = 2 * static_cast<int>(row_words(t, row)[kGroup]);
+  key.number = 4 * static_cast<int>(row_words(t, row)[kGroup]);
+  key.counted = 0;
 #pragma unroll
   for (int k = 0; k < kScalars<Rule>; ++k) key.scalars[k] = load_number(scalars_of(t, row)[k]);
   return key;
@@ -85,13 +94,15 @@ __device__ __forceinline__ KeyOf<Rule> key_without_gradient(const Tables& t, int
 template <class Rule>
 struct Prepared {
   double scalars[kScalars<Rule> + 1];
+  double counted;  // by the engine, after the step
   CohortCoefficients<Rule, double> coefficients;
+  CohortOptions options;
 };
 
 // Where a group's record begins in the step table.
 template <class Rule>
 __device__ __forceinline__ int record_of(const Tables& t, const KeyOf<Rule>& key) {
-  return kGrads + t.n_rows + (key.number >> 1) * record_words(kHyper<Rule>);
+  return kGrads + t.n_rows + (key.number >> 2) * record_words(kHyper<Rule> + t.n_options);
 }
 
 // A number of a record: a value, or where the device finds it.
@@ -117,12 +128,23 @@ __device__ __forceinline__ void advance(const Arguments<Words>& a, const KeyOf<R
 template <class Rule, int Words>
 __device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>& a, const KeyOf<Rule>& key,
                                                          double factor) {
-  const int record = record_of<Rule>(a.tables, key), flags = record + 2 * (2 + kHyper<Rule>);
+  const int record = record_of<Rule>(a.tables, key), flags = record + 2 * (2 + kHyper<Rule> + a.tables.n_options);
   Prepared<Rule> p;
-  p.coefficients.engine =
-      engine_scalars<Rule>(factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
-                           record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0, /*is_cautious=*/false);
+  p.coefficients.engine = engine_scalars<Rule>(
+      factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
+      record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0, step_word(a, flags + kCautious) != 0);
   advance<Rule>(a, key, p.scalars, reinterpret_cast<double*>(&p.coefficients.rule));
+  p.counted = key.counted + 1;
+  if constexpr (kHasOptions<Rule>) {
+    double numbers[option_numbers.size()];
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(option_numbers.size()); ++k) {
+      numbers[k] = record_number(a, record, 2 + kHyper<Rule> + k);
+    }
+    double step = p.counted;
+    if constexpr (kHasStep<Rule>) step = p.scalars[0];
+    p.options = options_of(numbers, step, key.number & 2);
+  }
   return p;
 }
 
@@ -174,6 +196,10 @@ __device__ __forceinline__ void count_row(const Tables& t, int row, const Prepar
   } else {
     store_scalars<Rule>(t, row, prepared.scalars);
   }
+  if constexpr (kHasOptions<Rule>) {
+    const std::int64_t counter = row_words(t, row)[kCounter];
+    if (counter) store_number(counter, prepared.counted);
+  }
 }
 
 // Counts the step in those of a cohort's rows [first, last] that are whole in a share: nobody else reads their scalars.
@@ -181,7 +207,7 @@ template <class Rule, int Words>
 __device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Share& mine, int first, int last,
                                              const Prepared<Rule>& prepared) {
   const Tables& t = a.tables;
-  if constexpr (kScalars<Rule> > 0) {
+  if constexpr (kScalars<Rule> > 0 || kHasOptions<Rule>) {
 #pragma unroll 1
     for (int row = first + static_cast<int>(threadIdx.x); row <= last; row += kThreads) {
       const int begin = static_cast<int>(t.tiles[row]), end = static_cast<int>(t.tiles[row + 1]);
@@ -195,7 +221,7 @@ __device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Sh
 template <class Rule, int Words>
 __device__ __forceinline__ void count_borders(const Arguments<Words>& a) {
   const Tables& t = a.tables;
-  if constexpr (kScalars<Rule> > 0) {
+  if constexpr (kScalars<Rule> > 0 || kHasOptions<Rule>) {
 #pragma unroll 1
     for (int k = static_cast<int>(threadIdx.x); k < t.n_borders; k += kThreads) {
       const int row = static_cast<int>(t.borders[k]);
@@ -203,6 +229,7 @@ __device__ __forceinline__ void count_borders(const Arguments<Words>& a) {
       if (key.number < 0) continue;
       Prepared<Rule> prepared;  // without a use unless the rule advances
       advance<Rule>(a, key, prepared.scalars, reinterpret_cast<double*>(&prepared.coefficients.rule));
+      prepared.counted = key.counted + 1;
       count_row<Rule>(t, row, prepared);
     }
   }

@@ -153,7 +153,8 @@ __device__ __forceinline__ void step_with_sums(const Arguments<Words>& a) {
 
 // A launch that goes on from pass to pass is cooperative; others need not be.
 template <int Words, class Rule, class... More>
-__global__ void __launch_bounds__(kThreads, resident_blocks(1 + sizeof...(More), kStates<Rule>, kAddsUp<Rule>))
+__global__ void __launch_bounds__(kThreads,
+                                  resident_blocks(1 + sizeof...(More), kStates<Rule>, kAddsUp<Rule>, kHasOptions<Rule>))
     step(const __grid_constant__ Arguments<Words> a) {
   if constexpr (kAddsUp<Rule>) {
     step_with_sums<Words, Rule, More...>(a);

@@ -81,7 +81,8 @@ bool has_code_for(int device) {
   return true;
 }
 
-int words_by_value(int device) {
+int words_by_value(int device, bool has_options) {
+  if (has_options) return kSmall;
   int driver = 0;
   check(cudaDriverGetVersion(&driver), "cudaDriverGetVersion");
   const int compute = attribute(cudaDevAttrComputeCapabilityMajor, device);
@@ -101,7 +102,7 @@ KernelSelection::KernelSelection(const std::string& rule, const std::vector<std:
   if (!entry_) throw std::invalid_argument("rule " + rule + " has no kernel with these states");
 }
 
-int KernelSelection::blocks(int device) const {
+int KernelSelection::blocks(int device, bool has_options) const {
   const DeviceGuard guard(device);
   const auto resident = [](auto* kernel) {
     int blocks = 0;
@@ -109,8 +110,8 @@ int KernelSelection::blocks(int device) const {
           "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
     return blocks;
   };
-  int least = resident(entry_->small);
-  if (words_by_value(device) == kLarge) least = std::min(least, resident(entry_->large));
+  int least = resident(has_options ? entry_->optioned : entry_->small);
+  if (words_by_value(device, has_options) == kLarge) least = std::min(least, resident(entry_->large));
   return least * attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
@@ -126,6 +127,8 @@ std::vector<std::uint32_t> KernelSelection::encode(const std::vector<SignatureNa
     words.resize(flags + 1 + static_cast<std::size_t>(codec_words(kFirstState + n_states)));
     words[flags] = static_cast<std::uint32_t>(variant - entry_->variants.begin()) * kVariant;
     if (names.is_strided) words[flags] |= kStrided;
+    if (names.draws) words[flags] |= kDraws;
+    if (!names.average.empty()) words[flags] |= names.average == "ema" ? kEma : kSlow;
     for (std::size_t k = 0; k < names.codecs.size(); ++k) {
       const Codec codec = codec_of(names.codecs[k]);
       words[flags + 1 + k / kCodecsInWord] |= static_cast<std::uint32_t>(codec) << (kCodecBits * (k % kCodecsInWord));
@@ -159,7 +162,8 @@ void Launcher::run(const std::int64_t* words, std::uintptr_t stream, int passes,
 bool Launcher::launch(const std::int64_t* words, std::uintptr_t stream, int passes) {
   tables_.passes = passes;
   const bool is_large = words && words_ > kSmall;
-  return is_large ? launch_with(entry_->large, words, stream) : launch_with(entry_->small, words, stream);
+  if (is_large) return launch_with(entry_->large, words, stream);
+  return launch_with(tables_.n_options ? entry_->optioned : entry_->small, words, stream);
 }
 
 template <int Words>

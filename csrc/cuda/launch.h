@@ -15,15 +15,17 @@ std::string no_device();
 // Whether this build has code for a GPU.
 bool has_code_for(int device);
 
-// How many words of a step table a launch takes by value.
-int words_by_value(int device);
+// How many words of a step table a launch takes by value, of a kernel with options or without.
+int words_by_value(int device, bool has_options);
 
-// Names of what rows have in common: whether some operand is strided, their codecs, and the rule's states that they
-// have.
+// Names of what rows have in common: whether some operand is strided, their codecs, the rule's states that they have,
+// the average, empty if there is none, and whether their gradients get noise.
 struct SignatureNames {
   bool is_strided;
   std::vector<std::string> codecs;
   std::vector<std::string> states;
+  std::string average;
+  bool draws;
 };
 
 // The kernel of a rule that steps the variants with these states, at both sizes of its arguments.
@@ -31,10 +33,11 @@ class KernelSelection {
  public:
   KernelSelection(const std::string& rule, const std::vector<std::vector<std::string>>& states);
 
-  // How many blocks a device holds at once: what a launch has at most.
-  int blocks(int device) const;
+  // How many blocks a device holds at once, of the kernel with options or without: what a launch has at most.
+  int blocks(int device, bool has_options) const;
 
-  // The words of signatures, as the kernel reads them, of rows with up to n_states states.
+  // The words of signatures, as the kernel reads them, of rows with up to n_states states,
+  // averages among them.
   std::vector<std::uint32_t> encode(const std::vector<SignatureNames>& signatures, int n_states) const;
 
   const Entry& entry() const { return *entry_; }

@@ -23,12 +23,14 @@ py::list describe_kernels() {
   return out;
 }
 
-using SignatureTuple = std::tuple<bool, std::vector<std::string>, std::vector<std::string>>;
+using SignatureTuple = std::tuple<bool, std::vector<std::string>, std::vector<std::string>, std::string, bool>;
 
 std::vector<std::uint32_t> encode(const KernelSelection& selection, const std::vector<SignatureTuple>& signatures,
                                   int n_states) {
   std::vector<SignatureNames> named;
-  for (const auto& [is_strided, codecs, states] : signatures) named.push_back({is_strided, codecs, states});
+  for (const auto& [is_strided, codecs, states, average, draws] : signatures) {
+    named.push_back({is_strided, codecs, states, average, draws});
+  }
   return selection.encode(named, n_states);
 }
 
@@ -56,6 +58,7 @@ Launcher make_launcher(const KernelSelection& selection, const py::dict& address
   t.n_borders = count("borders");
   t.width = count("width");
   t.n_states = count("states");
+  t.n_options = count("options");
   t.sums.row_sums = pointer<const std::int64_t>(addresses, "row_sums");
   t.sums.slots = pointer<double>(addresses, "slots");
   t.sums.epilogue_slots = pointer<double>(addresses, "epilogue_slots");
@@ -76,12 +79,14 @@ py::dict layout() {
   d["RowWord"] = names(fusedopt::row_words);
   d["StepWord"] = names(fusedopt::step_words);
   d["GroupFlag"] = names(fusedopt::group_flags);
+  d["OptionNumber"] = names(fusedopt::option_numbers);
   d["StatusNumber"] = names(fusedopt::status_numbers);
   d["StatusCount"] = names(fusedopt::status_counts);
   d["SumsWord"] = names(fusedopt::sums_words);
   d["Pass"] = names(fusedopt::pass_names);
   d["ADDRESSES"] = fusedopt::kAddresses;
   d["NEW_STATE"] = fusedopt::kNewState;
+  d["NEW_AVERAGE"] = fusedopt::kNewAverage;
   d["NO_MEMORY"] = fusedopt::kNoMemory;
   return d;
 }
@@ -101,7 +106,8 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
         "The places in the tables that kernels read: names in their order, by the name of the table.");
   m.def("no_device", &no_device, "Why there is no GPU to use; empty if there is one.");
   m.def("has_code_for", &has_code_for, py::arg("device"), "Whether this build has code for a GPU.");
-  m.def("words_by_value", &words_by_value, py::arg("device"), "How long a step table may be to go by value.");
+  m.def("words_by_value", &words_by_value, py::arg("device"), py::arg("has_options"),
+        "How long a step table may be to go by value.");
   m.attr("tile") = kTile;
   m.attr("runs_per_share") = kRunsPerShare;
   m.attr("device_type") = "cuda";
@@ -109,7 +115,8 @@ PYBIND11_MODULE(FUSEDOPT_MODULE, m) {
   py::class_<KernelSelection>(m, "KernelSelection", py::module_local())
       .def(py::init<const std::string&, const std::vector<std::vector<std::string>>&>(), py::arg("rule"),
            py::arg("states"))
-      .def("blocks", &KernelSelection::blocks, py::arg("device"), "How many blocks a device holds at once.")
+      .def("blocks", &KernelSelection::blocks, py::arg("device"), py::arg("has_options"),
+           "How many blocks a device holds at once.")
       .def("encode", &encode, py::arg("signatures"), py::arg("n_states"), "The words of the table of signatures.");
   py::class_<Launcher>(m, "Launcher", py::module_local())
       .def(py::init(&make_launcher), py::arg("selection"), py::arg("addresses"), py::arg("counts"), py::arg("device"),

@@ -33,11 +33,12 @@ namespace fusedopt::cuda {
 constexpr int kThreads = FUSEDOPT_THREADS;
 
 // Threads on a processor that registers are left for; 0: as many as let nothing be spilled, by machine code of sm_90:
-// 512 for rules with one state at most, 384 with more or with sums, and 256 where one kernel steps several variants.
+// 512 for rules with one state at most, 384 with more or with sums, and 256 where one kernel steps several variants or
+// has options.
 // Untested.
 constexpr int kResidentThreads = FUSEDOPT_RESIDENT_THREADS;
-constexpr int resident_blocks(int n_variants, int n_states, bool adds_up) {
-  const int most = n_variants > 1 ? 256 : n_states > 1 || adds_up ? 384 : 512;
+constexpr int resident_blocks(int n_variants, int n_states, bool adds_up, bool has_options) {
+  const int most = n_variants > 1 || has_options ? 256 : n_states > 1 || adds_up ? 384 : 512;
   const int threads = kResidentThreads ? kResidentThreads : most;
   return (threads + kThreads - 1) / kThreads;
 }

@@ -7,11 +7,12 @@
 
 namespace fusedopt::cuda {
 
-// A kernel for some variants of a rule, at both sizes of its arguments.
+// A kernel for some variants of a rule, at both sizes of its arguments, and with options beside it.
 struct Entry {
   std::vector<RuleNames> variants;  // which differ in their states
   void (*small)(Arguments<kSmall>);
   void (*large)(Arguments<kLarge>);
+  void (*optioned)(Arguments<kSmall>);
 
   const RuleNames& names() const { return variants.front(); }
 };

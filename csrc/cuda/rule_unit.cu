@@ -6,8 +6,10 @@ namespace fusedopt::cuda {
 
 template <class Rule, class... More>
 void add_entry() {
-  entries().push_back(
-      {{names_of<Rule>, names_of<More>...}, &step<kSmall, Rule, More...>, &step<kLarge, Rule, More...>});
+  entries().push_back({{names_of<Rule>, names_of<More>...},
+                       &step<kSmall, Rule, More...>,
+                       &step<kLarge, Rule, More...>,
+                       &step<kSmall, Optioned<Rule>, Optioned<More>...>});
 }
 
 // A kernel for each variant, and where there are several, one that steps them all in one launch. Builds that are only

@@ -17,7 +17,7 @@ struct Team {
 // Puts what this warp's tiles of [begin, end) measure, which one cohort's rows have, into the slots of its run.
 template <class Rule, int Words>
 __device__ __forceinline__ void measure_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
-                                              const CohortCoefficients<Rule, double>& prepared) {
+                                              const Prepared<Rule>& of_cohort) {
   constexpr int n = kMeasures<Rule>;
   using RowType = Row<kParam, kOperands<Rule>>;
   const Tables& t = a.tables;
@@ -27,18 +27,18 @@ __device__ __forceinline__ void measure_tiles(const Arguments<Words>& a, int beg
     each_segment<kBackwardsInRun>(
         t, row, index, first, count, [&](const RowType& r, int segment, int tile, int n_tiles) {
           double sums[n] = {};
-          with_type<Rule>(r, prepared, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
+          with_type<Rule>(r, of_cohort.coefficients, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
             each_fetch<T, kBackwardsInRun>(r, tile, n_tiles, [&]<class Fetch>(const Fetch& at) {
               typename Fetch::Raw raw[kOperands<Rule>];
               T values[kOperands<Rule>][Fetch::kCount];
-              fetch_values<Fetch, T>(raw, values, r, at);
+              const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(raw, values, r, at, c.engine, of_cohort.options);
               Added<T, n> added;
 #pragma unroll
               for (int i = 0; i < Fetch::kCount; ++i) {
                 T state[kStates<Rule> + 1];
 #pragma unroll
                 for (int k = 0; k < kStates<Rule>; ++k) state[k] = values[kFirstState + k][i];
-                added.add(measure_element<Rule, T>(values[kParam][i], values[kGrad][i], state, c.engine, c.rule),
+                added.add(measure_element<Rule, T>(values[kParam][i], values[kGrad][i], state, e, c.rule),
                           at.is_active(i));
               }
               added.put(sums);
@@ -65,7 +65,7 @@ __device__ __forceinline__ void measure_sums(const Arguments<Words>& a, double f
       if (!cohorts.is_active) continue;
       cohorts.with_variant(t, [&]<class Rule>() {
         measure_tiles<Rule>(a, max(cohorts.begin, run.begin), min(end, run.end), cohorts.row, run.number,
-                            prepared<Rule>().coefficients);
+                            prepared<Rule>());
       });
     }
   });

@@ -17,11 +17,15 @@ constexpr int kCodecsInWord = 8;
 constexpr int codec_words(int n_operands) { return (n_operands + kCodecsInWord - 1) / kCodecsInWord; }
 
 enum SignatureFlag : std::uint32_t {
-  kStrided = 1,   // some operand is not dense in the parameter's order
-  kWide = 2,      // some operand is a double, so that tiles are never whole
-  kHalves = 4,    // some operand has 2 bytes, so that a lane's elements of a whole tile are neighbours
-  kBlocks = 8,    // some codec has blocks, so that no head is peeled
-  kVariant = 16,  // times the variant of the rule
+  kStrided = 1,  // some operand is not dense in the parameter's order
+  kWide = 2,     // some operand is a double, so that tiles are never whole
+  kHalves = 4,   // some operand has 2 bytes, so that a lane's elements of a whole tile are neighbours
+  kBlocks = 8,   // some codec has blocks, so that no head is peeled
+  kEma = 16,     // the last operand is an average of this kind
+  kSlow = 32,
+  kHasAverage = kEma | kSlow,
+  kDraws = 64,     // the gradient gets noise
+  kVariant = 128,  // times the variant of the rule
 };
 
 // The codec of an operand, by a signature's words of codecs.
@@ -78,9 +82,10 @@ struct Tables {
   int n_rows;
   int n_shares;
   int n_borders;
-  int width;     // words of a row
-  int n_states;  // of the rule, at most
-  int passes;    // bits of Pass
+  int width;      // words of a row
+  int n_states;   // of a row, at most, its average among them
+  int passes;     // bits of Pass
+  int n_options;  // numbers behind the hyperparameters in a group's record
   SumTables sums;
 
   FUSEDOPT_HD bool asks(Pass pass) const { return (passes & pass) != 0; }

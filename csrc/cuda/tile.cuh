@@ -128,7 +128,9 @@ struct Masked {
       const std::int64_t outer = quotient(rest, dim[0]), here = rest - outer * dim[0];
       rest = outer;
 #pragma unroll
-      for (int k = 0; k < N; ++k) offset[k] += here * dim[1 + First + k];
+      for (int k = 0; k < N; ++k) {
+        if (1 + First + k < words) offset[k] += here * dim[1 + First + k];  // of operands that the row has
+      }
     }
   }
 

@@ -13,7 +13,7 @@ template <class T, int Step, int N, class Body>
 __device__ __forceinline__ void each_fetch(const Row<kParam, N>& row, int first, int count, Body body) {
   constexpr bool is_double = sizeof(T) == 8;
   const auto each_masked = [&]<bool Any>(std::int64_t begin, std::int64_t end) {
-    using Fetch = Masked<kParam, N, Any>;
+    using Fetch = Masked<kParam, N + 2, Any>;  // the average, and the logical index, where there are any
 #pragma unroll 1
     for (; begin < end; begin += Fetch::kAll) body(Fetch(begin, end, row.layout));
   };
@@ -35,24 +35,35 @@ __device__ __forceinline__ void each_fetch(const Row<kParam, N>& row, int first,
       });
 }
 
-// Fetches a lane's elements of all operands: as they are stored, and their values.
-template <class Fetch, class T, int N>
-__device__ __forceinline__ void fetch_values(typename Fetch::Raw (&raw)[N], T (&values)[N][Fetch::kCount],
-                                             const Row<kParam, N>& row, const Fetch& at) {
+// Fetches a lane's elements of all operands: as they are stored, and their values. Where noise is added to the
+// gradient's, it is unscaled before; returns what is left to do for the step.
+template <class Rule, class Fetch, class T, int N>
+__device__ __forceinline__ EngineScalars<T> fetch_values(typename Fetch::Raw (&raw)[N], T (&values)[N][Fetch::kCount],
+                                                         const Row<kParam, N>& row, const Fetch& at,
+                                                         const EngineScalars<T>& engine, const CohortOptions& options) {
 #pragma unroll
   for (int k = 0; k < N; ++k) at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
 #pragma unroll
   for (int k = 0; k < N; ++k) decode<Fetch>(values[k], raw[k], row.signature.codec(k));
+  EngineScalars<T> e = engine;
+  if constexpr (kHasOptions<Rule>) {
+    if (row.signature.has(kDraws)) {
+      add_noise(values[kGrad], e.gradient_factor, row, at, options);
+      e.gradient_factor = 1;
+    }
+  }
+  return e;
 }
 
 // The step of a lane's elements; adds what the rule concludes of them to sums.
 template <class Rule, class T, class Fetch>
 __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, const Fetch& at,
-                                     const CohortCoefficients<Rule, T>& c, double* sums) {
+                                     const CohortCoefficients<Rule, T>& c, const CohortOptions& options, double* sums) {
   constexpr int n = kOperands<Rule>;
   typename Fetch::Raw raw[n];
   T values[n][Fetch::kCount];
-  fetch_values<Fetch, T>(raw, values, row, at);
+  [[maybe_unused]] std::conditional_t<kHasOptions<Rule>, Averaged<Fetch, T, n>, Nothing> average(row, at, options);
+  const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(raw, values, row, at, c.engine, options);
   Added<T, kEpilogue<Rule>> added;
 #pragma unroll
   for (int i = 0; i < Fetch::kCount; ++i) {
@@ -60,16 +71,16 @@ __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, co
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) state[k] = values[kFirstState + k][i];
     T& p = values[kParam][i];
-    step_element<Rule, T>(p, values[kGrad][i], state, c.engine, c.rule,
-                          [&]([[maybe_unused]] T g, [[maybe_unused]] T d) {
-                            if constexpr (kEpilogue<Rule> > 0) {
-                              added.add(Rule::template conclude<T>(p, g, d, state, c.rule), at.is_active(i));
-                            }
-                          });
+    step_element<Rule, T>(p, values[kGrad][i], state, e, c.rule, [&]([[maybe_unused]] T g, [[maybe_unused]] T d) {
+      if constexpr (kEpilogue<Rule> > 0) {
+        added.add(Rule::template conclude<T>(p, g, d, state, c.rule), at.is_active(i));
+      }
+    });
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) values[kFirstState + k][i] = state[k];
   }
   added.put(sums);
+  if constexpr (kHasOptions<Rule>) average.update(values[kParam], row, at);
 #pragma unroll
   for (int k = 0; k < n; ++k) {
     if (k == kGrad) continue;
@@ -93,7 +104,7 @@ __device__ __forceinline__ void with_type(const Row<kParam, kOperands<Rule>>& ro
 // rules that conclude they are those of a run.
 template <class Rule, int Words>
 __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
-                                             const Prepared<Rule>& prepared) {
+                                             const Prepared<Rule>& of_cohort) {
   constexpr int kStep = kEpilogue<Rule> > 0 ? kBackwardsInRun : kBackwards;
   const Tables& t = a.tables;
   each_row<kStep>(t, begin, end, last_row, [&](int index, int first, int count) {
@@ -103,15 +114,15 @@ __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begi
     double sums[kEpilogue<Rule> + 1] = {};
     const auto update = [&](const RowType& r, int tile, int n, const CohortCoefficients<Rule, double>& prepared) {
       with_type<Rule>(r, prepared, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
-        each_fetch<T, kStep>(r, tile, n, [&](const auto& at) { step<Rule, T>(r, at, c, sums); });
+        each_fetch<T, kStep>(r, tile, n, [&](const auto& at) { step<Rule, T>(r, at, c, of_cohort.options, sums); });
       });
     };
     if constexpr (kMeasures<Rule> > 0) {
       each_segment<kStep>(t, row, index, first, count, [&](const RowType& r, int segment, int tile, int n) {
-        update(r, tile, n, finished<Rule>(t, index, segment, prepared));
+        update(r, tile, n, finished<Rule>(t, index, segment, of_cohort));
       });
     } else {
-      update(row, first, count, prepared.coefficients);
+      update(row, first, count, of_cohort.coefficients);
     }
     put_slot<kEpilogue<Rule>>(t.sums.epilogue_slots, run + index, sums);
   });
@@ -135,7 +146,7 @@ __device__ __forceinline__ void prefetch_tile(const Arguments<Words>& a, int beg
   const int size = size_of(codec_in(signature + 1, operand)), at = lane_id() % kLanes * kLine;
   const std::int64_t first = (tile - t.tiles[row]) * kTile * size + at;
   if (at < kTile * size && first < words[kNumel] * size) {
-    prefetch((operand == kGrad ? grad & ~kNewState : words[address]) + first);
+    prefetch((operand == kGrad ? grad & ~(kNewState | kNewAverage) : words[address]) + first);
   }
 }
 

@@ -1,6 +1,7 @@
 // How blocks and warps find their way: shares, rows, and the elements of their tiles.
 #pragma once
 
+#include "core/philox.h"
 #include "cuda/tile.cuh"
 
 // A variable that a block's threads share.
@@ -107,14 +108,16 @@ struct Row {
   bool active;
   std::int64_t origin = 0, numel;  // where its elements begin and end; of a segment, those that `at` went to
   std::int64_t address[N][kAddresses];
-  Signature<N> signature;
+  std::int64_t average;  // the address of its average, where it has one
+  const std::int64_t* words;
+  Signature<N + 1> signature;
   const std::int64_t* layout;  // null where all operands are dense
   int head;                    // elements before all operands are aligned; negative if they never are
 
   template <int Words>
   __device__ __forceinline__ Row(const Arguments<Words>& a, int row) {
     const Tables& t = a.tables;
-    const std::int64_t* words = row_words(t, row);
+    words = row_words(t, row);
     const std::int64_t grad = grad_word(a, row);
     first_tile = static_cast<int>(t.tiles[row]);
     active = grad != 0;
@@ -122,9 +125,13 @@ struct Row {
     const std::uint32_t* s = signature_of(t, row);
     signature.flags = s[0];
 #pragma unroll
-    for (int k = 0; k < codec_words(N); ++k) signature.codecs[k] = s[1 + k];
+    for (int k = 0; k < codec_words(N + 1); ++k) {
+      if (codec_words(N + 1) == codec_words(N) || k < codec_words(kFirstState + t.n_states)) {
+        signature.codecs[k] = s[1 + k];
+      }
+    }
     layout = signature.has(kStrided) ? t.layouts + words[kLayout] : nullptr;
-    address[kGrad][0] = grad & ~kNewState;
+    address[kGrad][0] = grad & ~(kNewState | kNewAverage);
 #pragma unroll
     for (int k = First; k < N; ++k) {
       if (k == kGrad) continue;
@@ -133,7 +140,17 @@ struct Row {
         address[k][j] = words[kOperandAddresses + (k ? k - 1 : 0) * kAddresses + j];
       }
     }
+    average = 0;
+    if constexpr (First == kParam) {
+      if (t.n_options && signature.has(kHasAverage)) average = words[kOperandAddresses + (N - 1) * kAddresses];
+    }
     head = find_head();
+  }
+
+  // What its noise is drawn by.
+  __device__ __forceinline__ Draw draw(std::uint32_t seed, std::uint32_t step) const {
+    const auto of_row = static_cast<std::uint64_t>(words[kDraw]);
+    return {seed, static_cast<std::uint32_t>(of_row >> 32), static_cast<std::uint32_t>(of_row), step};
   }
 
   // How many elements to step one by one until all operands are at multiples of 16 bytes.
@@ -147,6 +164,7 @@ struct Row {
         const Codec codec = signature.codec(k);
         aligned &= codec != Codec::f64 && ((address[k][0] + (origin + elements) * size_of(codec)) & 15) == 0;
       }
+      if (average) aligned &= ((average + (origin + elements) * size_of(signature.codec(N))) & 15) == 0;
       if (aligned) return elements;
       if (signature.has(kBlocks)) break;
     }

@@ -241,9 +241,9 @@ StepOptions CpuJob::options_of(const Group& group, const CohortKey& key, double 
   }
   if (group.average() == Average::kEma) {
     out.averages = true;
-    out.weight = key.new_average ? 1 : 1 - numbers[kWeightOrPeriod];
+    out.weight = key.new_average ? 1 : 1 - numbers[kDecayOrPeriod];
   } else if (group.average() == Average::kSlow) {
-    out.averages = out.puts_back = std::fmod(step, numbers[kWeightOrPeriod]) == 0;
+    out.averages = out.puts_back = std::fmod(step, numbers[kDecayOrPeriod]) == 0;
     out.weight = numbers[kAlpha];
   }
   return out;

@@ -88,7 +88,8 @@ bool DeviceTable::write(const py::handle& words) const {
       put(std::bit_cast<std::int64_t>(group.values[k]));
       put(group.sources[k]);
     }
-    const std::int64_t flags[] = {group.is_decoupled, static_cast<std::int64_t>(group.sign), group.is_cautious};  // as GroupFlag
+    const std::int64_t flags[] = {group.is_decoupled, static_cast<std::int64_t>(group.sign),
+                                  group.is_cautious};  // as GroupFlag
     std::for_each(std::begin(flags), std::end(flags), put);
   }
   return changed != 0;

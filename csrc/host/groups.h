@@ -6,6 +6,7 @@
 #include <string>
 #include <vector>
 
+#include "core/device_tables.h"
 #include "cpu/job.h"
 
 namespace fusedopt::host {
@@ -22,9 +23,7 @@ struct HyperKey {
 // What an average of the parameters is, by the name of its state.
 enum class Average { kNone, kEma, kSlow };
 
-// Numbers that the engine reads of a group, in fusedopt/options.py's order.
-enum OptionNumber { kWeightOrPeriod, kAlpha, kEta, kGamma, kSeed };
-constexpr std::size_t kOptionNumbers = 5;
+constexpr std::size_t kOptionNumbers = option_numbers.size();
 
 // A hyperparameter that decides which states there are; it must keep its truth value.
 struct Switch {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fusedopt import checks, host, options
 from fusedopt.engines.device import DevicePlan, on_device
+from fusedopt.layout import OptionNumber
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New
@@ -53,8 +54,6 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
     if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
         return f"rule {rule.name!r} has no CUDA kernel"
-    if options.are_asked(group):
-        return "it has no averages, noise and cautious decay yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -93,18 +92,20 @@ class Plan(DevicePlan):
         extension, rule = load(), optimizer.rule
         chosen = optimizer.members(members)
         device = chosen[0][0].device
+        has_options = any(map(options.are_asked, optimizer.param_groups))
         states = {tuple(s.name for s in rule.active_states(group)) for _, group in chosen}
         selection = extension.KernelSelection(rule.name, sorted(map(list, states)))
         index = _index(device)
         with on_device(device):
-            blocks = WAVES * selection.blocks(index)
+            blocks = WAVES * selection.blocks(index, has_options)
         names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
-        limit = extension.words_by_value(index)
+        limit = extension.words_by_value(index, has_options)
         tile, runs = extension.tile, extension.runs_per_share
         super().__init__(optimizer, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)
         t, s, nothing = self.table, self.status, self.partials
-        signatures = [(x.is_strided, list(x.codecs), list(x.states)) for x in t.signatures]
-        words = selection.encode(signatures, len(names[0]))
+        signatures = [(x.is_strided, list(x.codecs), list(x.states), x.average, x.draws) for x in t.signatures]
+        n_states = len(names[0]) + t.has_average
+        words = selection.encode(signatures, n_states)
         self._signatures = torch.tensor(words or [0], dtype=torch.int64, device=device).to(torch.int32)
         tables = {
             "rows": t.rows,
@@ -131,7 +132,8 @@ class Plan(DevicePlan):
             "shares": t.n_shares,
             "borders": t.n_borders,
             "width": t.width,
-            "states": len(names[0]),
+            "states": n_states,
+            "options": len(OptionNumber) if t.has_options else 0,
             "segments": self.sums.places.first[-1] if self.sums else 0,
             "scopes": self.sums.places.n_scopes if self.sums else 0,
             "has_scopes": optimizer.scope != TENSOR,

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host, options
+from fusedopt import checks, host
 from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
-from fusedopt.layout import StepWord, record_width
+from fusedopt.layout import OptionNumber, StepWord, record_width
 from fusedopt.passes import Pass
 from fusedopt.rule import LAST_FLOAT_STEP
 from fusedopt.scan import Scan
@@ -75,7 +75,7 @@ class DevicePlan:
             self.sums = Sums(rule, scope, self._groups, self.device) if rule.has_sums() else None
             places, sizes = self.sums and self.sums.places, sizes or tables.SHARE_SIZES
             self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes, places)
-            n_hyper = len(names[2]) + (options.NUMBERS if self.table.has_options else 0)
+            n_hyper = len(names[2]) + (len(OptionNumber) if self.table.has_options else 0)
             words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(n_hyper)
             self.step_table = StepTable(words, self.device, words <= by_value)
             self.status = optimizer.status(self.device, nth)

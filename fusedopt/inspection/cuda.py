@@ -65,12 +65,13 @@ def _run(*options: str) -> str:
 
 
 def _label(mangled: str) -> tuple[str, str]:
-    """What reports call a kernel, and its rule: ``Adam<false>``, ``Adam<false>, Adam<true>``, ``... large``.
+    """What reports call a kernel, and its rule: ``Adam<false>``, ``Adam<false>, Adam<true>``, ``... large``, ``... options``.
 
-    A kernel is step<words, rule, more rules...> of namespace fusedopt::cuda; rules have boolean arguments or none.
+    A kernel is step<words, rule, more rules...> of namespace fusedopt::cuda; rules have boolean arguments or none, and
+    may be those of Optioned.
     """
     words, rest = re.fullmatch(r"_ZN8fusedopt4cuda4stepILi(\d+)E(.*?)EvNS0_9Arguments.*", mangled).groups()  # type: ignore[union-attr]
-    name = re.match(r"NS_(\d+)(\w+)", rest)
+    name = re.search(r"NS_(\d+)(\w+)", rest)
     assert name
     rule = name[2][: int(name[1])]
     variants = [
@@ -78,4 +79,5 @@ def _label(mangled: str) -> tuple[str, str]:
         for arguments in re.findall(r"I((?:Lb[01]E)+)E", rest)
     ]
     label = ", ".join(f"{rule}<{v}>" for v in variants) or rule
-    return f"{label}{' large' if int(words) > 1000 else ''}", rule.lower()
+    kind = " options" if "Optioned" in rest else " large" if int(words) > 1000 else ""
+    return label + kind, rule.lower()
