@@ -99,7 +99,7 @@ def set_programs(monkeypatch, engine, n):
     extension = cuda.load()
 
     class KernelSelection(extension.KernelSelection):
-        def blocks(self, device):
+        def blocks(self, device, has_options):
             return n
 
     class Module:

@@ -78,9 +78,16 @@ FUSEDOPT_HD void normal(std::uint32_t a, std::uint32_t b, float& even, float& od
 
 FUSEDOPT_HD void normal(std::uint32_t a, std::uint32_t b, double& even, double& odd) {
   const double radius = std::sqrt(-2 * std::log(static_cast<double>((a >> 8) + 1) * 0x1p-24));
+  double sine, cosine;
+#if defined(__CUDA_ARCH__)
+  sincospi(static_cast<double>(b >> 8) * 0x1p-23, &sine, &cosine);  // sin and cos take local memory
+#else
   const double angle = static_cast<double>(b >> 8) * (6.283185307179586 * 0x1p-24);
-  even = radius * std::cos(angle);
-  odd = radius * std::sin(angle);
+  sine = std::sin(angle);
+  cosine = std::cos(angle);
+#endif
+  even = radius * cosine;
+  odd = radius * sine;
 }
 
 // That of one element.
