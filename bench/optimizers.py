@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fusedopt.options import DEFAULTS, EMA, GradientNoise
+
 
 @dataclass(frozen=True)
 class Case:
@@ -28,6 +30,16 @@ class Case:
     weight_decay: float = 0.01
     measured: int = 0
 
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What of the options is asked of the engine, and not of the rule."""
+        return {name: value for name, value in self.options.items() if name in DEFAULTS}
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The others."""
+        return {name: value for name, value in self.options.items() if name not in DEFAULTS}
+
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 CASES = {
@@ -38,6 +50,8 @@ CASES = {
         Case("RMSprop", "RMSprop", 1e-2, {"alpha": 0.99, "eps": 1e-8}),
         Case("Adam", "Adam", 1e-3, ADAM),
         Case("AdamW", "AdamW", 1e-3, ADAM),
+        Case("AdamW EMA", "AdamW", 1e-3, ADAM | {"average": EMA(0.999)}),
+        Case("AdamW noise", "AdamW", 1e-3, ADAM | {"gradient_noise": GradientNoise(0.01)}),
         Case("AMSGrad", "AdamW", 1e-3, ADAM | {"amsgrad": True}),
         Case("NAdam", "NAdam", 2e-3, ADAM | {"momentum_decay": 4e-3}),
         Case("NAdamW", "NAdamW", 1e-3, ADAM),

@@ -136,6 +136,8 @@ def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any) -> None
 
 def scope(rule: type[Rule], given: Any) -> str:
     """Over what an optimizer's rule takes its sums."""
+    if unknown := ", ".join(sorted(set(rule.scopes) - {"tensor", "channel", "group", "all"})):
+        raise ValueError(f"{rule.__name__}.scopes has {unknown}; there are tensor, channel, group and all")
     if given is None:
         return rule.scopes[0]
     if given not in rule.scopes:
@@ -210,6 +212,17 @@ def differentiable(p: Tensor, name: object) -> None:
     """Autograd can follow an in-place step of the parameter."""
     if p.is_leaf and p.requires_grad:
         raise RuntimeError(f"{name}: differentiable=True cannot step a leaf that requires grad; give it a clone")
+
+
+def named_otherwise(rule: type[Rule], kernel: Mapping[str, Any]) -> str | None:
+    """How a kernel's names differ from those of its rule, so that it cannot step it; None if they do not."""
+    for what in ("scalars", "measures", "epilogue"):
+        its, ours = tuple(kernel.get(what, ())), tuple(getattr(rule, what))
+        if its != ours:
+            return f"its kernel has the {what} {its}, rule {rule.name!r} has {ours}"
+    if unknown := set(kernel["hyper"]) - {h.name for h in rule.hyper}:
+        return f"its kernel has hyperparameters that rule {rule.name!r} lacks: {', '.join(sorted(unknown))}"
+    return None
 
 
 def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, Any]) -> str | None:

@@ -168,7 +168,7 @@ class Rule(ABC):
     @staticmethod
     def measure(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
         """What is to be added up before the step, in the order of ``measures``. Changes none of its arguments."""
-        raise NotImplementedError
+        raise NotImplementedError("a rule with `measures` has measure(p, g, state, c)")
 
     score: ClassVar[Callable[[SimpleNamespace, SimpleNamespace], float] | None] = None
     """``score(c, m)``: a number of a segment, whose maximum over the scope ``finish`` is told; None without."""
@@ -183,12 +183,12 @@ class Rule(ABC):
                 is told of the scope.
             m: Sums over the segment by name; ``m.whole``: those over the scope; ``m.largest``: of the scores there.
         """
-        raise NotImplementedError
+        raise NotImplementedError("a rule that measures has finish(c, s, m)")
 
     @staticmethod
     def conclude(p: Tensor, g: Tensor, d: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
         """What is to be added up after the step, in the order of ``epilogue``; ``p`` and ``state`` are after it."""
-        raise NotImplementedError
+        raise NotImplementedError("a rule with an `epilogue` has conclude(p, g, d, state, c)")
 
     @classmethod
     def has_sums(cls) -> bool:

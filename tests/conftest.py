@@ -79,8 +79,20 @@ def pytest_configure(config):
 
 # What Triton's interpreter takes longest for and other tests or engines go through as well: which calls are for the
 # night. Its kernels are the same for all types of elements, and its plans are the cuda engine's.
+OPTIONS_INTERPRETED_BY_DAY = (
+    "AdamW, cautious",
+    "AdamW, EMA",
+    "ASGD, Lookahead",
+    "SGD, Lookahead",
+    "SGD momentum, noise",
+    "LAMB, noise",
+    "LARS, EMA",
+    "LARS, noise",
+)
 INTERPRETED_AT_NIGHT = {
     "test_gate": lambda case, dtype: dtype != torch.float32 and (case.name != "AdamW" or dtype != torch.bfloat16),
+    "test_gate_of_options": lambda case, dtype: dtype != torch.float32 or case.name not in OPTIONS_INTERPRETED_BY_DAY,
+    "test_resume_of_options_is_bit_exact": lambda name, average: name != "SGD",
     "test_resume_is_bit_exact": lambda case: case.name not in ("AdamW", "SGD momentum", "NAdam"),
     "test_resume_of_half_precision_is_bit_exact": lambda name, half: name != "AdamW" or half != torch.bfloat16,
     "test_state_to_torch": lambda name, implementation: bool(implementation),

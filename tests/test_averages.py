@@ -168,7 +168,7 @@ def test_a_skipped_step_averages_nothing(engine, average):
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD", "LAMB"])
 @pytest.mark.parametrize("average", [EMA, LOOKAHEAD], ids=str)
-def test_resume_is_bit_exact(engine, name, average):
+def test_resume_of_options_is_bit_exact(engine, name, average):
     asked = {"gradient_noise": fusedopt.GradientNoise(0.1, seed=3), "cautious_weight_decay": name == "AdamW"}
     a, o = made(engine, average, name, **asked)
     steps(o, a, 3)

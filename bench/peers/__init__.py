@@ -42,13 +42,14 @@ __all__ = ["ADAPTERS", "Groups", "Peer", "known", "offered"]
 
 
 def offered(case: Case, device: str) -> list[Peer]:
-    """All peers of an optimizer, installed or not.
+    """All peers of an optimizer, installed or not. Beside what engines do besides a rule, torch has averages alone.
 
     Args:
         case: The optimizer.
         device: Its kind, such as ``cpu``.
     """
-    return [peer for adapter in ADAPTERS for peer in adapter.peers(case, device)]
+    adapters = (torch_optim,) if case.asked else ADAPTERS
+    return [peer for adapter in adapters for peer in adapter.peers(case, device)]
 
 
 def known(*devices: str) -> dict[str, str]:

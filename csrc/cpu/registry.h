@@ -31,7 +31,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
   if (draws) e.gradient_factor = 1;
   const auto c = cast_coefficients<Rule, T>(coefficients);
   Tile<T, kParam, N + 1> tile(row, N + averages);
-  const std::int64_t size = draws || averages ? kTile : tile.size();
+  const std::int64_t size = draws || averages ? kShortTile : tile.size();
   each_tile(segment, size, [&](std::int64_t begin, std::int64_t count) {
     const std::int64_t last = segment.end - begin;
     T* const* const values = tile.fetch(begin, count, segment.end);
@@ -40,7 +40,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
     if (draws) {
       const Draw draw{options.seed, row.drawing->stream, row.drawing->tensor, options.step};
       add_noise(noisy, values[kGrad], gradient_factor, static_cast<T>(options.noise), draw, row.drawing->indices, begin,
-                count);
+                count, values, N);
       elements.replace_gradient(noisy);
     }
     body(elements, count, last);

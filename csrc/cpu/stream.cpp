@@ -18,15 +18,13 @@ std::int64_t tile_of(std::int64_t n, int threads) {
 
 using Lanes [[gnu::vector_size(64)]] = float;  // a vector, or they would not stay in registers
 
-Lanes sum(const float* x, std::int64_t n) {
+void add(Lanes& lanes, const float* x, std::int64_t n) {
   constexpr int width = sizeof(Lanes) / sizeof(float);
-  Lanes lanes = {};
   for (std::int64_t i = 0; i + width <= n; i += width) {
     Lanes next;
     std::memcpy(&next, x + i, sizeof(Lanes));
     lanes += next;
   }
-  return lanes;
 }
 
 float read(float* const* streams, int n_streams, std::int64_t n, int threads) {
@@ -37,7 +35,7 @@ float read(float* const* streams, int n_streams, std::int64_t n, int threads) {
     const std::int64_t end = begin + tile < n ? begin + tile : n;
     Lanes lanes = {};
     for (std::int64_t at = begin; at < end; at += kReadRun) {
-      for (int k = 0; k < n_streams; ++k) lanes += sum(streams[k] + at, end - at < kReadRun ? end - at : kReadRun);
+      for (int k = 0; k < n_streams; ++k) add(lanes, streams[k] + at, end - at < kReadRun ? end - at : kReadRun);
     }
     first += lanes[0];
   }

@@ -56,7 +56,11 @@ inline void add_up(std::int64_t n, std::int64_t last, T* const* streams, double*
     each_block<Streams>(begin, n - begin < kRun ? n : begin + kRun, last, streams, [&](std::int64_t at, int count) {
       Found<N, T> found;
       find(found, at, count);
-      for (int k = 0; k < N; ++k) lanes[k] += std::bit_cast<Lanes>(found.values[k]);
+      for (int k = 0; k < N; ++k) {
+        Lanes more;
+        __builtin_memcpy(&more, found.values[k], sizeof(Lanes));
+        lanes[k] += more;
+      }
     });
     for (int k = 0; k < N; ++k) {
       double wide[kBlock<T>];

@@ -76,10 +76,11 @@ __device__ __forceinline__ void add_noise(T* g, T factor, const Row& row, const 
                                           const CohortOptions& o) {
   const Draw draw = row.draw(o.seed, o.step);
   const T scale = static_cast<T>(o.noise);
-  const int column = N - 2 + row.signature.has(kHasAverage);  // behind the operands
+  const bool has_average = row.signature.has(kHasAverage);
 #pragma unroll
   for (int i = 0; i < Masked<First, N, Any>::kCount; ++i) {
-    const std::int64_t index = row.layout ? at.at(i, column) : at.first + 32 * i;
+    const std::int64_t behind = has_average ? at.at(i, N - 1) : at.at(i, N - 2);  // the operands
+    const std::int64_t index = row.layout ? behind : at.first + 32 * i;
     g[i] = factor * g[i] + scale * normal<T>(draw, row.words[kFirstElement] + index);
   }
 }

@@ -66,6 +66,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
         return f"rule {rule.name!r} has no C++ kernel"
+    if reason := checks.named_otherwise(rule, kernel(rule, group)):
+        return reason
     return checks.unsteppable(p, group, rule, state)
 
 

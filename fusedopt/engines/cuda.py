@@ -54,6 +54,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
     if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
         return f"rule {rule.name!r} has no CUDA kernel"
+    if reason := checks.named_otherwise(rule, _names(rule.name)):
+        return reason
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -77,8 +79,8 @@ def _variants() -> dict[str, set[tuple[str, ...]]]:
 
 
 @cache
-def _hyper(rule: str) -> tuple[str, ...]:
-    return next(tuple(kernel["hyper"]) for kernel in load().kernels() if kernel["rule"] == rule)
+def _names(rule: str) -> dict[str, Any]:
+    return next(kernel for kernel in load().kernels() if kernel["rule"] == rule)
 
 
 def _index(device: torch.device) -> int:
@@ -98,7 +100,7 @@ class Plan(DevicePlan):
         index = _index(device)
         with on_device(device):
             blocks = WAVES * selection.blocks(index, has_options)
-        names = tuple(s.name for s in rule.states), tuple(rule.scalars), _hyper(rule.name)
+        names = tuple(s.name for s in rule.states), tuple(rule.scalars), tuple(_names(rule.name)["hyper"])
         limit = extension.words_by_value(index, has_options)
         tile, runs = extension.tile, extension.runs_per_share
         super().__init__(optimizer, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)

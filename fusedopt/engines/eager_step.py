@@ -67,7 +67,8 @@ class Step:
 
     def measure(self) -> tuple[Tensor, ...]:
         """What the rule measures."""
-        return self._rule.measure(self._value, self._g, self._old, self.c)
+        rule = self._rule
+        return _as_many(rule, "measure", rule.measure(self._value, self._g, self._old, self.c), rule.measures)
 
     def update(self) -> tuple[Tensor, ...]:
         """Write what the step changes; returns what the rule concludes.
@@ -90,7 +91,9 @@ class Step:
             else:
                 _write(self._here(self._state[name]), new[name])
         write_scalars(self._state, self.s, vars(self.s))
-        return rule.conclude(stepped, self._g, d, new, self.c) if rule.epilogue else ()
+        if not rule.epilogue:
+            return ()
+        return _as_many(rule, "conclude", rule.conclude(stepped, self._g, d, new, self.c), rule.epilogue)
 
     def _averaged(self, average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """The average and the parameter after it."""
@@ -101,6 +104,14 @@ class Step:
             return average, value
         slow = torch.lerp(average, value, float(asked.alpha))
         return slow, slow
+
+
+def _as_many(rule: type[Rule], verb: str, found: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """What a rule returned, one value for each name."""
+    if not isinstance(found, tuple) or len(found) != len(names):
+        what = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+        raise TypeError(f"{rule.__name__}.{verb} returned {what}; it must be a tuple of one for each of {names}")
+    return found
 
 
 def prepared(

@@ -66,6 +66,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"it is on {p.device}"
     if rule.name not in _rules():
         return f"rule {rule.name!r} has no Triton kernel"
+    if reason := checks.named_otherwise(rule, vars(_rules()[rule.name])):
+        return reason
     return checks.unsteppable(p, group, rule, state)
 
 

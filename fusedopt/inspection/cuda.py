@@ -65,7 +65,7 @@ def _run(*options: str) -> str:
 
 
 def _label(mangled: str) -> tuple[str, str]:
-    """What reports call a kernel, and its rule: ``Adam<false>``, ``Adam<false>, Adam<true>``, ``... large``, ``... options``.
+    """What reports call a kernel, and its rule: ``Adam<false>``, or with `` large`` or `` options``.
 
     A kernel is step<words, rule, more rules...> of namespace fusedopt::cuda; rules have boolean arguments or none, and
     may be those of Optioned.
