@@ -112,7 +112,8 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     assert len(kernels) == N_KERNELS
     for k in kernels:
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
-        assert k["loads_other"] == 0 and k["stores_other"] == 0, k
+        words = 4 if k["name"].endswith(" options") else 0  # of a row, by which noise is drawn; in one pass or two
+        assert k["loads_other"] <= words * max(1, k["name"].count("<")) and k["stores_other"] == 0, k
         assert k["norm_loads_in_flight"] >= 8, k
         assert k["scalar_loads_in_flight"] >= CHOICES["MASKED_ELEMENTS"] * n_operands(k["name"]), k
 
