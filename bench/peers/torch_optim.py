@@ -41,11 +41,15 @@ def _averaging(make: Make, decay: float, groups: Groups, **options: Any) -> torc
     optimizer = make(groups, **options)
     model = torch.nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
-    step = optimizer.step
+    step, averages = optimizer.step, list[torch.Tensor]()
 
     def step_and_average() -> None:
         step()
         averaged.update_parameters(model)
+        if not averages:  # so that they are counted as states; before the first step torch would not make its own
+            averages.extend(averaged.module)
+            for p, average in zip(model, averages, strict=True):
+                optimizer.state[p]["ema"] = average
 
     optimizer.step = step_and_average
     return optimizer
