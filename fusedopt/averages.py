@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ class KeepsAverages:
 
     param_groups: list[dict[str, Any]]
     state: Any
+    _lock: Any
     _is_averaged = False
 
     def average_of(self, p: Tensor) -> Tensor:
@@ -60,23 +61,35 @@ class KeepsAverages:
             >>> with optimizer.averaged():
             ...     loss = evaluate(model)
         """
-        if self._is_averaged:
-            raise RuntimeError("averaged() inside of averaged(): the parameters hold their averages already")
-        if not any(map(options.average_state, self.param_groups)):
-            raise RuntimeError("averaged() needs an average: no group of this optimizer keeps one")
-        own: dict[int, tuple[Tensor, Tensor]] = {}
-        try:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for p in group["params"]:
-                        average = self._average(p, group)
-                        if average is not None and id(p) not in own:
-                            own[id(p)] = p, p.detach().clone(memory_format=torch.preserve_format)
-                            p.copy_(average)
+        with self._lock:
+            if self._is_averaged:
+                raise RuntimeError("averaged() inside of averaged(): the parameters hold their averages already")
+            if not any(map(options.average_state, self.param_groups)):
+                raise RuntimeError("averaged() needs an average: no group of this optimizer keeps one")
+            kept = self._with_copies()
             self._is_averaged = True
+        try:
+            with self._lock:
+                _put((p, average) for p, average, _ in kept)
             yield
         finally:
-            self._is_averaged = False
-            with held_back(), torch.no_grad():
-                for p, kept in own.values():
-                    p.copy_(kept)
+            with held_back(), self._lock:
+                _put((p, own) for p, _, own in kept)
+                self._is_averaged = False
+
+    def _with_copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Parameters that have averages, these, and copies of the parameters; all before any is written."""
+        found = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self._average(p, group)
+                if average is not None:
+                    found[id(p)] = p, average, p.detach().clone(memory_format=torch.preserve_format)
+        return list(found.values())
+
+
+@torch.no_grad()
+def _put(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    for p, value in pairs:
+        p.copy_(value)
+    torch.clear_autocast_cache()  # which has casts of what the parameters were

@@ -122,6 +122,7 @@ class _Lone:
     def step(self, p: Tensor) -> None:
         """Step it, whose gradient is there."""
         optimizer, own = self._optimizer, self._own
+        checks.not_averaged(optimizer)
         if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
             checks.needs_one_gradient(optimizer)
         if not self._read_group(p):

@@ -145,6 +145,12 @@ def scope(rule: type[Rule], given: Any) -> str:
     return given
 
 
+def not_averaged(optimizer: Any) -> None:
+    """The parameters hold their own values."""
+    if optimizer._is_averaged:
+        raise RuntimeError("a step inside of averaged(), where the parameters hold their averages")
+
+
 def needs_one_gradient(optimizer: Any) -> None:
     """A parameter can be stepped as soon as its own gradient is there."""
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):

@@ -228,7 +228,7 @@ def group_spec(
             continue
         keys.append(_key(h, checks.PAIR if h.index >= 0 else 0, most))
     keys += [_key(h, size, most) for h, size in numbers]
-    switches = [(key, bool(group[key])) for key in (*rule.switches(), *options.DEFAULTS)]
+    switches = [(key, bool(group.get(key))) for key in (*rule.switches(), *options.DEFAULTS)]
     average = options.average_state(group)
     return kernel, keys, switches, rule.decoupled(), average and average.name, options.counts(rule, group)
 

@@ -194,9 +194,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
             self._lock, self._forks = threading.RLock(), forks()
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
             raise RuntimeError("step() was called inside of the same optimizer's step()")
-        if self._is_averaged:
-            raise RuntimeError("step() was called inside of averaged(), where the parameters hold their averages")
         with self._lock, threads_that_exist():
+            checks.not_averaged(self)
             self._step(self._scaling())
         return loss
 
@@ -337,7 +336,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, of tensors and Python's own types, as torch.optim's is."""
         saved = super().state_dict()
-        saved["param_groups"] = [options.plain(group) for group in saved["param_groups"]]
+        if "param_groups" in saved:  # a hook may have made something else of it
+            saved["param_groups"] = [options.plain(group) for group in saved["param_groups"]]
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from torch import Tensor
@@ -24,12 +24,13 @@ LARGEST_SEED = 2**32 - 1
 
 
 def _in_domain(kind: str, name: str, value: Any, low: float, high: float) -> Any:
+    """A number of Python's own, or a one-element tensor as it is."""
     is_tensor = isinstance(value, Tensor) and value.numel() == 1
     if not is_tensor and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} of {kind} is {value!r}; it must be a number or a one-element tensor")
     if not low <= float(value) <= high:
         raise ValueError(f"{name} of {kind} is {value!r}; it must lie in [{low:g}, {high:g}]")
-    return value
+    return value if is_tensor else int(value) if isinstance(value, Integral) else float(value)
 
 
 class EMA(namedtuple("EMA", ("decay",))):
@@ -75,10 +76,11 @@ class Lookahead(namedtuple("Lookahead", ("k", "alpha"))):
 
     def __new__(cls, k: int = 5, alpha: float | Tensor = 0.5) -> Lookahead:
         """See the class."""
-        if isinstance(k, float) and not k.is_integer():
+        steps = _in_domain("Lookahead", "k", k, 1, LARGEST_K)
+        if not float(steps).is_integer():
             raise ValueError(f"k of Lookahead is {k!r}; it must be a whole number")
-        k = _in_domain("Lookahead", "k", k, 1, LARGEST_K)
-        return super().__new__(cls, k, _in_domain("Lookahead", "alpha", alpha, 0.0, 1.0))
+        steps = steps if isinstance(steps, Tensor) else int(steps)
+        return super().__new__(cls, steps, _in_domain("Lookahead", "alpha", alpha, 0.0, 1.0))
 
 
 class GradientNoise(namedtuple("GradientNoise", ("eta", "gamma", "seed"))):
@@ -106,7 +108,7 @@ class GradientNoise(namedtuple("GradientNoise", ("eta", "gamma", "seed"))):
     def __new__(cls, eta: float | Tensor, gamma: float | Tensor = 0.55, seed: int = 0) -> GradientNoise:
         """See the class."""
         kind = "GradientNoise"
-        if isinstance(seed, bool) or not isinstance(seed, int):
+        if isinstance(seed, bool) or not isinstance(seed, Integral):
             raise TypeError(f"seed of {kind} is {seed!r}; it must be a whole number")
         most = 3.4e38
         eta, gamma = _in_domain(kind, "eta", eta, 0.0, most), _in_domain(kind, "gamma", gamma, 0.0, most)
@@ -136,7 +138,9 @@ STATES = {EMA: State("ema", exact=True), Lookahead: State("slow", exact=True)}
 
 
 def settle(group: dict[str, Any], where: str) -> None:
-    """Bring a group's options into the form that engines read; those it lacks are off.
+    """Bring a group's options into the form that engines read; those that are off are not in it.
+
+    So what walks through the keys of groups, as checkpoints of torch.distributed do, finds those of torch's optimizers.
 
     Raises:
         TypeError: If one is of another kind.
@@ -146,20 +150,24 @@ def settle(group: dict[str, Any], where: str) -> None:
     cautious = group.get(CAUTIOUS, False)
     if not isinstance(cautious, bool):
         raise TypeError(f"{CAUTIOUS}{where} is {cautious!r}; it must be True or False")
-    group.update(settled, **{CAUTIOUS: cautious})
+    for key, value in (settled | {CAUTIOUS: cautious}).items():
+        if value:
+            group[key] = value
+        else:
+            group.pop(key, None)
 
 
 def _settled(key: str, group: Group, where: str) -> Any:
     value, kinds = group.get(key), _KINDS[key]
     if value is None:
         return None
-    if isinstance(value, tuple(kinds.values())):
-        return type(value)(*value)
-    if isinstance(value, (tuple, list)) and value and isinstance(value[0], str) and value[0] in kinds:
-        try:
+    try:
+        if isinstance(value, tuple(kinds.values())):
+            return type(value)(*value)
+        if isinstance(value, (tuple, list)) and value and isinstance(value[0], str) and value[0] in kinds:
             return kinds[value[0]](*value[1:])
-        except TypeError as error:
-            raise TypeError(f"{key}{where}: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{key}{where}: {error}") from None
     raise TypeError(f"{key}{where} is {value!r}; it must be {_SAY[key]}")
 
 

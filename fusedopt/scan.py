@@ -20,9 +20,9 @@ class Scan:
 
     Args:
         param_groups: The optimizer's.
-        specs: For each group its (states, scalars, hyper) names, (key, index, count, low, high) of lr, weight decay and
-            the rule's hyperparameters (a key that is None: 0), (key, truth) of its switches, and whether decay is
-            decoupled, or the flag's key.
+        specs: For each group its (states, scalars, hyper) names, averages and what the engine counts among them;
+            (key, index, count, low, high) of lr, weight decay, the rule's hyperparameters and the engine's numbers (a
+            key that is None: 0); (key, truth) of its switches; and whether decay is decoupled, or the flag's key.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
         new: Those whose states or averages are new.
@@ -116,7 +116,7 @@ class Scan:
             if not has_members:
                 self._records.append([0] * record_width(len(spec[1]) - 2))
                 continue
-            if any(bool(group[key]) != on for key, on in spec[2]):
+            if any(bool(group.get(key)) != on for key, on in spec[2]):
                 return False
             record = self._record(group, spec)
             if record is None:
@@ -144,7 +144,7 @@ class Scan:
                 return None
             words += [_bits(number), source]
         decoupled = group[spec[3]] if isinstance(spec[3], str) else spec[3]
-        return [*words, int(bool(decoupled)), -1 if group["maximize"] else 1, int(group[CAUTIOUS])]
+        return [*words, int(bool(decoupled)), -1 if group["maximize"] else 1, int(group.get(CAUTIOUS, False))]
 
     def _source(self, value: Any) -> int:
         """Where the device finds a hyperparameter; 0 if it does not. Bit 0: as a double."""

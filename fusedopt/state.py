@@ -57,7 +57,8 @@ def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[
     """The same of what the engine has: its count of steps, and the average, which is the parameter."""
     state = {options.STEP: _scalar(0.0)} if options.counts(rule, group) else {}
     if average := options.average_state(group):
-        state[average.name] = torch.empty_like(p, dtype=_wide(p), memory_format=torch.preserve_format).detach()
+        dtype = torch.promote_types(p.dtype, torch.float32)
+        state[average.name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).detach()
         state[average.name].copy_(p.detach())
     return state
 

@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import assert_same, close, copies, fill_gradients, params, same_gradients, snapshot
@@ -66,7 +67,7 @@ def test_what_is_refused_inside_and_without_an_average():
     parameters, o = made()
     steps(o, parameters, 1)
     with o.averaged():
-        with pytest.raises(RuntimeError, match="inside of averaged"):
+        with pytest.raises(RuntimeError, match="a step inside of averaged"):
             o.step()
         with pytest.raises(RuntimeError, match="averages already"), o.averaged():
             pass
@@ -315,3 +316,54 @@ def sharded(engine):
 @pytest.mark.xdist_group("ranks")
 def test_sharded_as_unsharded(ranks, engine):
     ranks.run(2, sharded, engine)
+
+
+def test_parameters_that_share_memory_get_their_bits_back():
+    p = nn.Parameter(torch.ones(3))
+    q = nn.Parameter(p.detach())
+    o = fusedopt.AdamW([p, q], lr=0.1, average=EMA)
+    steps(o, [p, q], 3)
+    before = p.detach().clone()
+    with o.averaged():
+        pass
+    assert torch.equal(p, before)
+
+
+def test_a_backward_pass_that_steps_is_refused_inside():
+    a = params((4,))
+    o = fusedopt.SGD(a, lr=0.1, average=EMA)
+    fusedopt.step_in_backward(o)
+    (a[0] ** 2).sum().backward()
+    with o.averaged(), pytest.raises(RuntimeError, match="a step inside of averaged"):
+        (a[0] ** 2).sum().backward()
+
+
+@pytest.mark.parametrize("average", [None, EMA], ids=str)
+@pytest.mark.parametrize("flat", [False, True])
+def test_distributed_checkpoints(average, flat):
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    o = fusedopt.AdamW(model.parameters(), lr=0.1, average=average)
+    steps(o, list(model.parameters()), 2)
+    how = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = get_optimizer_state_dict(model, o, options=how)
+    again = fusedopt.AdamW(other.parameters(), lr=0.5, average=average)
+    set_optimizer_state_dict(other, again, saved, options=how)
+    assert again.param_groups[0]["lr"] == 0.1 and again.param_groups[0].get("average") == average
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert_same(dict(o.state[p]), dict(again.state[q]))
+
+
+def test_numbers_of_numpy_become_pythons():
+    parameters, o = made(
+        average=fusedopt.EMA(np.float64(0.9)), gradient_noise=fusedopt.GradientNoise(1, seed=np.int64(3))
+    )
+    file = io.BytesIO()
+    torch.save(o.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file)["param_groups"][0]["gradient_noise"] == ("gaussian", 1, 0.55, 3)

@@ -1,7 +1,8 @@
 """What a kernel is specialised to: the signatures of a plan's rows, and what its rule adds up.
 
 Signatures are written as fusedopt.operands.Signature writes them, such as ``dense param=bf16 grad=bf16 exp_avg=fp32``,
-and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch.
+and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch. The first
+word has ``+noise`` where noise is drawn, and an average is the last operand, as in ``slow=fp32``.
 
 OPTIONS says whether groups ask for averages, noise or cautious decay, and who counts steps: it is empty if none does,
 else ``rule`` or ``engine``.

@@ -70,8 +70,9 @@ FUSEDOPT_HD typename Rule::template Measures<T> measure_element(T p, T g, [[mayb
 }
 
 // One element's step, in the order of every engine: unscale, clip and maximize (one factor); noise; coupled decay;
-// direction; decoupled decay; average; write. Its values come from operands, and go back to be rounded into them. Calls
-// conclude(g, d) then. Noise comes before this, with the factor, and the average after it.
+// direction; decoupled decay; average; write. Where there is noise, the engine has applied the factor and added it
+// before this; the average is its business, too. Values come from operands, and go back to be rounded into them. Calls
+// conclude(g, d) at the end.
 template <class Rule, class T, class Conclude>
 FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
                               const typename Rule::template Coefficients<T>& c, Conclude conclude) {

@@ -111,7 +111,8 @@ bool Group::read(SourceOf source_of, const void* context) {
     if (!read_value(hyper_[k], source_of, context, &values[k], &sources[k])) return false;
   }
   for (const Switch& s : switches_) {
-    if (truth(look_up(group_.ptr(), s.key.ptr())) != static_cast<int>(s.on)) return false;
+    const py::object value = look_up(group_.ptr(), s.key.ptr());
+    if (PyErr_Occurred() || (value ? truth(value) : 0) != static_cast<int>(s.on)) return false;
   }
   const int maximize = truth(look_up(group_.ptr(), maximize_key));
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);

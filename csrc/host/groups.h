@@ -25,7 +25,7 @@ enum class Average { kNone, kEma, kSlow };
 
 constexpr std::size_t kOptionNumbers = option_numbers.size();
 
-// A hyperparameter that decides which states there are; it must keep its truth value.
+// A hyperparameter that decides which states there are; it must keep its truth value, and is false where it is missing.
 struct Switch {
   py::object key;
   bool on;

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host
+from fusedopt import checks, host, options
 from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
 from fusedopt.layout import OptionNumber, StepWord, record_width
@@ -92,7 +92,7 @@ class DevicePlan:
         self.reduction: Any = None
         self._streams: set[int] = set()
         self._launched = Pass(0)
-        self._room = self._steps_left(names[1])
+        self._room = self._steps_left()
 
     def rebind(self, groups: list[dict[str, Any]]) -> None:
         """The same groups stand in another list now."""
@@ -115,9 +115,11 @@ class DevicePlan:
         """Raise if a tensor is not what it was in the scan."""
         self._scan.check(torch.get_num_threads())
 
-    def _steps_left(self, scalars: tuple[str, ...]) -> int:
+    def _steps_left(self) -> int:
         """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""
-        states = [self._state.get(p, {}) for p in self._params]
+        members = self._optimizer.members(self.members)
+        counting = [p for p, group in members if options.STEP in options.scalars_of(self._optimizer.rule, group)]
+        states = [self._state.get(p, {}) for p in counting]
         steps = [s["step"] for s in states if "step" in s and s["step"].dtype == torch.float32]
         return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize
 

@@ -50,7 +50,7 @@ class Step:
         self._names = [spec.name for spec in self._rule.active_states(group)]
         self._value = real(self._here(p)).to(self.compute, copy=self.is_differentiable)  # autograd may keep it
         g = real(self._here(p.grad)).to(self.compute) * gradient_factor
-        if group[options.NOISE]:
+        if group.get(options.NOISE):
             g = g + self._noise(optimizer, i)
         self._g = g + coupled_decay * self._value if coupled_decay else g
         self._old = {name: real(self._here(self._state[name])).to(self.compute) for name in self._names}
@@ -63,7 +63,7 @@ class Step:
         eta, gamma, seed = self._group[options.NOISE]
         tensor, stream, _, _ = noise.place(optimizer, i, self.p)
         drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, (seed, stream))
-        return (math.sqrt(float(eta) / self.s.step ** float(gamma)) * drawn).to(self.compute).to(self.p.device)
+        return (math.sqrt(float(eta) * self.s.step ** -float(gamma)) * drawn).to(self.compute).to(self.p.device)
 
     def measure(self) -> tuple[Tensor, ...]:
         """What the rule measures."""
@@ -79,7 +79,7 @@ class Step:
         rule, p = self._rule, self.p
         d, new = rule.direction(self._value, self._g, self._old, self.c)
         decayed = self._decay_factor * self._value
-        if self._group[options.CAUTIOUS]:
+        if self._group.get(options.CAUTIOUS):
             decayed = torch.where(d * self._value >= 0, decayed, self._value)
         value = stepped = decayed - self._step_scale * d
         if average := options.average_state(self._group):

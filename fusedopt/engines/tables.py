@@ -185,7 +185,6 @@ class Rows:
         groups = optimizer.param_groups
         self.has_options = any(map(options.are_asked, groups))
         self.has_average = any(map(options.average_state, groups))
-        self._draws = any(group[options.NOISE] for group in groups)
         self.width = row_width(len(names[0]) + self.has_average, len(names[1]))
         self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
@@ -235,7 +234,7 @@ class Rows:
         operands.update({name: memory.local(state[name]) for name in active})
         is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
         is_dense &= not self._in_channels or memory.begins_with_slices(p)
-        draws, strides = group[options.NOISE] is not None, None
+        draws, strides = group.get(options.NOISE) is not None, None
         words = [0] * self.width
         if draws:
             tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(optimizer, i, whole)
