@@ -2,6 +2,7 @@
 
 import math
 
+import conftest  # noqa: F401, where ranks import this they need its engines
 import pytest
 import torch
 from helpers import close, copies

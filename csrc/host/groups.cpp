@@ -104,6 +104,14 @@ bool Group::read_value(const HyperKey& h, SourceOf source_of, const void* contex
   return torch.number(found.ptr(), value) && *value >= h.low && *value <= h.high;
 }
 
+int Group::flag(PyObject* key) const {
+  const py::object value = look_up(group_.ptr(), key);
+  if (value) return truth(value);
+  if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_KeyError)) return -1;
+  PyErr_Clear();
+  return 0;
+}
+
 bool Group::read(SourceOf source_of, const void* context) {
   static PyObject* const maximize_key = PyUnicode_InternFromString("maximize");
   static PyObject* const cautious_key = PyUnicode_InternFromString("cautious_weight_decay");
@@ -111,16 +119,14 @@ bool Group::read(SourceOf source_of, const void* context) {
     if (!read_value(hyper_[k], source_of, context, &values[k], &sources[k])) return false;
   }
   for (const Switch& s : switches_) {
-    const py::object value = look_up(group_.ptr(), s.key.ptr());
-    if (PyErr_Occurred() || (value ? truth(value) : 0) != static_cast<int>(s.on)) return false;
+    if (flag(s.key.ptr()) != static_cast<int>(s.on)) return false;
   }
   const int maximize = truth(look_up(group_.ptr(), maximize_key));
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);
   if (maximize < 0 || decoupled < 0) return false;
-  const py::object cautious = look_up(group_.ptr(), cautious_key);
-  const int is_set = cautious ? truth(cautious) : 0;
-  if (is_set < 0 || PyErr_Occurred()) return false;
-  is_cautious = is_set;
+  const int cautious = flag(cautious_key);
+  if (cautious < 0) return false;
+  is_cautious = cautious;
   is_decoupled = decoupled;
   sign = maximize ? -1 : 1;
   return true;

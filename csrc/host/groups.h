@@ -76,6 +76,8 @@ class Group {
   bool counts() const { return counts_; }                          // a step that the rule does not
 
  private:
+  // Its truth, which is 0 where it is missing; -1 perhaps with a Python error.
+  int flag(PyObject* key) const;
   bool read_value(const HyperKey& h, SourceOf source_of, const void* context, double* value,
                   std::int64_t* source) const;
 

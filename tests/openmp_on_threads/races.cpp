@@ -105,7 +105,7 @@ class World {
       coefficients_.resize(first + kernel.names.coefficients.size());
       kernel.prepare(hyper, scalars, step_ == 1, coefficients_.data() + first);
       rows_[r].cohort = static_cast<std::int32_t>(r);
-      cohorts_[r] = {0.1, 0.01, r % 3 ? 1.0 : -1.0, r % 2 == 0, first, 0};
+      cohorts_[r] = {0.1, 0.01, r % 3 ? 1.0 : -1.0, r % 2 == 0, r % 4 == 0, {}, first, 0};
     }
     shares_.push_back({static_cast<std::int32_t>(rows_.size()) - 1, rows_.back().numel});
     partials_.assign(shares_.size(), 0);
