@@ -7,7 +7,7 @@
 
 namespace fusedopt::cpu {
 
-constexpr std::int64_t kTile = 1024;  // elements of a tile that passes through buffers: six of 4 KiB stay in L1
+constexpr std::int64_t kTile = 1024;      // elements of a tile that passes through buffers: six of 4 KiB stay in L1
 constexpr std::int64_t kShortTile = 128;  // where a tile is gone through more than once: 10% faster than 1024
 
 // Up to N operands of a row, from First on. One that is dense and of type T is used where it is; others pass through
