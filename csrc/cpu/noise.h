@@ -7,9 +7,9 @@
 namespace fusedopt::cpu {
 
 // out = factor * gradient + scale * noise, of elements [begin, begin + count) of a row, whose gradient's values are at
-// g. Meanwhile the same elements of some streams, which are needed next, are prefetched.
+// g.
 template <class T>
 void add_noise(T* out, const T* g, T factor, T scale, const Draw& draw, const Indices& indices, std::int64_t begin,
-               std::int64_t count, T* const* ahead, int n_ahead);
+               std::int64_t count);
 
 }  // namespace fusedopt::cpu

@@ -40,7 +40,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
     if (draws) {
       const Draw draw{options.seed, row.drawing->stream, row.drawing->tensor, options.step};
       add_noise(noisy, values[kGrad], gradient_factor, static_cast<T>(options.noise), draw, row.drawing->indices, begin,
-                count, values, N);
+                count);
       elements.replace_gradient(noisy);
     }
     body(elements, count, last);
