@@ -151,3 +151,38 @@ def test_a_rule_without_kernels_is_stepped_by_eager(engine):
     if engine != "eager":
         with pytest.raises(RuntimeError, match="rule 'only_eager' has no"):
             Mine([p], engine=engine).step()
+
+
+def stepped(rule, engine, name="LAMB"):
+    """A step of an optimizer with another rule."""
+    optimizer = type(name, (getattr(fusedopt, name),), {"rule": rule})(
+        [torch.nn.Parameter(torch.ones(3))], engine=engine
+    )
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+
+
+def test_a_rule_whose_names_are_not_its_kernels_is_refused(engine):
+    if engine == "eager":
+        pytest.skip("it has no kernels")
+
+    class Other(fusedopt.LAMB.rule):
+        measures = ()
+
+    with pytest.raises(RuntimeError, match="its kernel has the measures"):
+        stepped(Other, engine)
+
+
+def test_values_that_a_rule_leaves_out_and_scopes_that_there_are_not():
+    class Fewer(fusedopt.LAMB.rule):
+        @staticmethod
+        def measure(p, g, state, c):
+            return (p,)
+
+    class Scoped(fusedopt.LAMB.rule):
+        scopes = ("row",)
+
+    with pytest.raises(TypeError, match="Fewer.measure returned 1 values"):
+        stepped(Fewer, "eager")
+    with pytest.raises(ValueError, match="Scoped.scopes has row"):
+        stepped(Scoped, "eager")

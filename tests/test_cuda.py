@@ -112,7 +112,8 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     assert len(kernels) == N_KERNELS
     for k in kernels:
         if k["name"].endswith(" options") and k["name"].count("<") == 4:
-            continue  # calls save registers, and loops are too long to be told
+            assert k["spills"] <= 32, k  # what calls save; its loops are too long to be told
+            continue
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
         words = 4 if k["name"].endswith(" options") else 0  # of a row, by which noise is drawn; in one pass or two
         assert k["loads_other"] <= words * max(1, k["name"].count("<")) and k["stores_other"] == 0, k
