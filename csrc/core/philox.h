@@ -9,18 +9,21 @@
 
 namespace fusedopt {
 
-// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011), in place.
+// Philox4x32-10 (Salmon, Moraes, Dror and Shaw, SC 2011).
+constexpr int kPhiloxRounds = 10;
+constexpr std::uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57, kWeyl0 = 0x9E3779B9, kWeyl1 = 0xBB67AE85;
+
 FUSEDOPT_HD void philox(std::uint32_t (&counter)[4], std::uint32_t key0, std::uint32_t key1) {
-  for (int round = 0; round < 10; ++round) {
-    const std::uint64_t a = std::uint64_t{0xD2511F53} * counter[0], b = std::uint64_t{0xCD9E8D57} * counter[2];
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const std::uint64_t a = std::uint64_t{kMultiplier0} * counter[0], b = std::uint64_t{kMultiplier1} * counter[2];
     const auto high = static_cast<std::uint32_t>(b >> 32) ^ counter[1] ^ key0;
     const auto other_high = static_cast<std::uint32_t>(a >> 32) ^ counter[3] ^ key1;
     counter[0] = high;
     counter[1] = static_cast<std::uint32_t>(b);
     counter[2] = other_high;
     counter[3] = static_cast<std::uint32_t>(a);
-    key0 += 0x9E3779B9;
-    key1 += 0xBB67AE85;
+    key0 += kWeyl0;
+    key1 += kWeyl1;
   }
 }
 
@@ -38,46 +41,64 @@ struct Draw {
   }
 };
 
-// The logarithm of u in (0, 1], to about one unit in the last place: the polynomial is ours, a minimax fit of
-// (log(1 + f) - f + f^2 / 2) / f^3 with an error of 3.2e-8 of the logarithm.
-FUSEDOPT_HD float fast_log(float u) {
+// The types that a formula is for: numbers, or several of them in vectors.
+struct Single {
+  using Float = float;
+  using Int = std::int32_t;
+  using Word = std::uint32_t;
+  FUSEDOPT_HD static float number(std::int32_t x) { return static_cast<float>(x); }
+  FUSEDOPT_HD static float root(float x) { return std::sqrt(x); }
+};
+
+// Box and Muller's two standard normal numbers of two words, as fusedopt/noise.py makes them, are the coordinates of a
+// point. How far it is from the origin is told by the first word: sqrt(-2 ln u), to 1e-7 of it. With u = 2**k (1 + f),
+// where 1 + f is the nearest to 1, the root is of -2 ln(2) k - 2 f + f**2 + f**3 q(f). The polynomial is ours, a
+// minimax fit with an error of 3.2e-8 of the whole; as sums of pairs, less of it waits for the rest.
+template <class N = Single>
+FUSEDOPT_HD typename N::Float radius(typename N::Word word) {
+  using Int = typename N::Int;
+  using Float = typename N::Float;
   constexpr std::int32_t kRootHalf = 0x3f3504f3;  // sqrt(1/2), as bits
-  const std::int32_t bits = std::bit_cast<std::int32_t>(u) - kRootHalf;
-  const auto exponent = static_cast<float>(bits >> 23);
-  const float f = std::bit_cast<float>((bits & 0x7fffff) + kRootHalf) - 1.0f;
-  float q = 0.08700434863567352f;
-  q = q * f - 0.14267486333847046f;
-  q = q * f + 0.14914768934249878f;
-  q = q * f - 0.1657758504152298f;
-  q = q * f + 0.19963063299655914f;
-  q = q * f - 0.2500133812427521f;
-  q = q * f + 0.3333390951156616f;
-  const float squared = f * f;
-  const float rest = q * f * squared - 0.5f * squared;
-  constexpr float kLog2 = 0.693359375f, kLog2Rest = -2.12194440e-4f;  // of which the first has few bits
-  return exponent * kLog2 + (f + (rest + exponent * kLog2Rest));
+  const Int bits = std::bit_cast<Int>(N::number(std::bit_cast<Int>(word >> 8) + 1));
+  const Int power = (bits - kRootHalf) & ~0x7fffff;  // of two, as bits: k + 24
+  const Float f = std::bit_cast<Float>(bits - power) - 1.0f, squared = f * f;
+  const Float first = -0.3992612659931183f * f + 0.5000267624855042f;
+  const Float second = -0.29829534888267517f * f + 0.3315517008304596f;
+  const Float third = -0.17400874197483063f * f + 0.28534969687461853f;
+  const Float q = ((third * squared + second) * squared + first) * f - 0.6666781902313232f;
+  const Float minus_log = N::number(power - (24 << 23)) * (-1.38629436f * 0x1p-23f);
+  return N::root(minus_log + ((q * f * squared + squared) - 2.0f * f));
 }
 
-// Two standard normal numbers of two words, as fusedopt/noise.py makes them.
+// In which direction it is, by the second word.
+template <class N = Single>
+FUSEDOPT_HD void direction(typename N::Word word, typename N::Float& cosine, typename N::Float& sine) {
+  using Word = typename N::Word;
+  using Float = typename N::Float;
+  // An angle of at most a quarter turn, to which half a turn is added where the word's first two bits differ.
+  const Word turn = word & 0xffffff00u, twice = turn << 1;
+  const Float y = N::number(std::bit_cast<typename N::Int>(twice)) * (6.28318531f * 0x1p-33f);
+  const Float z = y * y, squared = z * z;
+  // Minimax fits with errors of 1.1e-8 and 4.4e-10.
+  const Float s = (2.6051661734527443e-06f * z - 0.000198099558474496f) * squared +
+                  (0.008333084173500538f * z - 0.16666661202907562f);
+  const Float c = (-2.6051077384181553e-07f * z + 2.4760893211350776e-05f) * squared +
+                  (-0.001388839795254171f * z + 0.04166664183139801f);
+  const Word sign = (turn ^ twice) & 0x80000000u;
+  cosine = std::bit_cast<Float>(std::bit_cast<Word>(c * squared + (1.0f - 0.5f * z)) ^ sign);
+  sine = std::bit_cast<Float>(std::bit_cast<Word>(s * (y * z) + y) ^ sign);
+}
+
 FUSEDOPT_HD void normal(std::uint32_t a, std::uint32_t b, float& even, float& odd) {
-  const auto u = static_cast<float>(static_cast<std::int32_t>((a >> 8) + 1)) * 0x1p-24f;
-  const float radius = std::sqrt(-2.0f * fast_log(u));
-  const auto turn = static_cast<std::int32_t>(b >> 8);                         // in 2**-24 turns
-  const std::int32_t quadrant = (turn + (1 << 21)) >> 22;                      // the nearest of five
-  const auto y = static_cast<float>(turn - (quadrant << 22)) * 3.7450703e-7f;  // 2 pi / 2**24, in [-pi / 4, pi / 4]
-  const float z = y * y;
-  // Minimax fits with errors of 3.6e-9 and 1.2e-10.
-  const float sine = y + y * z * (-0.16666655242443085f + z * (0.008332177996635437f - z * 0.0001951729936990887f));
-  const float cosine =
-      1.0f - 0.5f * z + z * z * (0.04166664555668831f + z * (-0.0013887316454201937f + z * 2.44331567955669e-05f));
-  const bool swaps = quadrant & 1;
-  const float c = swaps ? sine : cosine, s = swaps ? cosine : sine;
-  even = (quadrant + 1) & 2 ? -radius * c : radius * c;
-  odd = quadrant & 2 ? -radius * s : radius * s;
+  float cosine, sine;
+  direction(b, cosine, sine);
+  const float r = radius(a);
+  even = r * cosine;
+  odd = r * sine;
 }
 
 FUSEDOPT_HD void normal(std::uint32_t a, std::uint32_t b, double& even, double& odd) {
-  const double radius = std::sqrt(-2 * std::log(static_cast<double>((a >> 8) + 1) * 0x1p-24));
+  const double r = std::sqrt(-2 * std::log(static_cast<double>((a >> 8) + 1) * 0x1p-24));
   double sine, cosine;
 #if defined(__CUDA_ARCH__)
   sincospi(static_cast<double>(b >> 8) * 0x1p-23, &sine, &cosine);  // sin and cos take local memory
@@ -86,8 +107,8 @@ FUSEDOPT_HD void normal(std::uint32_t a, std::uint32_t b, double& even, double& 
   sine = std::sin(angle);
   cosine = std::cos(angle);
 #endif
-  even = radius * cosine;
-  odd = radius * sine;
+  even = r * cosine;
+  odd = r * sine;
 }
 
 // That of one element.

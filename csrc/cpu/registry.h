@@ -1,6 +1,7 @@
 // Kernels of the rules that are compiled into this engine build, found by name and states.
 #pragma once
 
+#include <optional>
 #include <vector>
 
 #include "cpu/average.h"
@@ -28,7 +29,11 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
                                             cohort.is_cautious)
                            .template as<T>();
   const T gradient_factor = e.gradient_factor;
-  if (draws) e.gradient_factor = 1;
+  std::optional<Noise> noise;
+  if (draws) {
+    noise.emplace(options, *row.drawing);
+    e.gradient_factor = 1;
+  }
   const auto c = cast_coefficients<Rule, T>(coefficients);
   Tile<T, kParam, N + 1> tile(row, N + averages);
   const std::int64_t size = draws || averages ? kShortTile : tile.size();
@@ -36,11 +41,9 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
     const std::int64_t last = segment.end - begin;
     T* const* const values = tile.fetch(begin, count, segment.end);
     Elements<Rule, T, N> elements(values, e, c);
-    alignas(kLine) T noisy[kTile];
-    if (draws) {
-      const Draw draw{options.seed, row.drawing->stream, row.drawing->tensor, options.step};
-      add_noise(noisy, values[kGrad], gradient_factor, static_cast<T>(options.noise), draw, row.drawing->indices, begin,
-                count);
+    alignas(kLine) T noisy[kShortTile];
+    if (noise) {
+      add_noise(noisy, values[kGrad], gradient_factor, *noise, begin, count);
       elements.replace_gradient(noisy);
     }
     body(elements, count, last);
