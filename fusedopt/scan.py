@@ -143,8 +143,11 @@ class Scan:
             if not source and not low <= number <= high:
                 return None
             words += [_bits(number), source]
-        decoupled = group[spec[3]] if isinstance(spec[3], str) else spec[3]
-        return [*words, int(bool(decoupled)), -1 if group["maximize"] else 1, int(group.get(CAUTIOUS, False))]
+        decoupled = bool(group[spec[3]] if isinstance(spec[3], str) else spec[3])
+        cautious = bool(group.get(CAUTIOUS, False))
+        if cautious and not decoupled:
+            return None
+        return [*words, int(decoupled), -1 if group["maximize"] else 1, int(cautious)]
 
     def _source(self, value: Any) -> int:
         """Where the device finds a hyperparameter; 0 if it does not. Bit 0: as a double."""

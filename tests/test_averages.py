@@ -278,6 +278,16 @@ def test_errors(call, error, match):
         call()
 
 
+def test_cautious_decay_stays_decoupled(engine):
+    parameters, o = made(engine, name="Adam", decoupled_weight_decay=True, cautious_weight_decay=True)
+    steps(o, parameters, 1)
+    before = [p.detach().clone() for p in parameters]
+    o.param_groups[0]["decoupled_weight_decay"] = False
+    with pytest.raises(ValueError, match="cautious_weight_decay.*decoupled_weight_decay=True"):
+        steps(o, parameters, 1)
+    assert all(map(torch.equal, parameters, before))
+
+
 def test_a_bad_group_is_not_added():
     parameters, o = made()
     with pytest.raises(TypeError, match="group 1"):

@@ -125,7 +125,7 @@ bool Group::read(SourceOf source_of, const void* context) {
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);
   if (maximize < 0 || decoupled < 0) return false;
   const int cautious = flag(cautious_key);
-  if (cautious < 0) return false;
+  if (cautious < 0 || (cautious && !decoupled)) return false;
   is_cautious = cautious;
   is_decoupled = decoupled;
   sign = maximize ? -1 : 1;
