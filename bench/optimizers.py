@@ -63,6 +63,8 @@ CASES = {
         Case("Rprop", "Rprop", 1e-2, {"etas": (0.5, 1.2), "step_sizes": (1e-6, 50)}),  # without weight decay
         Case("LAMB", "LAMB", 2e-3, {"betas": (0.9, 0.999), "eps": 1e-6}, measured=4),
         Case("LARS", "LARS", 1.0, {"momentum": 0.9, "trust_coefficient": 1e-3, "eps": 1e-8}, measured=2),
+        Case("AMSGD", "AMSGD", 0.1, {"lam": 0.1, "beta_max": 0.9}, measured=3),
+        Case("AMAdamW", "AMAdamW", 1e-3, {"beta2": 0.999, "eps": 1e-8, "lam": 0.1, "beta_max": 0.89}, measured=4),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
     )
 }

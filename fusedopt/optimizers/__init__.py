@@ -6,6 +6,7 @@ from fusedopt.optimizers.adadelta import Adadelta
 from fusedopt.optimizers.adagrad import Adagrad
 from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.adamax import Adamax
+from fusedopt.optimizers.adaptive_memory import AMSGD, AMAdamW
 from fusedopt.optimizers.asgd import ASGD
 from fusedopt.optimizers.lamb import LAMB
 from fusedopt.optimizers.lars import LARS
@@ -18,10 +19,12 @@ from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.sgd import SGD
 
 __all__ = [
+    "AMSGD",
     "ASGD",
     "LAMB",
     "LARS",
     "SGD",
+    "AMAdamW",
     "AdaBound",
     "Adadelta",
     "Adagrad",

@@ -22,7 +22,7 @@ class Case:
         reference: Its textbook loop, which stands in where the oracle is not installed.
         theirs: Constructor arguments of the oracle that are not ours.
         alone: Whether the oracle has one step count for all parameters, so that each gets an oracle of its own.
-        exact: Relative error allowed in fp64 (torch keeps NAdam's product in fp32).
+        exact: Relative error allowed in fp64 (scalars such as NAdam's product are fp32).
         signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
         steps: How many are compared.
         results: States that are of use in themselves, and compared as parameters are.
@@ -116,5 +116,7 @@ CASES = (
     ),
     Case("LARS", "LARS", LARS, "timm:Lars", references.lars, theirs=TIMM_LARS),
     Case("LARS nesterov", "LARS", {"nesterov": True, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
+    Case("AMSGD", "AMSGD", {"lr": 0.05, "scope": "tensor", **WD}, "none:AMSGD", references.amsgd),
+    Case("AMAdamW", "AMAdamW", WD, "none:AMAdamW", references.amadamw, exact=1e-9),
     Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )

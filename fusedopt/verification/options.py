@@ -59,10 +59,14 @@ def gradient_noise(loop: Loop) -> Loop:
 
 
 def cautious(loop: Loop) -> Loop:
-    """Chen et al. 2025, algorithm 1: a step without decay, which is the same from anywhere, and decay along it."""
+    """Chen et al. 2025, algorithm 1: a step without decay, which is the same from anywhere, and decay along it.
+
+    Loops that must know what decays and how much find it as ``decaying``.
+    """
 
     def step(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
-        update = -loop(torch.zeros_like(p), g, x, {**h, "weight_decay": 0.0})
+        decaying = p, h["weight_decay"]
+        update = -loop(torch.zeros_like(p), g, x, {**h, "weight_decay": 0.0, "decaying": decaying})
         return p - update - h["lr"] * h["weight_decay"] * torch.where(update * p >= 0, p, torch.zeros_like(p))
 
     return step

@@ -162,6 +162,38 @@ def lars(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return sgd(p, ratio * (g + decay * p), x, {**h, "weight_decay": 0.0})
 
 
+def amsgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Topollai and Choromanska 2025: the step that minimises the larger of two planes and both proximal terms."""
+    g, lam = _l2(p, g, h), h["lam"]
+    d = x.get("d", g)
+    a, b, c = ((u * v).sum() for u, v in ((g, g), (g, d), (d, d)))
+    change = ((d - g) ** 2).sum()
+    beta = ((a + 2 * lam * b - lam * c) / change).clamp(0, h["beta_max"]) if change > 0 else 0.0
+    x["d"] = ((beta + lam) * d + (1 - beta) * g) / (1 + lam)
+    return p - h["lr"] * x["d"]
+
+
+def amadamw(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """The same in the metric of Adam's second moment, with decay as a proximal term."""
+    t, lam, lr = _tick(x), h["lam"], h["lr"]
+    q, mu = h.get("decaying", (p, h["weight_decay"]))
+    zero = torch.zeros_like(p)
+    x["v"] = h["beta2"] * x.get("v", zero) + (1 - h["beta2"]) * g**2
+    product = x.get("product", 1.0)
+    metric = (1 - h["beta_max"] * product) * ((x["v"] / (1 - h["beta2"] ** t)).sqrt() + h["eps"])
+    d, weight = x.get("d", zero), 1 / (metric * (1 + lam * metric))
+    if t == 1:
+        beta = h["beta_max"]
+    else:
+        gap = x["lr"] / lr * (g * (d / metric + mu * q)).sum() if lr else 0.0
+        top = (1 + mu * lr) * gap - ((d - g) * (g + lam * metric * d) * weight).sum() - mu * (q * (d - g)).sum()
+        below = ((d - g) ** 2 * weight).sum()
+        beta = float((top / below).clamp(0, h["beta_max"])) if below > 0 else 0.0
+    x["d"] = ((1 - beta) * g + (lam * metric + beta) * d) / (1 + lam * metric)
+    x["product"], x["lr"] = product * beta, lr
+    return (1 - lr * h["weight_decay"]) * p - lr * x["d"] / metric
+
+
 def _adapts(h: Memory) -> bool:
     return bool(h["weight_decay"] or h["always_adapt"])
 
