@@ -65,6 +65,8 @@ CASES = {
         Case("LARS", "LARS", 1.0, {"momentum": 0.9, "trust_coefficient": 1e-3, "eps": 1e-8}, measured=2),
         Case("AMSGD", "AMSGD", 0.1, {"lam": 0.1, "beta_max": 0.9}, measured=3),
         Case("AMAdamW", "AMAdamW", 1e-3, {"beta2": 0.999, "eps": 1e-8, "lam": 0.1, "beta_max": 0.89}, measured=4),
+        Case("AdamP", "AdamP", 1e-3, ADAM | {"delta": 0.1, "wd_ratio": 0.1}, measured=4),
+        Case("SGDP", "SGDP", 0.1, {"momentum": 0.9, "eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1}, measured=3),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
     )
 }

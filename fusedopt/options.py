@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedopt.rule import Group, Hyper, Rule, State
+from fusedopt.rule import Group, Hyper, Rule, Scalar, State
 
 AVERAGE, NOISE, CAUTIOUS = "average", "gradient_noise", "cautious_weight_decay"
 STEP = "step"  # the scalar that counts
@@ -218,6 +218,6 @@ def states_of(rule: type[Rule], group: Group) -> tuple[State, ...]:
     return rule.active_states(group) + ((average,) if average else ())
 
 
-def scalars_of(rule: type[Rule], group: Group) -> dict[str, float | str]:
+def scalars_of(rule: type[Rule], group: Group) -> dict[str, Scalar]:
     """All scalars that it has, and their initial values."""
     return {STEP: 0.0, **rule.scalars} if counts(rule, group) else rule.scalars

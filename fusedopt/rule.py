@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 Group = Mapping[str, Any]
+Scalar = float | str | Callable[[Tensor], float]
 
 # A float32 counter stops counting here; it is then replaced by a float64 one.
 LAST_FLOAT_STEP = 2**24
@@ -123,8 +124,8 @@ class Rule(ABC):
         hyper: What ``prepare`` reads. ``lr`` and ``weight_decay`` are the engine's; it may read them, too.
         settings: What only the optimizer reads; checked like the others.
         states: State tensors, named as in ``torch.optim``.
-        scalars: 0-dim states and their initial values, numbers or keys of the group. ``step``, if there, is
-            first, and the engine advances it before ``prepare`` sees it.
+        scalars: 0-dim states and their initial values: numbers, keys of the group, or functions of the parameter.
+            The first is ``step``, and the engine advances it before ``prepare`` sees it.
         measures: Names of what ``measure`` adds up; none for most rules.
         scopes: Over what sums can be taken; the first, unless the optimizer is constructed with another.
         epilogue: Names of what ``conclude`` adds up while it steps. They are scalars, and each has, after a
@@ -139,13 +140,18 @@ class Rule(ABC):
     hyper: ClassVar[tuple[Hyper, ...]] = ()
     settings: ClassVar[tuple[Hyper, ...]] = ()
     states: ClassVar[tuple[State, ...]] = ()
-    scalars: ClassVar[dict[str, float | str]] = {}
+    scalars: ClassVar[dict[str, Scalar]] = {}
     decay: ClassVar[str] = "decoupled_weight_decay"
     step_scale: ClassVar[StepScale] = StepScale.LR
     measures: ClassVar[tuple[str, ...]] = ()
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
     epilogue: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if cls.scalars and next(iter(cls.scalars)) != "step":
+            raise TypeError(f"the first of {cls.__name__}.scalars is {next(iter(cls.scalars))!r}; it must be 'step'")
 
     @staticmethod
     @abstractmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import memory, options
-from fusedopt.rule import LAST_FLOAT_STEP, Rule
+from fusedopt.rule import LAST_FLOAT_STEP, Rule, Scalar
 
 
 class New(NamedTuple):
@@ -44,13 +44,16 @@ HALVES = (torch.bfloat16, torch.float16, torch.complex32)
 
 def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     """What a rule has of a parameter before its first step: scalars, then tensors."""
-    scalars = {name: group[value] if isinstance(value, str) else value for name, value in rule.scalars.items()}
-    state = {name: _scalar(value) for name, value in scalars.items()}
+    state = {name: _scalar(_first(value, p, group)) for name, value in rule.scalars.items()}
     for spec in rule.active_states(group):
         value = float(group[spec.init]) if spec.init else 0.0
         fill = complex(value, value) if p.is_complex() else value
         state[spec.name] = torch.full_like(p, fill, dtype=_wide(p), memory_format=torch.preserve_format).detach()
     return state
+
+
+def _first(value: Scalar, p: Tensor, group: dict[str, Any]) -> Any:
+    return value(p) if callable(value) else group[value] if isinstance(value, str) else value
 
 
 def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 //
 // A rule is a struct with
 //   name, states                            as in Python and in `state_dict`
-//   FUSEDOPT_HYPER, FUSEDOPT_SCALARS        its hyperparameters and scalars, doubles; `step`, if there, is first
+//   FUSEDOPT_HYPER, FUSEDOPT_SCALARS        its hyperparameters and scalars, doubles; `step` is the first
 //   FUSEDOPT_COEFFICIENTS                   what an element needs besides its values
 //   prepare(hyper, scalars, new_state)      once per step and cohort, in double, to the coefficients; may advance
 //                                           scalars (`step` already counts this step; `new_state` is true when the

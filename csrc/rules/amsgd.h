@@ -9,7 +9,7 @@ namespace fusedopt {
 struct AMSGD {
   static constexpr auto name = "amsgd";
   static constexpr Names<1> states{"momentum_buffer"};
-  FUSEDOPT_SCALARS(beta);
+  FUSEDOPT_SCALARS(step, beta);
   FUSEDOPT_HYPER(lam, beta_max);
   FUSEDOPT_COEFFICIENTS(lam, beta_max, is_new, kept, taken);
   FUSEDOPT_MEASURES(gain, difference);

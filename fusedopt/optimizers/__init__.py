@@ -13,6 +13,7 @@ from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
+from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
@@ -24,11 +25,13 @@ __all__ = [
     "LAMB",
     "LARS",
     "SGD",
+    "SGDP",
     "AMAdamW",
     "AdaBound",
     "Adadelta",
     "Adagrad",
     "Adam",
+    "AdamP",
     "AdamW",
     "Adamax",
     "Lion",

@@ -33,7 +33,7 @@ class AMSGDRule(Rule):
     name = "amsgd"
     hyper = (LAM, BETA_MAX)
     states = (State("momentum_buffer"),)
-    scalars = {"beta": 0.0}
+    scalars = {"step": 0.0, "beta": 0.0}
     shared = ("beta",)
     decay = COUPLED
     scopes = ("group", "tensor", "all")

@@ -118,5 +118,15 @@ CASES = (
     Case("LARS nesterov", "LARS", {"nesterov": True, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
     Case("AMSGD", "AMSGD", {"lr": 0.05, "scope": "tensor", **WD}, "none:AMSGD", references.amsgd),
     Case("AMAdamW", "AMAdamW", WD, "none:AMAdamW", references.amadamw, exact=1e-9),
+    Case("AdamP", "AdamP", {"delta": 0.3, **WD}, "adamp:AdamP", references.adamp),
+    Case("AdamP in channels", "AdamP", {"delta": 2.5, "nesterov": True, **WD}, "adamp:AdamP", references.adamp),
+    Case("SGDP", "SGDP", {"lr": 0.01, "momentum": 0.9, "delta": 2.5, **WD}, "adamp:SGDP", references.sgdp),
+    Case(
+        "SGDP nesterov",
+        "SGDP",
+        {"lr": 0.01, "momentum": 0.9, "nesterov": True, "delta": 0.3, **WD},
+        "adamp:SGDP",
+        references.sgdp,
+    ),
     Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )

@@ -162,6 +162,34 @@ def lars(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return sgd(p, ratio * (g + decay * p), x, {**h, "weight_decay": 0.0})
 
 
+def adamp(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Heo et al. 2021, algorithm 2, in the form of the package adamp."""
+    t, (b1, b2), v = _tick(x), h["betas"], _moments(p, g, x, h)
+    m = b1 * x["m"] + (1 - b1) * g if h["nesterov"] else x["m"]
+    u, ratio = _projected(p, g, m / (v.sqrt() / math.sqrt(1 - b2**t) + h["eps"]), h)
+    return p * (1 - h["lr"] * h["weight_decay"] * ratio) - h["lr"] / (1 - b1**t) * u
+
+
+def sgdp(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """The same, algorithm 1; without Nesterov the package projects the buffer."""
+    x["b"] = h["momentum"] * x.get("b", torch.zeros_like(p)) + (1 - h["dampening"]) * g
+    d, ratio = _projected(p, g, g + h["momentum"] * x["b"] if h["nesterov"] else x["b"], h)
+    if not h["nesterov"]:
+        x["b"] = d
+    return p * (1 - h["lr"] * h["weight_decay"] * ratio / (1 - h["momentum"])) - h["lr"] * d
+
+
+def _projected(p: Tensor, g: Tensor, u: Tensor, h: Memory) -> tuple[Tensor, float]:
+    for rows in (len(p), 1) if p.dim() > 1 and p.numel() else ():
+        q, f, w = (t.reshape(rows, -1) for t in (p, g, u))
+        lengths = (f.norm(dim=1).clamp(min=h["eps"]), q.norm(dim=1).clamp(min=h["eps"]))
+        cosines = (f * q).sum(1).abs() / (lengths[0] * lengths[1])
+        if cosines.max() < h["delta"] / math.sqrt(q.shape[1]):
+            n = q / (q.norm(dim=1, keepdim=True) + h["eps"])
+            return (w - n * (n * w).sum(1, keepdim=True)).reshape(p.shape), h["wd_ratio"]
+    return u, 1.0
+
+
 def amsgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Topollai and Choromanska 2025: the step that minimises the larger of two planes and both proximal terms."""
     g, lam = _l2(p, g, h), h["lam"]

@@ -10,7 +10,7 @@ from fusedopt.triton_kernels.memory import memory_of
 
 name = "amsgd"
 states = ("momentum_buffer",)
-scalars = ("beta",)
+scalars = ("step", "beta")
 hyper = ("lam", "beta_max")
 coefficients = ("lam", "beta_max", "is_new", "kept", "taken")
 measures = ("gain", "difference")
@@ -35,7 +35,7 @@ def finish(c, s, m, whole, largest):
     """The memory, and what it makes of both directions."""
     lam = c[0]
     beta = memory_of(whole[0], whole[1], c[1])
-    return c[:3] + ((beta + lam) / (1 + lam), (1 - beta) / (1 + lam)), (beta,)
+    return c[:3] + ((beta + lam) / (1 + lam), (1 - beta) / (1 + lam)), (s[0], beta)
 
 
 @triton.jit
