@@ -10,7 +10,7 @@ from fusedopt.optimizer import FusedOptimizer, ProcessGroup
 from fusedopt.optimizers import OPTIMIZERS
 from fusedopt.state import adopt_state, widened
 
-PACKAGES = ("torch", "timm", "lion_pytorch", "adabound")
+PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp")
 
 
 def fuse(
@@ -27,7 +27,7 @@ def fuse(
     for the old one still move the learning rate, and no memory is spent. Don't step the old one again.
 
     Args:
-        optimizer: Of torch.optim, lion-pytorch, adabound or timm; of a class that fusedopt has too.
+        optimizer: Of torch.optim, lion-pytorch, adabound, adamp or timm; of a class that fusedopt has too.
         max_grad_norm: See :class:`fusedopt.FusedOptimizer`.
         skip_nonfinite: See there.
         process_group: See there.

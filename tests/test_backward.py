@@ -30,7 +30,7 @@ def build(name, module, engine):
     weights, biases = ([p for p in module.parameters() if (p.dim() > 1) == is_weight] for is_weight in (True, False))
     groups = [{"params": weights, "lr": 0.02}, {"params": biases, "weight_decay": 0.1}]
     cls = getattr(fusedopt, name)
-    return cls(groups, engine=engine, **({} if cls.rule.scopes[0] == "tensor" else {"scope": "tensor"}))
+    return cls(groups, engine=engine, **({"scope": "tensor"} if "tensor" in cls.rule.scopes[1:] else {}))
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -27,6 +27,12 @@ def dimensions(p: Tensor) -> float:
     return float(p.dim())
 
 
+def cosine(c: SimpleNamespace, m: SimpleNamespace) -> float:
+    """Of gradient and parameter, times the root of how many elements they have."""
+    lengths = max(m.grad**0.5, c.eps) * max(m.param**0.5, c.eps)
+    return abs(m.grad_param) / lengths * m.count**0.5 if lengths > 0 else 0.0
+
+
 class Projecting(Rule):
     """What both are: ``d <- d - p <d, p> / (|p| + eps)^2`` where the gradient is nearly orthogonal to the parameter.
 
@@ -38,6 +44,7 @@ class Projecting(Rule):
     decay = RULE
     scopes = ("channel",)
     measures = SUMS
+    score = cosine
 
     @staticmethod
     def sums(p: Tensor, g: Tensor, d: Tensor) -> tuple[Tensor, ...]:
@@ -45,18 +52,12 @@ class Projecting(Rule):
         return g * g, p * p, g * p, d * p, torch.ones_like(p)
 
     @staticmethod
-    def score(c, m):
-        """The cosine of gradient and parameter, times the root of how many elements they have."""
-        lengths = max(m.grad**0.5, c.eps) * max(m.param**0.5, c.eps)
-        return abs(m.grad_param) / lengths * m.count**0.5 if lengths > 0 else 0.0
-
-    @staticmethod
     def finish(c, s, m):
         if s.n_dims < 2:
             return
         if m.largest < c.delta:
             of = m
-        elif Projecting.score(c, m.whole) < c.delta:
+        elif cosine(c, m.whole) < c.delta:
             of = m.whole
         else:
             return
