@@ -16,6 +16,7 @@ if INTERPRETED:
 import pytest  # noqa: E402
 
 from fusedopt import engines  # noqa: E402
+from fusedopt.verification.cases import CASES  # noqa: E402
 
 # Names of the engines to test, with spaces between; all where it is not set.
 CHOSEN = os.environ.get("FUSEDOPT_TEST_ENGINES", " ".join(engines.ENGINES)).split()
@@ -89,8 +90,11 @@ OPTIONS_INTERPRETED_BY_DAY = (
     "LARS, EMA",
     "LARS, noise",
 )
+FIRST_VARIANTS = {case.optimizer: case.name for case in reversed(CASES)}.values()
 INTERPRETED_AT_NIGHT = {
-    "test_gate": lambda case, dtype: dtype != torch.float32 and (case.name != "AdamW" or dtype != torch.bfloat16),
+    "test_gate": lambda case, dtype: (
+        case.name not in FIRST_VARIANTS or (dtype != torch.float32 and (case.name, dtype) != ("AdamW", torch.bfloat16))
+    ),
     "test_gate_of_options": lambda case, dtype: dtype != torch.float32 or case.name not in OPTIONS_INTERPRETED_BY_DAY,
     "test_resume_of_options_is_bit_exact": lambda name, average: name != "SGD",
     "test_resume_is_bit_exact": lambda case: case.name not in ("AdamW", "SGD momentum", "NAdam"),
@@ -114,9 +118,20 @@ def pytest_collection_modifyitems(items):
         engine = params.pop("engine", None)
         if engine == "triton" and is_late(**params):
             item.add_marker(pytest.mark.nightly)
-        if engine == "cuda" and item.name.startswith("test_gate_of_options"):  # on host threads all in fp32 by day
-            if params["dtype"] != torch.float32 and params["case"].name not in OPTIONS_INTERPRETED_BY_DAY:
+        if engine == "cuda" and item.name.startswith("test_gate["):
+            if params["dtype"] in (torch.float16, torch.float64) and params["case"].name not in FIRST_VARIANTS:
                 item.add_marker(pytest.mark.nightly)
+        if engine in ("cpu", "cuda", "eager") and item.name.startswith("test_gate_of_options"):
+            if not _is_for_the_day(engine, **params):
+                item.add_marker(pytest.mark.nightly)
+
+
+def _is_for_the_day(engine, case, dtype):
+    """One variant of each optimizer with each option in fp32, on the CPU in the other types, too."""
+    is_first = case.name.rpartition(", ")[0] in FIRST_VARIANTS
+    if dtype == torch.float32:
+        return is_first or engine == "cpu"
+    return is_first and engine != "cuda" or case.name in OPTIONS_INTERPRETED_BY_DAY
 
 
 def pytest_collection_finish():
