@@ -16,7 +16,7 @@ struct AMAdamW {
   FUSEDOPT_HYPER(lr, weight_decay, beta2, eps, lam, beta_max);
   FUSEDOPT_COEFFICIENTS(beta2, one_minus_beta2, scale, root_scale, eps, lam, weight_decay, lr, gap_scale, beta_max,
                         beta);
-  FUSEDOPT_MEASURES(gap, rest, difference);
+  FUSEDOPT_MEASURES(gain, difference);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     return {
@@ -45,16 +45,13 @@ struct AMAdamW {
   FUSEDOPT_HD static Measures<T> measure(T p, T g, T* state, const Coefficients<T>& c) {
     const T stiffness = metric(g, state, c), d = state[0];
     const T weight = 1 / (stiffness * (1 + c.lam * stiffness)), change = d - g;
-    return {
-        .gap = g * (d / stiffness + c.weight_decay * p),
-        .rest = change * (g + c.lam * stiffness * d) * weight + c.weight_decay * p * change,
-        .difference = change * change * weight,
-    };
+    const T gap = g * (d / stiffness + c.weight_decay * p);
+    const T rest = change * (g + c.lam * stiffness * d) * weight + c.weight_decay * p * change;
+    return {.gain = c.gap_scale * gap - rest, .difference = change * change * weight};
   }
 
   FUSEDOPT_HD static void finish(Coefficients<double>& c, Scalars& s, const Sums<Measures<double>>& m) {
-    const double gain = c.gap_scale * m.whole.gap - m.whole.rest;
-    s.beta = s.beta_product == 1 ? c.beta_max : memory_of(gain, m.whole.difference, c.beta_max);
+    s.beta = s.beta_product == 1 ? c.beta_max : memory_of(m.whole.gain, m.whole.difference, c.beta_max);
     s.beta_product *= s.beta;
     s.last_lr = c.lr;
     c.beta = s.beta;

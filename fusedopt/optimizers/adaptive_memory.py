@@ -75,7 +75,7 @@ class AMAdamWRule(Rule):
     shared = ("beta", "beta_product", "last_lr")
     decay = DECOUPLED
     scopes = ("tensor", "group", "all")
-    measures = ("gap", "rest", "difference")
+    measures = ("gain", "difference")
 
     @staticmethod
     def prepare(h, s, new_state):
@@ -106,13 +106,12 @@ class AMAdamWRule(Rule):
         weight, change = 1 / (metric * (1 + c.lam * metric)), d - g
         gap = g * (d / metric + c.weight_decay * p)
         rest = change * (g + c.lam * metric * d) * weight + c.weight_decay * p * change
-        return gap, rest, change * change * weight
+        return c.gap_scale * gap - rest, change * change * weight
 
     @staticmethod
     def finish(c, s, m):
         is_first = s.beta_product == 1
-        gain = c.gap_scale * m.whole.gap - m.whole.rest
-        s.beta = c.beta_max if is_first else chosen(gain, m.whole.difference, c.beta_max)
+        s.beta = c.beta_max if is_first else chosen(m.whole.gain, m.whole.difference, c.beta_max)
         s.beta_product = s.beta_product * s.beta
         s.last_lr = c.lr
         c.beta = s.beta

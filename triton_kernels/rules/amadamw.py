@@ -19,7 +19,7 @@ coefficients = (
     "beta2", "one_minus_beta2", "scale", "root_scale", "eps", "lam", "weight_decay", "lr", "gap_scale", "beta_max",
     "beta",
 )  # fmt: skip
-measures = ("gap", "rest", "difference")
+measures = ("gain", "difference")
 
 
 @triton.jit
@@ -49,15 +49,15 @@ def measure(p, g, state, c, STATES):
     weight = div(1 + 0 * stiffness, stiffness * (1 + lam * stiffness))
     change = d - g
     gap = g * (div(d, stiffness) + weight_decay * p)
-    return (gap, change * (g + lam * stiffness * d) * weight + weight_decay * p * change, change * change * weight)
+    rest = change * (g + lam * stiffness * d) * weight + weight_decay * p * change
+    return (c[8] * gap - rest, change * change * weight)
 
 
 @triton.jit
 def finish(c, s, m, whole, largest):
     """The memory."""
     step, _, product, _ = s
-    gain = c[8] * whole[0] - whole[1]
-    beta = tl.where(product == 1, c[9], memory_of(gain, whole[2], c[9]))
+    beta = tl.where(product == 1, c[9], memory_of(whole[0], whole[1], c[9]))
     return c[:10] + (beta,), (step, beta, product * beta, c[7])
 
 
