@@ -76,3 +76,8 @@ def test_scalar_that_starts_as_the_group_says():
     _, _, optimizer = step(decay=RULE, scalars={"step": 0.0, "rate": "lr"}, lr=torch.tensor(0.25))
     (state,) = optimizer.state.values()
     assert list(state) == ["step", "rate"] and state["step"] == 1 and state["rate"] == 0.25
+
+
+def test_scalars_begin_with_the_step():
+    with pytest.raises(TypeError, match="the first of Wrong.scalars is 'level'; it must be 'step'"):
+        type("Wrong", (Rule,), {"scalars": {"level": 0.0, "step": 0.0}})
