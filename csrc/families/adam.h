@@ -32,14 +32,20 @@ struct AdamMoments {
 };
 
 //   d = (m_scale m + g_scale g) / (root_scale sqrt(w) + eps)
+template <bool Max, class T, class Coefficients>
+FUSEDOPT_HD T adam_ratio(T g, T* state, const Coefficients& c) {
+  const T w = update_moments<Max>(g, state, c.one_minus_beta1, c.beta2, c.one_minus_beta2);
+  return (c.m_scale * state[0] + c.g_scale * g) / (c.root_scale * std::sqrt(w) + c.eps);
+}
+
+// The rules whose direction it is.
 template <bool Max>
 struct AdamRatio : AdamMoments<Max> {
   FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, m_scale, g_scale, root_scale, eps);
 
   template <class T>
   FUSEDOPT_HD static T direction(T, T g, T* state, const Coefficients<T>& c) {
-    const T w = update_moments<Max>(g, state, c.one_minus_beta1, c.beta2, c.one_minus_beta2);
-    return (c.m_scale * state[0] + c.g_scale * g) / (c.root_scale * std::sqrt(w) + c.eps);
+    return adam_ratio<Max>(g, state, c);
   }
 };
 

@@ -32,14 +32,8 @@ struct AdamP : AdamMoments<false>, Projected {
   }
 
   template <class T>
-  FUSEDOPT_HD static T ratio(T g, T* state, const Coefficients<T>& c) {
-    const T v = update_moments<false>(g, state, c.one_minus_beta1, c.beta2, c.one_minus_beta2);
-    return (c.m_scale * state[0] + c.g_scale * g) / (c.root_scale * std::sqrt(v) + c.eps);
-  }
-
-  template <class T>
   FUSEDOPT_HD static Measures<T> measure(T p, T g, T* state, const Coefficients<T>& c) {
-    return sums(p, g, ratio(g, state, c));
+    return sums(p, g, adam_ratio<false>(g, state, c));
   }
 
   FUSEDOPT_HD static double score(const Coefficients<double>& c, const Measures<double>& m) { return score_of(c, m); }
@@ -50,7 +44,7 @@ struct AdamP : AdamMoments<false>, Projected {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    return ratio(g, state, c) - c.along * p + c.decay * p;
+    return adam_ratio<false>(g, state, c) - c.along * p + c.decay * p;
   }
 };
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.optimizers.adam import update_moments
+from fusedopt.optimizers.adam import ratio
 from fusedopt.options import Average, GradientNoise
 from fusedopt.rule import BETAS, EPS, RULE, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
 
@@ -92,18 +92,12 @@ class AdamPRule(Projecting):
         )
 
     @staticmethod
-    def ratio(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
-        """The step before it is projected, and the new state."""
-        v, new = update_moments(g, state, c)
-        return (c.m_scale * new["exp_avg"] + c.g_scale * g) / (c.root_scale * v.sqrt() + c.eps), new
-
-    @staticmethod
     def measure(p, g, state, c):
-        return Projecting.sums(p, g, AdamPRule.ratio(g, state, c)[0])
+        return Projecting.sums(p, g, ratio(p, g, state, c)[0])
 
     @staticmethod
     def direction(p, g, state, c):
-        d, new = AdamPRule.ratio(g, state, c)
+        d, new = ratio(p, g, state, c)
         return d - c.along * p + c.decay * p, new
 
 

@@ -7,17 +7,14 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels import projected
-from fusedopt.triton_kernels.math import bias_correction, div, sqrt
-from fusedopt.triton_kernels.moments import update_moments
+from fusedopt.triton_kernels.math import bias_correction
+from fusedopt.triton_kernels.moments import ratio, ratio_coefficients
 
 name = "adamp"
 states = ("exp_avg", "exp_avg_sq")
 scalars = ("step", "n_dims")
 hyper = ("beta1", "beta2", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")
-coefficients = (
-    "one_minus_beta1", "beta2", "one_minus_beta2", "m_scale", "g_scale", "root_scale", "eps", "delta", "wd_ratio",
-    "along", "decay",
-)  # fmt: skip
+coefficients = (*ratio_coefficients, "delta", "wd_ratio", "along", "decay")
 measures = projected.measures
 
 
@@ -34,16 +31,9 @@ def prepare(h, s, new_state):
 
 
 @triton.jit
-def ratio(g, state, c):
-    """The step before it is projected, and the new state."""
-    v, new = update_moments(g, state, c[0], c[1], c[2])
-    return div(c[3] * new[0] + c[4] * g, c[5] * sqrt(v) + c[6]), new
-
-
-@triton.jit
 def measure(p, g, state, c, STATES):
     """See ``projected``."""
-    d, _ = ratio(g, state, c)
+    d, _ = ratio(p, g, state, c[:7], STATES)
     return projected.sums(p, g, d)
 
 
@@ -63,5 +53,5 @@ def finish(c, s, m, whole, largest):
 @triton.jit
 def direction(p, g, state, c, STATES):
     """See the module's text."""
-    d, new = ratio(g, state, c)
+    d, new = ratio(p, g, state, c[:7], STATES)
     return d - c[9] * p + c[10] * p, new
