@@ -27,7 +27,7 @@ ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "engine")
-_OF_SOME = ("scope",)  # that not every subclass takes
+_OF_SOME = ("scope", "rule")  # that not every subclass takes
 
 
 def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
@@ -62,6 +62,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
             is clipped, skipped or scaled back on all of them or on none. DTensors show of themselves how they are
             sharded.
         scope: Over what the rule's sums are taken, see fusedopt/rule.py; of rules that leave it open.
+        rule: Steps in place of the class's own, one of its ``rules``.
         engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
             must be able to step every parameter. See ``fusedopt info``.
 
@@ -115,7 +116,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         TypeError: For a hyperparameter that is no number, or something else as process group.
     """
 
-    rule: ClassVar[type[Rule]]
+    rule: type[Rule]
+    rules: ClassVar[tuple[type[Rule], ...]] = ()  # others that an argument can choose
     _in_backward: Any = None  # see fusedopt/backward.py
     _numbers: list[int] | None = None  # of the parameters in another optimizer that this is a part of
 
@@ -128,7 +130,10 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         process_group: ProcessGroup | None = None,
         engine: str = "auto",
         scope: str | None = None,
+        rule: type[Rule] | None = None,
     ) -> None:
+        if rule is not None:
+            self.rule = rule
         checks.options(max_grad_norm, skip_nonfinite, process_group)
         self.scope = checks.scope(self.rule, scope)
         engines.require(engine)
@@ -379,6 +384,6 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         self.__dict__.setdefault("_retained", [])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in (*_OWN, *_OF_SOME)}
+        own = {name: self.__dict__[name] for name in (*_OWN, *_OF_SOME) if name in self.__dict__}
         norm = None if self._norm is None else float(self._norm)
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}

@@ -9,7 +9,7 @@ from fusedopt.verification.cases import CASES
 BY_NAME = {case.name: case for case in CASES}
 ALL = list(fusedopt.optimizers.__all__)
 TORCH = [name for name in ALL if hasattr(torch.optim, name)]
-RULES = {getattr(fusedopt, name).rule.name: getattr(fusedopt, name).rule for name in ALL}
+RULES = {rule.name: rule for of in map(fusedopt.__dict__.get, ALL) for rule in (of.rule, *of.rules)}
 
 
 def variants(rule):

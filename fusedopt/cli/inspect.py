@@ -66,7 +66,9 @@ def _of_cuda(names: list[str], args: argparse.Namespace) -> list[Report]:
         raise report.CommandError("--dtype is for the Triton engine; a CUDA kernel steps all types")
     if reason := cuda.unavailable(args.arch):
         raise report.CommandError(reason)
-    return cuda.inspect({OPTIMIZERS[name].rule.name for name in names}, args.arch)
+    return cuda.inspect(
+        {rule.name for name in names for rule in (OPTIMIZERS[name].rule, *OPTIMIZERS[name].rules)}, args.arch
+    )
 
 
 def _of_triton(names: list[str], args: argparse.Namespace) -> list[Report]:

@@ -54,4 +54,6 @@ def _kernels(optimizer: str, elements: list[str], arch: str) -> dict[str, Specia
     from fusedopt.optimizers import OPTIMIZERS
     from fusedopt.triton_kernels import ahead  # pyright: ignore[reportMissingImports]
 
-    return {k.name: k for k in ahead.specialised([OPTIMIZERS[optimizer].rule], elements, arch)}
+    return {
+        k.name: k for k in ahead.specialised([OPTIMIZERS[optimizer].rule, *OPTIMIZERS[optimizer].rules], elements, arch)
+    }

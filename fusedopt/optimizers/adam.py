@@ -53,6 +53,44 @@ class AdamRule(Rule):
     direction = staticmethod(ratio)
 
 
+class AdamProductRule(AdamRule):
+    """``d = m / (1 - prod b1) / (sqrt(w) / sqrt(1 - prod b2) + eps)``, over the betas of all steps.
+
+    One minus a product is what is kept, ``c <- b c + (1 - b)``; what was not kept before was Adam's.
+    """
+
+    name = "adamproduct"
+    scalars = {"step": 0.0, "correction1": 0.0, "correction2": 0.0}
+
+    @staticmethod
+    def prepare(h, s, new_state):
+        def advanced(correction: float, beta: float) -> float:
+            before = bias_correction(beta, s.step - 1) if correction == 0 and s.step > 1 else correction
+            return beta * before + (1 - beta)
+
+        s.correction1, s.correction2 = advanced(s.correction1, h.beta1), advanced(s.correction2, h.beta2)
+        return SimpleNamespace(
+            one_minus_beta1=1 - h.beta1,
+            beta2=h.beta2,
+            one_minus_beta2=1 - h.beta2,
+            m_scale=1 / s.correction1,
+            g_scale=0.0,
+            root_scale=1 / math.sqrt(s.correction2),
+            eps=h.eps,
+        )
+
+
+RULES = {"power": AdamRule, "product": AdamProductRule}
+
+
+def by_correction(given: dict[str, Any]) -> dict[str, Any]:
+    """The ``locals()`` of a class's ``__init__``, its ``bias_correction`` turned into the rule that has it."""
+    form = given.pop("bias_correction")
+    if form not in RULES:
+        raise ValueError(f"bias_correction is {form!r}; it must be 'power' or 'product'")
+    return {**given, "rule": RULES[form]}
+
+
 class Adam(FusedOptimizer):
     """Adam, with L2 regularisation or decoupled weight decay, and AMSGrad.
 
@@ -68,6 +106,8 @@ class Adam(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         amsgrad: Divide by the running maximum of the second moment.
         decoupled_weight_decay: Decay as AdamW does.
+        bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
+            betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
             max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
@@ -78,10 +118,11 @@ class Adam(FusedOptimizer):
         >>> optimizer = fusedopt.Adam(model.parameters(), lr=3e-4)
 
     Reference:
-        Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018.
+        Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018; betas of each step's own: Zou et al., CVPR 2019.
     """
 
     rule = AdamRule
+    rules = (AdamProductRule,)
 
     def __init__(
         self,
@@ -101,12 +142,13 @@ class Adam(FusedOptimizer):
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
         cautious_weight_decay: bool = False,
+        bias_correction: str = "power",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
-        super().__init__(params, **arguments(locals()))
+        super().__init__(params, **arguments(by_correction(locals())))
 
 
 class AdamW(FusedOptimizer):
@@ -119,6 +161,8 @@ class AdamW(FusedOptimizer):
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient, multiplied by ``lr``.
         amsgrad: Divide by the running maximum of the second moment.
+        bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
+            betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
             max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
@@ -133,6 +177,7 @@ class AdamW(FusedOptimizer):
     """
 
     rule = AdamRule
+    rules = (AdamProductRule,)
 
     def __init__(
         self,
@@ -151,12 +196,13 @@ class AdamW(FusedOptimizer):
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
         cautious_weight_decay: bool = False,
+        bias_correction: str = "power",
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
         engine: str = "auto",
     ) -> None:
-        super().__init__(params, **arguments(locals(), decoupled_weight_decay=True))
+        super().__init__(params, **arguments(by_correction(locals()), decoupled_weight_decay=True))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

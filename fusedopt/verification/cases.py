@@ -49,6 +49,7 @@ WD = {"weight_decay": 0.05}
 LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
+PRODUCT = {"bias_correction": "product", **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
     Case("SGD momentum", "SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
@@ -79,6 +80,15 @@ CASES = (
     ),
     Case("Adam", "Adam", WD, "torch:Adam", references.adam),
     Case("Adam amsgrad", "Adam", {"amsgrad": True, **WD}, "torch:Adam", references.adam),
+    Case("Adam product", "Adam", PRODUCT, "none:Adam", references.adam_product, exact=1e-6),
+    Case(
+        "AdamW product amsgrad",
+        "AdamW",
+        {"amsgrad": True, **PRODUCT},
+        "none:AdamW",
+        references.adam_product,
+        exact=1e-6,
+    ),
     Case("AdamW", "AdamW", WD, "torch:AdamW", references.adam),
     Case("AdamW amsgrad", "AdamW", {"amsgrad": True, **WD}, "torch:AdamW", references.adam),
     Case("NAdam", "NAdam", WD, "torch:NAdam", references.nadam, exact=1e-8),

@@ -54,6 +54,14 @@ def adam(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return _decay(p, h) - h["lr"] * (x["m"] / (1 - b1**t)) / ((w / (1 - b2**t)).sqrt() + h["eps"])
 
 
+def adam_product(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Zou et al. 2019's generic Adam, corrected by the products of its betas."""
+    g, (b1, b2) = _l2(p, g, h), h["betas"]
+    w = _moments(p, g, x, h, h["amsgrad"])
+    x["products"] = one, two = [b * before for b, before in zip((b1, b2), x.get("products", (1.0, 1.0)), strict=True)]
+    return _decay(p, h) - h["lr"] * (x["m"] / (1 - one)) / ((w / (1 - two)).sqrt() + h["eps"])
+
+
 def nadam(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Dozat 2016 with the schedule of torch.optim.NAdam."""
     g, t = _l2(p, g, h), _tick(x)
