@@ -19,6 +19,7 @@ class Case:
         options: The other constructor arguments, but for ``weight_decay``, which groups carry as they do ``lr``.
         warmup: Steps before the timed ones.
         weight_decay: Of the first group.
+        told: What every step is told besides, such as the loss.
         measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
     """
 
@@ -29,6 +30,7 @@ class Case:
     warmup: int = 2
     weight_decay: float = 0.01
     measured: int = 0
+    told: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -42,6 +44,7 @@ class Case:
 
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+LOSS = {"loss": 1.0}
 CASES = {
     case.name: case
     for case in (
@@ -67,6 +70,8 @@ CASES = {
         Case("AMAdamW", "AMAdamW", 1e-3, {"beta2": 0.999, "eps": 1e-8, "lam": 0.1, "beta_max": 0.89}, measured=4),
         Case("AdamP", "AdamP", 1e-3, ADAM | {"delta": 0.1, "wd_ratio": 0.1}, measured=4),
         Case("SGDP", "SGDP", 0.1, {"momentum": 0.9, "eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1}, measured=3),
+        Case("KoalaV", "KoalaV", 1e-3, {"sigma": 0.1, "q": 1.0, "r": 1.0}, weight_decay=0.0, measured=1, told=LOSS),
+        Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
     )
 }

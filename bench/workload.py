@@ -144,7 +144,22 @@ def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:
 def ours(workload: Workload, groups: list[dict[str, Any]], engine: str) -> fusedopt.FusedOptimizer:
     """Our optimizer, which clips by itself."""
     case = workload.case
-    return getattr(fusedopt, case.optimizer)(groups, **case.options, max_grad_norm=workload.clip, engine=engine)
+    make = getattr(fusedopt, case.optimizer)
+    optimizer = make(groups, **case.options, max_grad_norm=workload.clip, engine=engine)
+    if case.told:
+        _tell(optimizer, case.told)
+    return optimizer
+
+
+def _tell(optimizer: Any, told: dict[str, Any]) -> None:
+    """Every step is told something besides, and predicted beforehand where it asks for that."""
+    step, predict = optimizer.step, getattr(optimizer, "predict", lambda: None)
+
+    def step_and_tell() -> None:
+        predict()
+        step(**told)
+
+    optimizer.step = step_and_tell
 
 
 def step_of(optimizer: torch.optim.Optimizer, params: list[Tensor], workload: Workload) -> Step:

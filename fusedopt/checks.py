@@ -65,6 +65,15 @@ def number(value: Any, label: object, where: str) -> float:
         raise ValueError(f"{label}{where} is too large") from None
 
 
+def one_number(value: Any, name: str) -> None:
+    """A number, or a real tensor with one element, whose value is not looked at."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return
+    if isinstance(value, Tensor) or not isinstance(value, Real):
+        what = f"a tensor of shape {tuple(value.shape)}, {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise TypeError(f"{name} is {what}; it must be a number or a real tensor with one element")
+
+
 def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = False) -> None:
     """One hyperparameter of a group lies in its domain."""
     if hyper.key not in group:

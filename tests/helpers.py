@@ -7,9 +7,10 @@ from fusedopt.engines import cuda, triton
 from fusedopt.verification.cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
-ALL = list(fusedopt.optimizers.__all__)
+EVERY = list(fusedopt.optimizers.__all__)
+ALL = [name for name in EVERY if name not in ("KoalaM", "KoalaV")]  # whose steps need nothing but gradients
 TORCH = [name for name in ALL if hasattr(torch.optim, name)]
-RULES = {rule.name: rule for of in map(fusedopt.__dict__.get, ALL) for rule in (of.rule, *of.rules)}
+RULES = {rule.name: rule for of in map(fusedopt.__dict__.get, EVERY) for rule in (of.rule, *of.rules)}
 
 
 def variants(rule):

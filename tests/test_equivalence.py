@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, params
+from helpers import params
 
 import fusedopt
 from fusedopt.verification import gate
@@ -51,7 +51,7 @@ def test_textbook_loop_agrees_with_oracle(case):
 
 
 def test_every_optimizer_has_a_case():
-    assert {case.optimizer for case in CASES} == set(ALL)
+    assert {case.optimizer for case in CASES} == set(fusedopt.optimizers.__all__)
 
 
 @pytest.mark.parametrize("dtype", gate.DTYPES, ids=str)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ALL, RULES, variants
+from helpers import EVERY, RULES, variants
 
 import fusedopt
 from fusedopt.inspection import code
@@ -154,7 +154,7 @@ class Watched(dict):
 
 def looks_at_states(rule):
     """Whether a rule looks at states before the step."""
-    name = next(name for name in ALL if getattr(fusedopt, name).rule is rule)
+    name = next(name for name in EVERY if getattr(fusedopt, name).rule is rule)
     group = getattr(fusedopt, name)([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
     c = rule.prepare(h, SimpleNamespace(**dict.fromkeys(rule.scalars, 1.0)), False)

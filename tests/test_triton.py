@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import ALL, BY_NAME, close, fill_gradients, pair, params, same_gradients
+from helpers import ALL, BY_NAME, RULES, close, fill_gradients, pair, params, same_gradients
 from sum_rules import SCOPED
 
 import fusedopt
@@ -25,9 +25,8 @@ if "triton" in AVAILABLE:
 
 def test_every_rule_is_there_under_the_same_names():
     found = rules.by_name()
-    assert found.keys() == {getattr(fusedopt, name).rule.name for name in ALL}
-    for name in ALL:
-        rule = getattr(fusedopt, name).rule
+    assert found.keys() == RULES.keys()
+    for rule in RULES.values():
         ours = found[rule.name]
         assert ours.states == tuple(s.name for s in rule.states)
         assert ours.scalars == tuple(rule.scalars)

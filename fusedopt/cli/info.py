@@ -67,7 +67,9 @@ def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
     p = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=ENGINES[engine].home()))
     p.grad = torch.ones_like(p)
     try:
-        make([p], engine=engine).step()
+        optimizer = make([p], engine=engine)
+        optimizer.param_groups[0]["lr"] = 0.0  # steps that measure a loss can do without one then
+        optimizer.step()
     except (LookupError, RuntimeError, TypeError, ValueError):
         return False
     return True

@@ -8,6 +8,7 @@ from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.adamax import Adamax
 from fusedopt.optimizers.adaptive_memory import AMSGD, AMAdamW
 from fusedopt.optimizers.asgd import ASGD
+from fusedopt.optimizers.koala import KoalaM, KoalaV
 from fusedopt.optimizers.lamb import LAMB
 from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
@@ -34,6 +35,8 @@ __all__ = [
     "AdamP",
     "AdamW",
     "Adamax",
+    "KoalaM",
+    "KoalaV",
     "Lion",
     "NAdam",
     "NAdamW",

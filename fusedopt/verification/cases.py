@@ -26,6 +26,7 @@ class Case:
         signs: Whether a step is the sign of a sum, which may flip where it hangs on rounding.
         steps: How many are compared.
         results: States that are of use in themselves, and compared as parameters are.
+        together: Whether the textbook loop steps all tensors at once: it is given lists, and the losses of samples.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Case:
     signs: bool = False
     steps: int = 300
     results: tuple[str, ...] = ()
+    together: bool = False
 
     def build(self, params: Any, **more: Any) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -138,5 +140,16 @@ CASES = (
         "adamp:SGDP",
         references.sgdp,
     ),
+    Case("KoalaV", "KoalaV", WD, "none:KoalaV", references.koalav, exact=1e-5, together=True),
+    Case(
+        "KoalaV online",
+        "KoalaV",
+        {"r": "online", "match_reference": True, **WD},
+        "none:KoalaV",
+        references.koalav,
+        exact=1e-5,
+        together=True,
+    ),
+    Case("KoalaM", "KoalaM", {"r": "online", **WD}, "none:KoalaM", references.koalam, exact=1e-5, together=True),
     Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )

@@ -22,7 +22,7 @@ from fusedopt.engines import ENGINES
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import CASES, Case
 from fusedopt.verification.options import OPTION_CASES
-from fusedopt.verification.trajectory import CPU, gradients, parameters, run, run_reference
+from fusedopt.verification.trajectory import CPU, asked, gradients, parameters, predict, run, run_reference
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -152,6 +152,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     *_, last = gradients(steps + 1)
     home = ENGINES[engine].home()
     start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps, device=home)
+    predict(before)
     start = [p.cpu() for p in start]
     state = copy.deepcopy(before.state_dict())
     state["param_groups"][0]["lr"] *= VISIBLE
@@ -164,7 +165,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
         optimizer.load_state_dict(oracles.complete(copy.deepcopy(state), optimizer))
         for p, g in zip(params, last, strict=True):
             p.grad = None if g is None else g.to(device, kind)
-        oracles.step(optimizer)
+        oracles.step(optimizer, **asked(optimizer, steps))
         return [p.detach().cpu() for p in params], optimizer
 
     ours, _ = step(lambda p: case.build(p, engine=engine), dtype, home)

@@ -101,5 +101,9 @@ def _fits(case: Case, asked: Memory) -> bool:
 
 
 OPTION_CASES = tuple(
-    _with(case, *option) for case in CASES if case.reference for option in OPTIONS if _fits(case, option[2])
+    _with(case, *option)
+    for case in CASES
+    if case.reference and not case.together
+    for option in OPTIONS
+    if _fits(case, option[2])
 )

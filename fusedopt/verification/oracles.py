@@ -91,11 +91,11 @@ def complete(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
     return {**state, "param_groups": [{**theirs, **ours} for theirs, ours in groups]}
 
 
-def step(optimizer: torch.optim.Optimizer | Alone) -> None:
-    """Step an oracle; some are older than torch's deprecations."""
+def step(optimizer: Any, **given: Any) -> None:
+    """Step an optimizer or oracle; some are older than torch's deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer.step()
+        optimizer.step(**given)
 
 
 def version(name: str) -> str:

@@ -230,6 +230,56 @@ def amadamw(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return (1 - lr * h["weight_decay"]) * p - lr * x["d"] / metric
 
 
+Tensors = list[Tensor]
+
+
+def koalav(params: Tensors, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Tensors:
+    """Davtyan et al. 2022, algorithm 1, with the layers' own innovations of the authors' code; all tensors at once."""
+    x, stepped, most = xs[0], list(params), 0.0
+    x["s"] = x.get("s", h["sigma"]) + h["q"]
+    noise = _measurement_noise(x, h, losses)
+    for k, (p, g) in enumerate(zip(params, grads, strict=True)):
+        if g is not None and float(g.norm()) >= 1e-9:
+            f = g + h["weight_decay"] * p
+            loss, square = float(losses.mean()) + 0.5 * h["weight_decay"] * float(p.norm()) ** 2, float(f.norm()) ** 2
+            innovation = x["s"] * square + noise
+            stepped[k] = p - h["lr"] * x["s"] / innovation * loss * (g if h["match_reference"] else f)
+            most = max(most, square / innovation)
+    x["s"] -= x["s"] ** 2 * most
+    return stepped
+
+
+def koalam(params: Tensors, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Tensors:
+    """The same, algorithm 2: predicted, then corrected. The covariance is a matrix in double."""
+    x, most = xs[0], 0.0
+    zero = [torch.zeros_like(p) for p in params]
+    u, e = x.get("u", zero), x.get("e", zero)
+    drift = math.sqrt(sum(float((a - p).norm()) ** 2 for a, p in zip(e, params, strict=True)))
+    stepped, u = [p + v for p, v in zip(params, u, strict=True)], [h["a"] * v for v in u]
+    x["qw"] = 0.9 * x.get("qw", h["q"]) + 0.1 * drift / sum(p.numel() for p in params)
+    f = torch.tensor([[1, 1], [0, h["a"]]], dtype=torch.float64)
+    covariance = x.get("P", torch.diag(torch.tensor([h["sw"], h["sv"]], dtype=torch.float64)))
+    covariance = f @ covariance @ f.T + torch.diag(torch.tensor([x["qw"], h["qv"]], dtype=torch.float64))
+    noise, column = _measurement_noise(x, h, losses), covariance[:, 0].tolist()
+    for k, (p, g) in enumerate(zip(list(stepped), grads, strict=True)):
+        if g is not None and float(g.norm()) >= 1e-9:
+            slope = g + h["weight_decay"] * p
+            square = float(slope.norm()) ** 2
+            innovation = column[0] * square + noise
+            loss = float(losses.mean()) + 0.5 * h["weight_decay"] * float(p.norm()) ** 2
+            stepped[k] = p - h["lr"] * column[0] / innovation * loss * slope
+            u[k] = u[k] - h["lr"] * column[1] / innovation * loss * slope
+            e = [0.9 * a + 0.1 * stepped[k] if i == k else a for i, a in enumerate(e)]
+            most = max(most, square / innovation)
+    x["u"], x["e"], x["P"] = u, e, covariance - most * torch.outer(covariance[:, 0], covariance[:, 0])
+    return stepped
+
+
+def _measurement_noise(x: Memory, h: Memory, losses: Tensor) -> float:
+    x["r"] = 0.9 * x.get("r", 1.0) + 0.1 * float((losses**2).mean()) if h["online"] else h["r"]
+    return x["r"]
+
+
 def _adapts(h: Memory) -> bool:
     return bool(h["weight_decay"] or h["always_adapt"])
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt.optimizers.koala import KoalaM, MeasuresLoss
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import Case
 
@@ -52,6 +53,23 @@ def schedule(group: dict[str, Any], base: dict[str, Any], t: int) -> None:
         group["momentum"] = base["momentum"] - 0.04 * (1 + wave)
 
 
+def losses(t: int) -> Tensor:
+    """Those of three samples in a step, in double."""
+    return torch.tensor([1.5 + math.sin(t / 5), 0.75, 0.5 + math.cos(t / 3) ** 2], dtype=torch.float64)
+
+
+def asked(optimizer: Any, t: int) -> dict[str, Any]:
+    """What an optimizer's step takes besides gradients: the losses, if it measures them. It is predicted beforehand."""
+    predict(optimizer)
+    return {"per_sample_loss": losses(t)} if isinstance(optimizer, MeasuresLoss) else {}
+
+
+def predict(optimizer: Any) -> None:
+    """Predict what asks for it, unless it is."""
+    if isinstance(optimizer, KoalaM) and not optimizer.param_groups[0]["predicted"]:
+        optimizer.predict()
+
+
 def run(
     make: Make, dtype: torch.dtype, steps: int = STEPS, resume: bool = False, device: torch.device = CPU
 ) -> tuple[list[Tensor], Any]:
@@ -80,7 +98,7 @@ def run(
         for p, g in zip(params, step, strict=True):
             p.grad = None if g is None else g.to(device, dtype)
         schedule(optimizer.param_groups[0], base, t)
-        oracles.step(optimizer)
+        oracles.step(optimizer, **asked(optimizer, t))
     return [p.detach() for p in params], optimizer
 
 
@@ -94,6 +112,10 @@ def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[l
     base = dict(options)
     for t, step in enumerate(gradients(steps)):
         schedule(options, base, t)
+        if case.together:
+            given = [None if g is None else g.to(dtype) for g in step]
+            params = case.reference(params, given, states, options, losses(t))
+            continue
         for k, g in enumerate(step):
             if g is not None:
                 params[k] = case.reference(params[k], g.to(dtype), states[k], options)
