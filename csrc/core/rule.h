@@ -13,6 +13,7 @@
 //   FUSEDOPT_MEASURES                       names of the sums
 //   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten.
 //                                           Without `state`, none is read
+//   measures_param(c) -> bool               if there: whether measure() looks at p; engines may give it anything else
 //   score(c, m) -> double                   if there: of a segment's Measures<double>; finish() is told the largest
 //   finish(c, s, m)                         in double, once per segment: what follows from the sums, to coefficients
 //                                           and scalars
@@ -133,6 +134,16 @@ FUSEDOPT_HD typename Rule::template Coefficients<T> cast_coefficients(const doub
   } u;
   for (int i = 0; i < kCoefficients<Rule>; ++i) u.values[i] = static_cast<T>(source[i]);
   return u.target;
+}
+
+// Whether `measure` looks at the parameter with these coefficients.
+template <class Rule>
+FUSEDOPT_HD bool measures_param([[maybe_unused]] const double* coefficients) {
+  if constexpr (requires(const typename Rule::template Coefficients<double>& c) { Rule::measures_param(c); }) {
+    return Rule::measures_param(cast_coefficients<Rule, double>(coefficients));
+  } else {
+    return true;
+  }
 }
 
 // Rule::prepare on plain runs of double, in the order of the names; advances scalars.

@@ -14,7 +14,7 @@
 namespace fusedopt::cpu {
 
 constexpr std::int64_t kLine = 64;     // bytes
-constexpr std::int64_t kAhead = 1536;  // bytes: without it a step of four streams takes 9% longer
+constexpr std::int64_t kAhead = 8192;  // bytes of all streams: without it a step of four takes 9% longer
 
 // Elements of a line.
 template <class T>
@@ -24,7 +24,7 @@ constexpr int kBlock = static_cast<int>(kLine / sizeof(T));
 // which end at `last`.
 template <int N, class T, class Body>
 inline void each_block(std::int64_t begin, std::int64_t end, std::int64_t last, T* const* streams, Body body) {
-  constexpr std::int64_t ahead = kAhead / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t ahead = kAhead / N / static_cast<std::int64_t>(sizeof(T));
   for (; end - begin >= kBlock<T>; begin += kBlock<T>) {
     if (last - begin > ahead) {
       for (int k = 0; k < N; ++k) __builtin_prefetch(streams[k] + begin + ahead);

@@ -20,6 +20,7 @@ class Elements {
 
   T* const* streams() const { return streams_; }
   void replace_gradient(T* gradient) { streams_[kGrad] = gradient; }
+  void leave_param() { streams_[kParam] = streams_[kGrad]; }  // its memory is not read then
 
   void step(std::int64_t begin, int count) const {
     FUSEDOPT_INDEPENDENT

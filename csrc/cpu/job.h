@@ -74,10 +74,10 @@ struct Row {
   bool active;  // has a gradient in this step
 };
 
-// Elements of a row: those that are in one share, or fewer.
+// Elements of a row: those that are in one share, or fewer. What comes next is others, up to `last`.
 struct Segment {
   const Row& row;
-  std::int64_t begin, end;
+  std::int64_t begin, end, last;
 };
 
 // Where a share begins; it ends where the next one does.

@@ -38,8 +38,8 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
   Tile<T, kParam, N + 1> tile(row, N + averages);
   const std::int64_t size = draws || averages ? kShortTile : tile.size();
   each_tile(segment, size, [&](std::int64_t begin, std::int64_t count) {
-    const std::int64_t last = segment.end - begin;
-    T* const* const values = tile.fetch(begin, count, segment.end);
+    const std::int64_t last = segment.last - begin;
+    T* const* const values = tile.fetch(begin, count, segment.last);
     Elements<Rule, T, N> elements(values, e, c);
     alignas(kLine) T noisy[kShortTile];
     if (noise) {
@@ -79,9 +79,12 @@ template <class Rule>
 void measure(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
              double* measures) {
   constexpr int read = kMeasuresStates<Rule> ? kOperands<Rule> : kFirstState;
-  each_tile_of<Rule, read>(
-      segment, factor, cohort, coefficients, /*writes=*/false,
-      [&](const auto& elements, std::int64_t n, std::int64_t last) { measure(elements, n, last, measures); });
+  const bool needs_param = measures_param<Rule>(coefficients) || (!cohort.is_decoupled && cohort.weight_decay != 0);
+  each_tile_of<Rule, read>(segment, factor, cohort, coefficients, /*writes=*/false,
+                           [&](auto& elements, std::int64_t n, std::int64_t last) {
+                             if (!needs_param) elements.leave_param();
+                             measure(elements, n, last, measures);
+                           });
 }
 
 template <class Rule>

@@ -21,17 +21,35 @@ double sum(const double* lanes) {
   }
 }
 
+using Doubles [[gnu::vector_size(32)]] = double;  // wider ones are slower without AVX-512, and no faster with it
+constexpr int kDoubles = 4;
+
+inline void widen(Doubles& to, const double* x) { __builtin_memcpy(&to, x, sizeof(to)); }
+
+inline void widen(Doubles& to, const float* x) {
+  using Floats [[gnu::vector_size(16)]] = float;
+  Floats narrow;
+  __builtin_memcpy(&narrow, x, sizeof(narrow));
+  to = __builtin_convertvector(narrow, Doubles);
+}
+
 // Of squares, which are exact products where T is float.
 template <class T>
 double sum_squares(const T* x, std::int64_t n) {
-  constexpr int kLanes = 16;
-  double lanes[kLanes] = {};
-  std::int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    for (int k = 0; k < kLanes; ++k) lanes[k] += static_cast<double>(x[i + k]) * static_cast<double>(x[i + k]);
-  }
-  for (int k = 0; i < n; ++i, ++k) lanes[k] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-  return sum<kLanes>(lanes);
+  constexpr int kVectors = kBlock<T> / kDoubles;
+  Doubles lanes[kVectors] = {};
+  double rest = 0;
+  each_block<1>(0, n, n, &x, [&](std::int64_t begin, int count) {
+    for (int i = 0; count < kBlock<T> && i < count; ++i) rest += static_cast<double>(x[begin + i]) * x[begin + i];
+    for (int k = 0; count == kBlock<T> && k < kVectors; ++k) {
+      Doubles wide;
+      widen(wide, x + begin + k * kDoubles);
+      lanes[k] += wide * wide;
+    }
+  });
+  double all[kBlock<T>];
+  __builtin_memcpy(all, lanes, sizeof(all));
+  return sum<kBlock<T>>(all) + rest;
 }
 
 // N values of each of a block's elements.

@@ -12,7 +12,7 @@ void each_piece(const Segment& segment, const RowSums& sums, Body body) {
   for (std::int64_t begin = segment.begin; begin < segment.end;) {
     const std::int64_t k = begin / sums.segment_length;
     const std::int64_t end = std::min(segment.end, (k + 1) * sums.segment_length);
-    body(Segment{segment.row, begin, end}, sums.first_segment + k);
+    body(Segment{segment.row, begin, end, segment.last}, sums.first_segment + k);
     begin = end;
   }
 }
@@ -77,7 +77,7 @@ void add_segments(const Job& job) {
     std::fill_n(slot(job.sums.segments, sums.first_segment, n), static_cast<std::size_t>(sums.n_segments) * n, 0.0);
     if (!job.rows[row].active) continue;
     each_share_of(job, row, [&](std::int64_t share, std::int64_t begin, std::int64_t end) {
-      each_piece({job.rows[row], begin, end}, sums, [&](const Segment&, std::int64_t number) {
+      each_piece({job.rows[row], begin, end, end}, sums, [&](const Segment&, std::int64_t number) {
         add(slot(job.sums.segments, number, n), slot(job.sums.slots, share + number, n), n);
       });
     });

@@ -17,7 +17,8 @@ inline void each_segment(const Job& job, std::int64_t share, Body body) {
   for (std::int32_t r = first.row; r <= last.row; ++r) {
     const Row& row = job.rows[r];
     if (r < last.row) prefetch(job.rows[r + 1]);  // 30% less time for tensors of 64 elements; farther ahead, 10%
-    const Segment segment{row, r == first.row ? first.begin : 0, r == last.row ? last.begin : row.numel};
+    const std::int64_t end = r == last.row ? last.begin : row.numel;
+    const Segment segment{row, r == first.row ? first.begin : 0, end, end};
     if (row.active && segment.begin < segment.end) body(segment, r);
   }
 }

@@ -8,12 +8,17 @@ namespace fusedopt {
 struct Koala {
   FUSEDOPT_MEASURES(grad, slope, param);
 
+  // Without decay its weight is 0.
+  template <class Coefficients>
+  FUSEDOPT_HD static bool measures_param(const Coefficients& c) {
+    return c.weight_decay != 0;
+  }
+
   // A tensor whose gradient is shorter is left out.
   static constexpr double kShortest = 1e-9;
 
   template <class T>
   FUSEDOPT_HD static Measures<T> sums(T p, T g, T weight_decay) {
-    if (weight_decay == 0) return {.grad = g * g, .slope = g * g, .param = 0};  // the parameter is not read then
     const T h = g + weight_decay * p;
     return {.grad = g * g, .slope = h * h, .param = p * p};
   }

@@ -1,7 +1,7 @@
 // KOALA-M, with a velocity u and an average e for each parameter, and a covariance P of 2 by 2 for all:
-//   predicted (p <- p + u, u <- a u beforehand):  qw <- 0.9 qw + 0.1 drift ;  P <- F P F' + diag(qw, qv), F = (1 1; 0 a)
-//   h = g + wd p ;  S = P00 |h|^2 + R ;  k = (loss + wd |p|^2 / 2) / S ;  p <- p - lr P00 k h ;  u <- u - lr P10 k h ;
-//   e <- 0.9 e + 0.1 p ;  P <- P - max |h|^2 / S P[:,0] P[:,0]' over all tensors
+//   predicted (p <- p + u, u <- a u beforehand):  qw <- 0.9 qw + 0.1 drift ;  P <- F P F' + diag(qw, qv), F = (1 1; 0
+//   a) h = g + wd p ;  S = P00 |h|^2 + R ;  k = (loss + wd |p|^2 / 2) / S ;  p <- p - lr P00 k h ;  u <- u - lr P10 k h
+//   ; e <- 0.9 e + 0.1 p ;  P <- P - max |h|^2 / S P[:,0] P[:,0]' over all tensors
 #pragma once
 
 #include "families/koala.h"
