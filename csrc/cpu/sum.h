@@ -69,6 +69,7 @@ struct Found {
 template <int N, int Streams, class T, class Find>
 inline void add_up(std::int64_t n, std::int64_t last, T* const* streams, double* sums, Find find) {
   using Lanes [[gnu::vector_size(kLine)]] = T;  // a vector, or they would not stay in registers
+  double wide[N][kBlock<T>] = {};
   for (std::int64_t begin = 0; begin < n; begin += kRun) {
     Lanes lanes[N] = {};
     each_block<Streams>(begin, n - begin < kRun ? n : begin + kRun, last, streams, [&](std::int64_t at, int count) {
@@ -81,11 +82,10 @@ inline void add_up(std::int64_t n, std::int64_t last, T* const* streams, double*
       }
     });
     for (int k = 0; k < N; ++k) {
-      double wide[kBlock<T>];
-      for (int lane = 0; lane < kBlock<T>; ++lane) wide[lane] = static_cast<double>(lanes[k][lane]);
-      sums[k] += sum<kBlock<T>>(wide);
+      for (int lane = 0; lane < kBlock<T>; ++lane) wide[k][lane] += static_cast<double>(lanes[k][lane]);
     }
   }
+  for (int k = 0; k < N; ++k) sums[k] += sum<kBlock<T>>(wide[k]);
 }
 
 }  // namespace fusedopt::cpu
