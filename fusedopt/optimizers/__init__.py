@@ -19,6 +19,7 @@ from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.sgd import SGD
+from fusedopt.optimizers.swats import SWATS
 
 __all__ = [
     "AMSGD",
@@ -27,6 +28,7 @@ __all__ = [
     "LARS",
     "SGD",
     "SGDP",
+    "SWATS",
     "AMAdamW",
     "AdaBound",
     "Adadelta",

@@ -151,5 +151,9 @@ CASES = (
         together=True,
     ),
     Case("KoalaM", "KoalaM", {"r": "online", **WD}, "none:KoalaM", references.koalam, exact=1e-5, together=True),
+    Case("SWATS", "SWATS", {"scope": "tensor", **WD}, "none:SWATS", references.swats, exact=1e-5),
+    Case(
+        "SWATS switching", "SWATS", {"scope": "tensor", "tol": 1e-3, **WD}, "none:SWATS", references.swats, exact=1e-5
+    ),
     Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )

@@ -230,6 +230,24 @@ def amadamw(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return (1 - lr * h["weight_decay"]) * p - lr * x["d"] / metric
 
 
+def swats(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Keskar and Socher 2017, algorithm 1, with coupled decay; schedules go on to scale the rate of SGD."""
+    g, t, (b1, b2) = _l2(p, g, h), _tick(x), h["betas"]
+    if "sgd" in x:
+        x["b"] = b1 * x["b"] + g
+        return p - (1 - b1) * x["sgd"] * h["lr"] / x["lr"] * x["b"]
+    v = _moments(p, g, x, h)
+    q = -h["lr"] * math.sqrt(1 - b2**t) / (1 - b1**t) * x["m"] / (v.sqrt() + h["eps"])
+    along = -(q * g).sum()
+    if along != 0:
+        rate = (q * q).sum() / along
+        x["rate"] = b2 * x.get("rate", 0.0) + (1 - b2) * rate
+        settled = x["rate"] / (1 - b2**t)
+        if t > 1 and settled > 0 and abs(settled - rate) < h["tol"] + 1e-6 * abs(rate):
+            x["sgd"], x["lr"], x["b"] = settled, h["lr"], torch.zeros_like(p)
+    return p + q
+
+
 Tensors = list[Tensor]
 
 
