@@ -70,6 +70,7 @@ CASES = {
         Case("AMAdamW", "AMAdamW", 1e-3, {"beta2": 0.999, "eps": 1e-8, "lam": 0.1, "beta_max": 0.89}, measured=4),
         Case("AdamP", "AdamP", 1e-3, ADAM | {"delta": 0.1, "wd_ratio": 0.1}, measured=4),
         Case("SGDP", "SGDP", 0.1, {"momentum": 0.9, "eps": 1e-8, "delta": 0.1, "wd_ratio": 0.1}, measured=3),
+        Case("NSGD", "NSGD", 1e-2, {"momentum": 0.9}),
         Case("SWATS", "SWATS", 1e-3, ADAM | {"tol": 1e-9}),
         Case("KoalaV", "KoalaV", 1e-3, {"sigma": 0.1, "q": 1.0, "r": 1.0}, weight_decay=0.0, measured=1, told=LOSS),
         Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),

@@ -7,6 +7,7 @@ from fusedopt.backward import step_in_backward
 from fusedopt.fuse import fuse
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
+from fusedopt.optimizers.nsgd import InputPowers
 from fusedopt.options import EMA, GradientNoise, Lookahead
 
 try:
@@ -14,5 +15,6 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "Lookahead", "__version__", "fuse", "step_in_backward"]
+__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "fuse"]
+__all__ += ["step_in_backward"]
 __all__ += optimizers.__all__

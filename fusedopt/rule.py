@@ -89,7 +89,7 @@ class State:
 
     name: str
     when: str = ""  # exists only while this hyperparameter or flag of the group is truthy
-    init: str = ""  # the group key of its initial value; zero if empty
+    init: str | float = 0.0  # its initial value, or the key of the group's
     signed: bool = True  # whether it can be negative
     exact: bool = False  # whether it must keep all that float32 holds
 

@@ -46,7 +46,7 @@ def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[st
     """What a rule has of a parameter before its first step: scalars, then tensors."""
     state = {name: _scalar(_first(value, p, group)) for name, value in rule.scalars.items()}
     for spec in rule.active_states(group):
-        value = float(group[spec.init]) if spec.init else 0.0
+        value = float(group[spec.init] if isinstance(spec.init, str) else spec.init)
         fill = complex(value, value) if p.is_complex() else value
         state[spec.name] = torch.full_like(p, fill, dtype=_wide(p), memory_format=torch.preserve_format).detach()
     return state

@@ -14,6 +14,7 @@ from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
+from fusedopt.optimizers.nsgd import NSGD
 from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
@@ -26,6 +27,7 @@ __all__ = [
     "ASGD",
     "LAMB",
     "LARS",
+    "NSGD",
     "SGD",
     "SGDP",
     "SWATS",

@@ -155,5 +155,7 @@ CASES = (
     Case(
         "SWATS switching", "SWATS", {"scope": "tensor", "tol": 1e-3, **WD}, "none:SWATS", references.swats, exact=1e-5
     ),
+    Case("NSGD", "NSGD", {"lr": 0.01, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
+    Case("NSGD plain", "NSGD", {"lr": 0.01, "momentum": 0.0, **WD}, "torch:SGD", references.sgd),
     Case("LARS plain", "LARS", {"momentum": 0.0, **LARS}, "timm:Lars", references.lars, theirs=TIMM_LARS),
 )
