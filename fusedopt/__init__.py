@@ -5,6 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from fusedopt import optimizers
 from fusedopt.backward import step_in_backward
 from fusedopt.fuse import fuse
+from fusedopt.invariance import scale_invariant_groups
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
 from fusedopt.optimizers.nsgd import InputPowers
@@ -16,5 +17,5 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
 __all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "fuse"]
-__all__ += ["step_in_backward"]
+__all__ += ["scale_invariant_groups", "step_in_backward"]
 __all__ += optimizers.__all__

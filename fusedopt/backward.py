@@ -123,7 +123,7 @@ class _Lone:
         """Step it, whose gradient is there."""
         optimizer, own = self._optimizer, self._own
         checks.not_averaged(optimizer)
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite:
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or "rescale" in self._alone:
             checks.needs_one_gradient(optimizer)
         if not self._read_group(p):
             return

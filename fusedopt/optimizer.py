@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, options, planner
+from fusedopt import checks, engines, options, planner, rescaling
 from fusedopt.amp import TakesScaling
 from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import loaded_groups, loaded_state
@@ -75,6 +75,9 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         average: :class:`fusedopt.EMA` or :class:`fusedopt.Lookahead`, an average of the parameters that the step keeps
             in their state; None for none. See :meth:`averaged` and :meth:`average_of`.
         gradient_noise: :class:`fusedopt.GradientNoise` that is added to the gradients; None for none.
+        rescale: A key of groups alone: put the parameters to unit length after the step, by "channel" (a slice of
+            dimension 0), "tensor", or "all" tensors that say so as one, in every ``rescale_every``-th step, unless lr
+            is 0; see :func:`fusedopt.scale_invariant_groups`.
         cautious_weight_decay: Decay only where the step goes towards zero, too: where update times parameter is not
             negative (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). Decay must be decoupled.
 
@@ -208,7 +211,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
         measures = self.max_grad_norm is not None or self.skip_nonfinite
-        adds_up = measures or self.rule.has_sums()
+        adds_up, rescales = measures or self.rule.has_sums(), rescaling.is_asked(self)
         planned = self._kept.find(self.param_groups)
         if planned is None or not planned.is_for(adds_up, self.process_group):
             self._refuse_capture()
@@ -253,6 +256,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
             if skipped:
                 self._skipped += not any(plan.asynchronous for plan in plans)
                 self._forget(new_state)
+            elif rescales:
+                rescaling.after_step(self, new_state)
         except BaseException:
             if new_state:
                 with held_back():

@@ -17,6 +17,8 @@ from torch import Tensor
 from fusedopt.rule import Group, Hyper, Rule, Scalar, State
 
 AVERAGE, NOISE, CAUTIOUS = "average", "gradient_noise", "cautious_weight_decay"
+RESCALE, EVERY, RESCALE_STEP = "rescale", "rescale_every", "rescale_step"
+CHANNEL, TENSOR, ALL = RESCALES = ("channel", "tensor", "all")
 STEP = "step"  # the scalar that counts
 
 LARGEST_K = float(2**24)
@@ -155,6 +157,32 @@ def settle(group: dict[str, Any], where: str) -> None:
             group[key] = value
         else:
             group.pop(key, None)
+    settle_rescale(group, where)
+
+
+def settle_rescale(group: dict[str, Any], where: str) -> None:
+    """The same for ``rescale``, see fusedopt/rescaling.py.
+
+    Raises:
+        TypeError, ValueError: For something else, or beside what cannot be done together.
+    """
+    kind, every = group.get(RESCALE), group.get(EVERY, 1)
+    if kind is None:
+        for key in (RESCALE, EVERY, RESCALE_STEP):
+            group.pop(key, None)
+        return
+    if kind not in RESCALES:
+        raise ValueError(f"{RESCALE}{where} is {kind!r}; it may be 'channel', 'tensor', 'all' or None")
+    if isinstance(every, bool) or not isinstance(every, Integral):
+        raise TypeError(f"{EVERY}{where} is {every!r}; it must be a whole number")
+    if every < 1:
+        raise ValueError(f"{EVERY}{where} is {every!r}; it must be at least 1")
+    average = group.get(AVERAGE)
+    if isinstance(average, Lookahead):
+        raise ValueError(f"{RESCALE}{where} and Lookahead would each put the parameters somewhere; use one")
+    if group.get("differentiable"):
+        raise ValueError(f"{RESCALE}{where} is not differentiable")
+    group.update({EVERY: int(every), RESCALE_STEP: int(group.get(RESCALE_STEP, 0))})
 
 
 def _settled(key: str, group: Group, where: str) -> Any:

@@ -1,0 +1,140 @@
+"""Weights whose length does not matter, because a normalisation follows, are put back to unit length after a step.
+
+A group asks for it by ``rescale``: "channel" (each slice of dimension 0), "tensor", or "all" (all tensors of the
+groups that say so, as one vector); and by ``rescale_every``, in every how many steps. What a gradient then moves is the
+direction alone, with a learning rate that stays what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fusedopt import memory
+from fusedopt.interrupts import held_back
+from fusedopt.options import ALL, AVERAGE, CHANNEL, EMA, EVERY, RESCALE, RESCALE_STEP, settle_rescale
+from fusedopt.ranks import Ranks, Reduction, reduced
+
+
+def is_asked(optimizer: Any) -> bool:
+    """Whether any group of an optimizer asks for it. What it asks for is checked."""
+    asking = [g for g, group in enumerate(optimizer.param_groups) if RESCALE in group]
+    for g in asking:
+        settle_rescale(optimizer.param_groups[g], f" (group {g})")
+    return bool(asking)
+
+
+def after_step(optimizer: Any, new_state: list[tuple[int, Tensor, tuple[str, ...]]]) -> None:
+    """Put what asks for it to unit length, after a step that happened.
+
+    Args:
+        optimizer: Whose.
+        new_state: Which parameter, and the names of states that were made for the step.
+    """
+    new = {id(p) for _, p, names in new_state if "ema" in names}
+    everyone = (p for group in optimizer.param_groups for p in group["params"])
+    with held_back():
+        rescale(optimizer, {id(p): id(p) in new for p in everyone if p.grad is not None})
+
+
+@dataclass(slots=True)
+class _Part:
+    """A parameter that is to be rescaled, its group, and the squares of its slices' lengths here."""
+
+    p: Tensor
+    group: dict[str, Any]
+    squares: Tensor
+    reduction: Reduction
+
+
+@torch.no_grad()
+def rescale(optimizer: Any, stepped: Mapping[int, bool]) -> None:
+    """Put an optimizer's parameters to unit length.
+
+    Args:
+        optimizer: Whose.
+        stepped: By the ids of the parameters that were stepped, whether their states were made for the step.
+    """
+    due = []
+    for group in optimizer.param_groups:
+        if RESCALE in group:
+            group[RESCALE_STEP] += 1
+            if group[RESCALE_STEP] % group[EVERY] == 0:
+                due.append(group)
+    parts = [_measured(p, group) for group in due for p in group["params"]]
+    ranks = Ranks([part.p for part in parts], optimizer.process_group)
+    _add_up(parts, ranks)
+    whole = _whole([part for part in parts if part.group[RESCALE] == ALL], ranks)
+    goes = any(id(part.p) in stepped for part in parts if part.group[RESCALE] == ALL)
+    for part in parts:
+        if part.group[RESCALE] == ALL and whole is not None and (goes or ranks.process_group is not None):
+            _apply(optimizer, part, whole.to(part.squares.device), stepped)
+        elif part.group[RESCALE] != ALL and id(part.p) in stepped:
+            _apply(optimizer, part, part.squares, stepped)
+
+
+def _measured(p: Tensor, group: dict[str, Any]) -> _Part:
+    kind, here = group[RESCALE], memory.local(p)
+    wide = torch.promote_types(here.dtype, torch.float32).to_real()
+    has_channels = kind == CHANNEL and here.dim() > 1
+    rows = here.flatten(1) if has_channels else here.reshape(1, here.numel())
+    rows = torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
+    squares = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square()
+    reduction = Reduction.of(p)
+    if has_channels and reduction.dims:
+        across = [d for d in reduction.dims if getattr(p, "placements", ())[d].dim % p.dim() != 0]
+        reduction = Reduction(reduction.mesh, tuple(across)) if across else Reduction()
+    return _Part(p, group, squares, reduction)
+
+
+def _add_up(parts: list[_Part], ranks: Ranks) -> None:
+    """Over the ranks among which a slice is cut into pieces, whatever gradients there are."""
+    if not ranks.have_dtensors:
+        return
+    for reduction in dict.fromkeys(part.reduction for part in parts if part.reduction.dims):
+        cut = [part for part in parts if part.reduction == reduction]
+        flat = torch.cat([part.squares.double() for part in cut])
+        flat = reduced(flat, reduction.groups(), torch.distributed.ReduceOp.SUM)
+        for part, squares in zip(cut, flat.split([len(part.squares) for part in cut]), strict=True):
+            part.squares = squares
+
+
+def _whole(parts: list[_Part], ranks: Ranks) -> Tensor | None:
+    """The square of the length of all tensors together."""
+    if not parts:
+        return None
+    total = torch.stack([part.squares.double().sum().to(parts[0].squares.device) for part in parts]).sum(0, True)
+    return reduced(total, ranks.everyone(), torch.distributed.ReduceOp.SUM)
+
+
+def _apply(optimizer: Any, part: _Part, squares: Tensor, stepped: Mapping[int, bool]) -> None:
+    """Divide slices by their length, but for those of length 0, and where lr is 0 or the device skipped the step."""
+    here, group = memory.local(part.p), part.group
+    if not here.numel():
+        return
+    factor = torch.where(squares > 0, squares.rsqrt(), torch.ones_like(squares))
+    for stays in _stays(optimizer, group, here.device):
+        factor = torch.where(stays, torch.ones_like(factor), factor)
+    factor = factor.reshape([-1, *[1] * (here.dim() - 1)]) if len(factor) > 1 else factor.reshape(())
+    wide = torch.promote_types(here.dtype, torch.float32)
+    moved = here.to(wide) * factor.to(torch.float64 if wide in (torch.float64, torch.complex128) else torch.float32)
+    if isinstance(group.get(AVERAGE), EMA) and id(part.p) in stepped:
+        average = memory.local(optimizer.state[part.p]["ema"])
+        weight = 1.0 if stepped[id(part.p)] else 1 - float(group[AVERAGE].decay)
+        average.add_((moved - here).to(average.dtype), alpha=weight)
+    here.copy_(moved)
+
+
+def _stays(optimizer: Any, group: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+    """Conditions in which nothing moves."""
+    if isinstance(group["lr"], Tensor):
+        yield group["lr"].detach().to(device, non_blocking=True).reshape(()) == 0
+    elif not group["lr"]:
+        yield torch.ones((), dtype=torch.bool, device=device)
+    for (of, _), status in optimizer._statuses.items():
+        if of == device:
+            yield status.skipped != 0
