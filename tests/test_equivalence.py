@@ -9,7 +9,7 @@ import fusedopt
 from fusedopt.verification import gate
 from fusedopt.verification.cases import CASES
 from fusedopt.verification.options import OPTION_CASES
-from fusedopt.verification.trajectory import STEPS, run, run_reference
+from fusedopt.verification.trajectory import STEPS, asked, run, run_reference
 
 
 @pytest.mark.parametrize("dtype", gate.DTYPES, ids=str)
@@ -83,7 +83,7 @@ def test_steps_are_those_of_eager_in_double_precision(engine, case, t):
     ps = [params((9,), dtype=torch.float64) for _ in range(2)]
     a, b = case.build(ps[0], engine=engine), case.build(ps[1], engine="eager")
     ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
-    b.step()
+    b.step(**asked(b, 0))
     ps[0][0].data.copy_(ps[1][0])
     state = b.state_dict()
     for name in b.rule.scalars:
@@ -93,7 +93,7 @@ def test_steps_are_those_of_eager_in_double_precision(engine, case, t):
         state["param_groups"][0]["betas"] = (0.9, 0.999999)
     for optimizer in (a, b):
         optimizer.load_state_dict(state)
-        optimizer.step()
+        optimizer.step(**asked(optimizer, 1))
     torch.testing.assert_close(ps[0][0], ps[1][0], rtol=1e-14, atol=1e-15)
     for name, value in b.state[ps[1][0]].items():
         torch.testing.assert_close(a.state[ps[0][0]][name], value, rtol=1e-14, atol=1e-15)

@@ -117,5 +117,5 @@ def share_scalars(
             c, scalars = PREPARE(load_hyper(record, mask, 2, N_HYPER), scalars, row < 0)
             scalars = _finished_rows(c, scalars, sums, row, mask, row < 0, FINISH, SUMS)
             for k in tl.static_range(n_listed(SUMS, "shared")):
-                PLACE: tl.constexpr = listed(SUMS, "shared", k)
-                store_scalar(rows, row, mask, scalars[PLACE], FIRST + PLACE, WIDTH)
+                value = scalars[listed(SUMS, "shared", k)]
+                store_scalar(rows, row, mask, value, FIRST + listed(SUMS, "shared", k), WIDTH)

@@ -128,7 +128,9 @@ class KoalaMRule(Koala):
 
     @staticmethod
     def prepare(h, s, new_state):
-        for _ in range(min(int(h.predictions - s.predictions), 4)):  # one; more after steps that were skipped
+        for _ in range(4):  # one; more after steps that were skipped
+            if s.predictions >= h.predictions:
+                break
             s.predictions += 1
             s.qw = 0.9 * s.qw + 0.1 * h.drift
             s.p00 = s.p00 + 2 * s.p10 + s.p11 + s.qw
