@@ -25,11 +25,11 @@ def score_of(eps, m):
 
 
 @triton.jit
-def project(eps, delta, wd_ratio, decay, n_dims, m, whole, largest):
-    """How much of the parameter is taken out of the step, and the decay."""
+def project(eps, delta, wd_ratio, pull, n_dims, m, whole, largest):
+    """How much of the parameter is taken out of the step, and what it and the decay add of it."""
     in_channels = largest < delta
     projects = (n_dims >= 2) & (in_channels | (score_of(eps, whole) < delta))
     length = tl.sqrt(tl.where(in_channels, m[1], whole[1])) + eps
     step_param = tl.where(in_channels, m[3], whole[3])
     along = tl.where(length > 0, step_param / tl.where(length > 0, length * length, 1.0), 0.0)
-    return tl.where(projects, along, 0.0), tl.where(projects, decay * wd_ratio, decay)
+    return tl.where(projects, along, 0.0), tl.where(projects, pull * wd_ratio - along, pull)

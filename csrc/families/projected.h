@@ -22,13 +22,15 @@ struct Projected {
     return g * p > 0 ? std::abs(m.grad_param) / (g * p) * std::sqrt(m.count) : 0;
   }
 
+  // How much of the parameter is taken out of the step; it and the decay are what the step adds of it, `pull`.
   template <class Coefficients>
-  FUSEDOPT_HD static void project(Coefficients& c, double n_dims, const Sums<Measures<double>>& m) {
+  FUSEDOPT_HD static double project(Coefficients& c, double n_dims, const Sums<Measures<double>>& m) {
     const bool in_channels = m.largest < c.delta;
-    if (n_dims < 2 || (!in_channels && !(score_of(c, m.whole) < c.delta))) return;
+    if (n_dims < 2 || (!in_channels && !(score_of(c, m.whole) < c.delta))) return 0;
     const double length = std::sqrt(in_channels ? m.param : m.whole.param) + c.eps;
-    c.along = length > 0 ? (in_channels ? m.step_param : m.whole.step_param) / (length * length) : 0;
-    c.decay *= c.wd_ratio;
+    const double along = length > 0 ? (in_channels ? m.step_param : m.whole.step_param) / (length * length) : 0;
+    c.pull = c.pull * c.wd_ratio - along;
+    return along;
   }
 };
 

@@ -12,7 +12,7 @@ struct AdamP : AdamMoments<false>, Projected {
   FUSEDOPT_SCALARS(step, n_dims);
   FUSEDOPT_HYPER(beta1, beta2, eps, weight_decay, delta, wd_ratio, nesterov);
   FUSEDOPT_COEFFICIENTS(one_minus_beta1, beta2, one_minus_beta2, m_scale, g_scale, root_scale, eps, delta, wd_ratio,
-                        along, decay);
+                        pull);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     const double scale = 1 / bias_correction(h.beta1, s.step);
@@ -26,8 +26,7 @@ struct AdamP : AdamMoments<false>, Projected {
         .eps = h.eps,
         .delta = h.delta,
         .wd_ratio = h.wd_ratio,
-        .along = 0,
-        .decay = h.weight_decay,
+        .pull = h.weight_decay,
     };
   }
 
@@ -44,7 +43,7 @@ struct AdamP : AdamMoments<false>, Projected {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    return adam_ratio<false>(g, state, c) - c.along * p + c.decay * p;
+    return adam_ratio<false>(g, state, c) + c.pull * p;
   }
 };
 

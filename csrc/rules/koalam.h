@@ -16,8 +16,8 @@ struct KoalaM : Koala {
   FUSEDOPT_COEFFICIENTS(lr, weight_decay, p00, p10, p11, noise, loss, measured, gain, velocity_gain, follow);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
-    // One; more after steps that were skipped.
-    for (int k = 0; k < 4 && s.predictions < h.predictions; ++k, s.predictions += 1) {
+    // One, or two after steps that were skipped, until all are done.
+    for (int k = 0; k < 2 && s.predictions < h.predictions; ++k, s.predictions += 1) {
       s.qw = 0.9 * s.qw + 0.1 * h.drift;
       s.p00 += 2 * s.p10 + s.p11 + s.qw;
       s.p10 = h.a * (s.p10 + s.p11);

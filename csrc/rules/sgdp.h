@@ -11,7 +11,7 @@ struct SGDP : Projected {
   static constexpr Names<1> states{"momentum"};
   FUSEDOPT_SCALARS(step, n_dims);
   FUSEDOPT_HYPER(momentum, dampening, nesterov, eps, weight_decay, delta, wd_ratio);
-  FUSEDOPT_COEFFICIENTS(momentum, gain, ahead, g_scale, eps, delta, wd_ratio, along, along_buffer, decay);
+  FUSEDOPT_COEFFICIENTS(momentum, gain, ahead, g_scale, eps, delta, wd_ratio, along_buffer, pull);
 
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool) {
     return {
@@ -22,9 +22,8 @@ struct SGDP : Projected {
         .eps = h.eps,
         .delta = h.delta,
         .wd_ratio = h.wd_ratio,
-        .along = 0,
         .along_buffer = 0,
-        .decay = h.weight_decay / (1 - h.momentum),
+        .pull = h.weight_decay / (1 - h.momentum),
     };
   }
 
@@ -42,15 +41,14 @@ struct SGDP : Projected {
   FUSEDOPT_HD static double score(const Coefficients<double>& c, const Measures<double>& m) { return score_of(c, m); }
 
   FUSEDOPT_HD static void finish(Coefficients<double>& c, Scalars& s, const Sums<Measures<double>>& m) {
-    project(c, s.n_dims, m);
-    c.along_buffer = c.along * (1 - c.g_scale);
+    c.along_buffer = project(c, s.n_dims, m) * (1 - c.g_scale);
   }
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    const T d = step(g, state, c) - c.along * p;
+    const T d = step(g, state, c) + c.pull * p;
     state[0] -= c.along_buffer * p;
-    return d + c.decay * p;
+    return d;
   }
 };
 

@@ -1,6 +1,7 @@
-// SWATS:  Adam, q = -lr m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), whose sums <q, q> and <q, g> over the scope tell
-//   the rate of the SGD step that is projected on it: r = <q, q> / -<q, g>, l <- b2 l + (1 - b2) r ;  once l / (1 - b2^k)
-//   settles at r, SGD with that rate:  b <- b1 b + g ;  p <- p - (1 - b1) rate b
+// SWATS:  Adam, q = -lr m sqrt(1 - b2^t) / (1 - b1^t) / (sqrt(v) + eps), whose sums <q, q> and <q, g> over the scope
+// tell
+//   the rate of the SGD step that is projected on it: r = <q, q> / -<q, g>, l <- b2 l + (1 - b2) r ;  once l / (1 -
+//   b2^k) settles at r, SGD with that rate:  b <- b1 b + g ;  p <- p - (1 - b1) rate b
 #pragma once
 
 #include "families/adam.h"

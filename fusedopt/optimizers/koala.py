@@ -128,7 +128,7 @@ class KoalaMRule(Koala):
 
     @staticmethod
     def prepare(h, s, new_state):
-        for _ in range(4):  # one; more after steps that were skipped
+        for _ in range(2):  # one, or two after steps that were skipped, until all are done
             if s.predictions >= h.predictions:
                 break
             s.predictions += 1

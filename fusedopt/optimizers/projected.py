@@ -52,18 +52,24 @@ class Projecting(Rule):
         return g * g, p * p, g * p, d * p, torch.ones_like(p)
 
     @staticmethod
-    def finish(c, s, m):
+    def project(c: SimpleNamespace, s: SimpleNamespace, m: SimpleNamespace) -> float:
+        """How much of the parameter is taken out of the step; it and the decay are what the step adds of it."""
         if s.n_dims < 2:
-            return
+            return 0.0
         if m.largest < c.delta:
             of = m
         elif cosine(c, m.whole) < c.delta:
             of = m.whole
         else:
-            return
+            return 0.0
         length = of.param**0.5 + c.eps
-        c.along = of.step_param / length**2 if length > 0 else 0.0
-        c.decay = c.decay * c.wd_ratio
+        along = of.step_param / length**2 if length > 0 else 0.0
+        c.pull = c.pull * c.wd_ratio - along
+        return along
+
+    @staticmethod
+    def finish(c, s, m):
+        Projecting.project(c, s, m)
 
 
 class AdamPRule(Projecting):
@@ -87,8 +93,7 @@ class AdamPRule(Projecting):
             eps=h.eps,
             delta=h.delta,
             wd_ratio=h.wd_ratio,
-            along=0.0,
-            decay=h.weight_decay,
+            pull=h.weight_decay,
         )
 
     @staticmethod
@@ -98,7 +103,7 @@ class AdamPRule(Projecting):
     @staticmethod
     def direction(p, g, state, c):
         d, new = ratio(p, g, state, c)
-        return d - c.along * p + c.decay * p, new
+        return d + c.pull * p, new
 
 
 class SGDPRule(Projecting):
@@ -122,9 +127,8 @@ class SGDPRule(Projecting):
             eps=h.eps,
             delta=h.delta,
             wd_ratio=h.wd_ratio,
-            along=0.0,
             along_buffer=0.0,
-            decay=h.weight_decay / (1 - h.momentum),
+            pull=h.weight_decay / (1 - h.momentum),
         )
 
     @staticmethod
@@ -139,13 +143,12 @@ class SGDPRule(Projecting):
 
     @staticmethod
     def finish(c, s, m):
-        Projecting.finish(c, s, m)
-        c.along_buffer = c.along * (1 - c.g_scale)
+        c.along_buffer = Projecting.project(c, s, m) * (1 - c.g_scale)
 
     @staticmethod
     def direction(p, g, state, c):
         d, buffer = SGDPRule.step(g, state, c)
-        return d - c.along * p + c.decay * p, {"momentum": buffer - c.along_buffer * p}
+        return d + c.pull * p, {"momentum": buffer - c.along_buffer * p}
 
 
 class AdamP(FusedOptimizer):

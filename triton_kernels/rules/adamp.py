@@ -14,7 +14,7 @@ name = "adamp"
 states = ("exp_avg", "exp_avg_sq")
 scalars = ("step", "n_dims")
 hyper = ("beta1", "beta2", "eps", "weight_decay", "delta", "wd_ratio", "nesterov")
-coefficients = (*ratio_coefficients, "delta", "wd_ratio", "along", "decay")
+coefficients = (*ratio_coefficients, "delta", "wd_ratio", "pull")
 measures = projected.measures
 
 
@@ -26,7 +26,7 @@ def prepare(h, s, new_state):
     m_scale = tl.where(nesterov != 0, scale * beta1, scale)
     g_scale = tl.where(nesterov != 0, scale * (1 - beta1), 0.0)
     root_scale = 1 / tl.sqrt(bias_correction(beta2, s[0]))
-    c = (1 - beta1, beta2, 1 - beta2, m_scale, g_scale, root_scale, eps, delta, wd_ratio, 0 * eps, weight_decay)
+    c = (1 - beta1, beta2, 1 - beta2, m_scale, g_scale, root_scale, eps, delta, wd_ratio, weight_decay)
     return c, s
 
 
@@ -46,12 +46,12 @@ def score(c, m):
 @triton.jit
 def finish(c, s, m, whole, largest):
     """The projection."""
-    along, decay = projected.project(c[6], c[7], c[8], c[10], s[1], m, whole, largest)
-    return c[:9] + (along, decay), s
+    _, pull = projected.project(c[6], c[7], c[8], c[9], s[1], m, whole, largest)
+    return c[:9] + (pull,), s
 
 
 @triton.jit
 def direction(p, g, state, c, STATES):
     """See the module's text."""
     d, new = ratio(p, g, state, c[:7], STATES)
-    return d - c[9] * p + c[10] * p, new
+    return d + c[9] * p, new

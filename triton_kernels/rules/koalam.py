@@ -47,7 +47,7 @@ def prepare(h, s, new_state):
     """Coefficients; ``finish`` puts the gains in."""
     lr, weight_decay, a, qv, r, online, loss, loss_square, measured, drift, predictions = h
     step, p00, p10, p11, qw, before, done = s
-    for _ in tl.static_range(4):
+    for _ in tl.static_range(2):
         goes = done < predictions
         qw = tl.where(goes, 0.9 * qw + 0.1 * drift, qw)
         p00 = tl.where(goes, p00 + 2 * p10 + p11 + qw, p00)
@@ -77,7 +77,7 @@ def finish(c, s, m, whole, largest):
     lr, weight_decay, p00, p10, p11, noise, loss, measured, _, _, _ = c
     k = koala.over_innovation(loss + 0.5 * weight_decay * m[2], m, p00, noise)
     k = tl.where(measured != 0, k, 0.0)
-    follow = tl.where((measured != 0) & koala.is_measured(m), 0.1, 0.0)
+    follow = tl.where((measured != 0) & koala.is_measured(m), 0.1 + 0 * noise, 0.0)
     most = tl.where((measured != 0) & (largest > 0), largest, 0.0)
     left = 1 - most * p00
     s = (s[0], p00 * left, p10 * left, p11 - most * p10 * p10, s[4], s[5], s[6])

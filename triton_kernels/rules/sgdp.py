@@ -12,9 +12,7 @@ name = "sgdp"
 states = ("momentum",)
 scalars = ("step", "n_dims")
 hyper = ("momentum", "dampening", "nesterov", "eps", "weight_decay", "delta", "wd_ratio")
-coefficients = (
-    "momentum", "gain", "ahead", "g_scale", "eps", "delta", "wd_ratio", "along", "along_buffer", "decay",
-)  # fmt: skip
+coefficients = ("momentum", "gain", "ahead", "g_scale", "eps", "delta", "wd_ratio", "along_buffer", "pull")
 measures = projected.measures
 
 
@@ -23,8 +21,8 @@ def prepare(h, s, new_state):
     """Coefficients; ``finish`` puts the projection in."""
     momentum, dampening, nesterov, eps, weight_decay, delta, wd_ratio = h
     ahead, g_scale = tl.where(nesterov != 0, momentum, 1.0), tl.where(nesterov != 0, 1.0, 0 * eps)
-    decay = weight_decay / (1 - momentum)
-    return (momentum, 1 - dampening, ahead, g_scale, eps, delta, wd_ratio, 0 * eps, 0 * eps, decay), s
+    pull = weight_decay / (1 - momentum)
+    return (momentum, 1 - dampening, ahead, g_scale, eps, delta, wd_ratio, 0 * eps, pull), s
 
 
 @triton.jit
@@ -50,12 +48,12 @@ def score(c, m):
 @triton.jit
 def finish(c, s, m, whole, largest):
     """The projection."""
-    along, decay = projected.project(c[4], c[5], c[6], c[9], s[1], m, whole, largest)
-    return c[:7] + (along, along * (1 - c[3]), decay), s
+    along, pull = projected.project(c[4], c[5], c[6], c[8], s[1], m, whole, largest)
+    return c[:7] + (along * (1 - c[3]), pull), s
 
 
 @triton.jit
 def direction(p, g, state, c, STATES):
     """See the module's text."""
     d, buffer = step(g, state, c)
-    return d - c[7] * p + c[9] * p, (buffer - c[8] * p,)
+    return d + c[8] * p, (buffer - c[7] * p,)
