@@ -165,6 +165,8 @@ def needs_one_gradient(optimizer: Any) -> None:
     for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
         if value not in (None, False):
             raise RuntimeError(f"{name}={value!r} needs all gradients at once, and this optimizer steps in backward")
+    if optimizer.steps_together:
+        raise RuntimeError(f"{optimizer.steps_together}, and this optimizer steps in backward")
     if any("rescale" in group for group in optimizer.param_groups):
         raise RuntimeError("rescale comes after the step of all parameters, and this optimizer steps in backward")
     if optimizer.rule.has_sums() and optimizer.scope in ("group", "all"):

@@ -121,6 +121,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
 
     rule: type[Rule]
     rules: ClassVar[tuple[type[Rule], ...]] = ()  # others that an argument can choose
+    steps_together: str = ""  # why parameters cannot be stepped one by one, if they cannot
     _in_backward: Any = None  # see fusedopt/backward.py
     _numbers: list[int] | None = None  # of the parameters in another optimizer that this is a part of
 

@@ -198,6 +198,8 @@ def test_what_is_refused():
         fusedopt.NSGD(of, power_beta=1.0)
     with pytest.raises(TypeError, match="collector is Sequential"):
         fusedopt.NSGD(of.parameters(), collector=of)
+    with pytest.raises(RuntimeError, match="steps in backward"):
+        fusedopt.step_in_backward(fusedopt.NSGD(of))
     with pytest.raises(TypeError, match="model is list"):
         fusedopt.InputPowers([of])
 

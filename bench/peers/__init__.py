@@ -9,6 +9,7 @@ from __future__ import annotations
 from fusedopt.bench.optimizers import CASES, Case
 from fusedopt.bench.peers import (
     adabound,
+    adamp,
     apex,
     bitsandbytes,
     deepspeed,
@@ -35,6 +36,7 @@ ADAPTERS = (
     pytorch_optimizer,
     lion_pytorch,
     adabound,
+    adamp,
     timm,
 )
 

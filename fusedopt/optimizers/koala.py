@@ -225,14 +225,15 @@ class MeasuresLoss(FusedOptimizer):
             loss = returned if loss is None and per_sample_loss is None else loss
         self._take(loss, per_sample_loss)
         super().step()
-        self._after_step()
+        if self.param_groups[0]["measured"]:
+            self._after_step()
         return returned
 
     def _before_closure(self) -> None:
         """What is to be done before the model is evaluated."""
 
     def _after_step(self) -> None:
-        """What is to be done after a step."""
+        """What is to be done after a step that measured something."""
 
     @torch.no_grad()
     def _take(self, loss: Any, samples: Any) -> None:

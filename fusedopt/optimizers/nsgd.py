@@ -254,6 +254,7 @@ class NSGD(FusedOptimizer):
         params = params.named_parameters() if isinstance(params, nn.Module) else params
         super().__init__(params, **arguments(given, per_channel=per_channel))
         self._collector = collector
+        self.steps_together = "the powers are taken from the hooks by step()" if collector else ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters; see :meth:`fusedopt.FusedOptimizer.add_param_group`."""
@@ -301,7 +302,7 @@ class NSGD(FusedOptimizer):
             self._collector.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_collector": self._collector}
+        return {**super().__getstate__(), "_collector": self._collector, "steps_together": self.steps_together}
 
 
 def _put(state: dict[str, Any], name: str, value: Tensor) -> None:
