@@ -48,23 +48,23 @@ class Rule:
         return getattr(fusedopt, self.optimizer)(params, lr=lr, **self.options)
 
 
-LARGE, SMALL, KALMAN = (0.03, 0.1, 0.3, 1.0), (3e-4, 1e-3, 3e-3, 1e-2), (0.03, 0.1, 0.3, 1.0)
+LARGE, SMALL, KALMAN = (0.03, 0.1, 0.3, 1.0), (3e-4, 1e-3, 3e-3, 1e-2, 3e-2), (0.03, 0.1, 0.3, 1.0, 2.0)
 MOMENTUM, DECAY = {"momentum": 0.9}, {"weight_decay": 1e-2}
 RULES = (
-    Rule("SGD", "SGD", (0.01, *LARGE[:3]), MOMENTUM),
+    Rule("SGD", "SGD", (0.01, *LARGE), MOMENTUM),
     Rule("Adam", "Adam", SMALL),
     Rule("AdamW", "AdamW", SMALL, DECAY),
-    Rule("AMSGD", "AMSGD", (*LARGE, 3.0)),
+    Rule("AMSGD", "AMSGD", (*LARGE, 3.0, 10.0)),
     Rule("AMAdamW", "AMAdamW", SMALL),
     Rule("AdamP", "AdamP", SMALL, DECAY),
-    Rule("SGDP", "SGDP", (0.01, *LARGE[:3]), MOMENTUM),
+    Rule("SGDP", "SGDP", (0.01, *LARGE), MOMENTUM),
     Rule("SGD, rescaled", "SGD", (0.01, *LARGE), MOMENTUM, rescales=True),
     Rule("SWATS", "SWATS", SMALL, {"tol": 1e-3}),
     Rule("KoalaV", "KoalaV", KALMAN, {"r": "online"}),
     Rule("KoalaM", "KoalaM", KALMAN, {"r": "online"}),
-    Rule("NSGD", "NSGD", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0), MOMENTUM),
+    Rule("NSGD", "NSGD", (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0), MOMENTUM),
 )
-COLORS = [f"C{i}" for i in (0, 1, 2, 3, 4, 5, 6, 8, 9)]  # all but the grey one
+COLORS = [f"tab:{name}" for name in "blue orange green red purple brown pink olive cyan".split()]
 BASELINES = {"SGD": "0.2", "Adam": "0.45", "AdamW": "0.65"}
 
 
