@@ -264,6 +264,9 @@ constexpr int scalar_of(std::string_view name) {
   return k;
 }
 
+template <class Rule, std::size_t K>  // or the compiler would search on the device, for minutes
+constexpr int kPlaceOfConcluded = scalar_of<Rule>(Rule::epilogue[K]);
+
 // What was concluded of a scope is a scalar of each of its rows.
 template <class Rule, int Words>
 __device__ __forceinline__ void write_epilogue(const Arguments<Words>& a) {
@@ -274,7 +277,7 @@ __device__ __forceinline__ void write_epilogue(const Arguments<Words>& a) {
     if (!is_live<Rule>(a, row)) continue;
     const double* found = t.sums.epilogue + sums_of(t, row)[kScope] * n;
     [&]<std::size_t... K>(std::index_sequence<K...>) {
-      (store_number(scalars_of(t, row)[scalar_of<Rule>(Rule::epilogue[K])], __ldcg(found + K)), ...);
+      (store_number(scalars_of(t, row)[kPlaceOfConcluded<Rule, K>], __ldcg(found + K)), ...);
     }(std::make_index_sequence<static_cast<std::size_t>(n)>());
   }
 }
