@@ -178,11 +178,10 @@ def test_one_launch_of_each_kernel_for_all_groups_and_dtypes(launches, name):
     optimizer = getattr(fusedopt, name)(groups, engine="triton")
     if "amsgrad" in optimizer.defaults:
         optimizer.param_groups[1]["amsgrad"] = True
-    expected = ["sums", "step"] if optimizer.rule.measures else ["step"]
-    if optimizer.rule.measures and optimizer.scope != "tensor":
-        expected[1:1] = ["fold", "scopes"]
-    if optimizer.rule.epilogue:
-        expected += ["scopes"]
+    before = ["sums"] * bool(optimizer.rule.measures)
+    if optimizer.rule.has_sums() and optimizer.scope != "tensor":
+        before += ["fold"] * bool(optimizer.rule.measures) + ["scopes"]
+    expected = [*before, "step", *["epilogue"] * bool(optimizer.rule.epilogue)]
     for _ in range(3):
         fill_gradients(ps)
         optimizer.step()
