@@ -198,6 +198,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._before_step()
         checks.options(self.max_grad_norm, self.skip_nonfinite, self.process_group)
         if self._forks != forks():  # the thread that had the lock may not be here
             self._lock, self._forks = threading.RLock(), forks()
@@ -207,6 +208,9 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
             checks.not_averaged(self)
             self._step(self._scaling())
         return loss
+
+    def _before_step(self) -> None:
+        """What a subclass does once a closure has made the gradients."""
 
     def _step(self, scaling: Scaling) -> None:
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.

@@ -264,7 +264,7 @@ constexpr int scalar_of(std::string_view name) {
   return k;
 }
 
-template <class Rule, std::size_t K>  // or the compiler would search on the device, for minutes
+template <class Rule, std::size_t K>  // found by the compiler, not searched for on the device
 constexpr int kPlaceOfConcluded = scalar_of<Rule>(Rule::epilogue[K]);
 
 // What was concluded of a scope is a scalar of each of its rows.

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,162 +10,11 @@ from torch import Tensor
 
 from fusedopt import checks, memory
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.optimizers.koala_rules import KoalaMRule, KoalaVRule
 from fusedopt.options import Average, GradientNoise
 from fusedopt.ranks import Ranks, Reduction
-from fusedopt.rule import LR, RULE, WEIGHT_DECAY, Hyper, Rule, State
 
 ONLINE = "online"
-SHORTEST = 1e-9  # a tensor whose gradient is shorter is left out
-NOISE = (Hyper("r"), Hyper("online", high=1.0))
-MEASUREMENT = (Hyper("loss", low=-math.inf), Hyper("loss_square"), Hyper("measured", high=1.0))
-
-
-class Koala(Rule):
-    """What both are: ``h = g + wd p`` is the derivative by a tensor of a loss that was measured with noise R.
-
-    The variance P of parameters makes a gain of ``P / S``, with ``S = P |h|^2 + R``.
-    """
-
-    decay = RULE
-    scopes = ("all",)
-    measures = ("grad", "slope", "param")
-
-    @staticmethod
-    def measure(p, g, state, c):
-        h = g + c.weight_decay * p
-        return g * g, h * h, p * p
-
-    @staticmethod
-    def residual(m: SimpleNamespace, c: SimpleNamespace, variance: float) -> float:
-        """What multiplies a variance to a gain: ``(loss + wd |p|^2 / 2) / S``; 0 of what is left out."""
-        S = variance * m.slope + c.noise
-        return (c.loss + 0.5 * c.weight_decay * m.param) / S if m.grad >= SHORTEST**2 and S > 0 else 0.0
-
-    @staticmethod
-    def noise_after(h: SimpleNamespace, noise: float) -> float:
-        """That of the measurement after this step: fixed, or a running mean of the losses' squares."""
-        if not h.online:
-            return h.r
-        return 0.9 * noise + 0.1 * h.loss_square if h.measured else noise
-
-
-def information(m: SimpleNamespace, variance: float, noise: float) -> float:
-    """``|h|^2 / S`` of a tensor; 0 of what is left out."""
-    S = variance * m.slope + noise
-    return m.slope / S if m.grad >= SHORTEST**2 and S > 0 else 0.0
-
-
-def by_sigma(c: SimpleNamespace, m: SimpleNamespace) -> float:
-    """What the tensor tells that tells most is what the variance shrinks by: KoalaV's score."""
-    return information(m, c.sigma, c.noise)
-
-
-def by_covariance(c: SimpleNamespace, m: SimpleNamespace) -> float:
-    """KoalaM's."""
-    return information(m, c.p00, c.noise)
-
-
-class KoalaVRule(Koala):
-    """``s <- s + q``, ``p <- p - lr s / S (loss + wd |p|^2 / 2) h``, ``s <- s - s^2 max |h|^2 / S`` over all tensors.
-
-    With ``match_reference`` the step is along g, as in the authors' code.
-    """
-
-    name = "koalav"
-    hyper = (WEIGHT_DECAY, Hyper("q"), *NOISE, Hyper("match_reference", high=1.0), *MEASUREMENT)
-    settings = (Hyper("sigma"),)
-    scalars = {"step": 0.0, "sigma": "sigma", "noise": "r"}
-    shared = ("sigma", "noise")
-    score = by_sigma
-
-    @staticmethod
-    def prepare(h, s, new_state):
-        if h.measured:
-            s.sigma = s.sigma + h.q
-        s.noise = Koala.noise_after(h, s.noise)
-        return SimpleNamespace(
-            weight_decay=h.weight_decay,
-            sigma=s.sigma,
-            noise=s.noise,
-            loss=h.loss,
-            measured=h.measured,
-            gain=0.0,
-            decay=0.0 if h.match_reference else h.weight_decay,
-        )
-
-    @staticmethod
-    def finish(c, s, m):
-        if not c.measured:
-            return
-        c.gain = c.sigma * Koala.residual(m, c, c.sigma)
-        c.decay = c.decay * c.gain
-        if m.largest > 0:
-            s.sigma = c.sigma * (1 - c.sigma * m.largest)
-
-    @staticmethod
-    def direction(p, g, state, c):
-        return c.gain * g + c.decay * p, {}
-
-
-class KoalaMRule(Koala):
-    """The same with a velocity u, and P of 2 by 2 with what both have in common.
-
-    Predicted, ``p <- p + u``, ``u <- a u`` beforehand: ``qw <- 0.9 qw + 0.1 drift`` and
-    ``P <- F P F' + diag(qw, qv)``, ``F = (1 1; 0 a)``. Then, with ``k = (loss + wd |p|^2 / 2) / S``:
-    ``p <- p - lr P00 k h``, ``u <- u - lr P10 k h``, ``e <- 0.9 e + 0.1 p``, and
-    ``P <- P - max |h|^2 / S P[:,0] P[:,0]'`` over all tensors.
-    """
-
-    name = "koalam"
-    hyper = (LR, WEIGHT_DECAY, Hyper("a"), Hyper("qv"), *NOISE, *MEASUREMENT, Hyper("drift"), Hyper("predictions"))
-    settings = (Hyper("sw"), Hyper("sv"), Hyper("q"))
-    states = (State("velocity"), State("average"))
-    scalars = {"step": 0.0, "p00": "sw", "p10": 0.0, "p11": "sv", "qw": "q", "noise": "r", "predictions": 0.0}
-    shared = ("p00", "p10", "p11", "qw", "noise", "predictions")
-    score = by_covariance
-
-    @staticmethod
-    def prepare(h, s, new_state):
-        for _ in range(2):  # one, or two after steps that were skipped, until all are done
-            if s.predictions >= h.predictions:
-                break
-            s.predictions += 1
-            s.qw = 0.9 * s.qw + 0.1 * h.drift
-            s.p00 = s.p00 + 2 * s.p10 + s.p11 + s.qw
-            s.p10 = h.a * (s.p10 + s.p11)
-            s.p11 = h.a * h.a * s.p11 + h.qv
-        s.noise = Koala.noise_after(h, s.noise)
-        return SimpleNamespace(
-            lr=h.lr,
-            weight_decay=h.weight_decay,
-            p00=s.p00,
-            p10=s.p10,
-            p11=s.p11,
-            noise=s.noise,
-            loss=h.loss,
-            measured=h.measured,
-            gain=0.0,
-            velocity_gain=0.0,
-            follow=0.0,
-        )
-
-    @staticmethod
-    def finish(c, s, m):
-        if not c.measured:
-            return
-        k = Koala.residual(m, c, c.p00)
-        c.gain, c.velocity_gain = c.p00 * k, c.lr * c.p10 * k
-        c.follow = 0.1 if m.grad >= SHORTEST**2 else 0.0
-        if m.largest > 0:
-            s.p00 = c.p00 * (1 - m.largest * c.p00)
-            s.p10 = c.p10 * (1 - m.largest * c.p00)
-            s.p11 = c.p11 - m.largest * c.p10 * c.p10
-
-    @staticmethod
-    def direction(p, g, state, c):
-        h = g + c.weight_decay * p
-        d, e = c.gain * h, state["average"]
-        return d, {"velocity": state["velocity"] - c.velocity_gain * h, "average": e + c.follow * (p - c.lr * d - e)}
 
 
 class MeasuresLoss(FusedOptimizer):

@@ -264,16 +264,9 @@ class NSGD(FusedOptimizer):
                 raise ValueError(f"power_beta is {beta!r}; it must lie in [0, 1), or be None")
         super().add_param_group(param_group)
 
-    def step(self, closure: Any = None) -> Any:
-        """Do one step; see :meth:`fusedopt.FusedOptimizer.step`."""
-        returned = None
-        if closure is not None:
-            with torch.enable_grad():
-                returned = closure()
+    def _before_step(self) -> None:
         if self._collector is not None:
             self._scale(self._collector)
-        super().step()
-        return returned
 
     @torch.no_grad()
     def _scale(self, collector: InputPowers) -> None:
