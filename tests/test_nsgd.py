@@ -213,9 +213,23 @@ def of_parts():
     back(of, x)
     (_, _, found), _ = powers.take()
     close(found.double(), torch.from_numpy(power(of[0], whole, "l2", "in_channel")), 1e-5)
-    assert powers.take() == []
+    assert all(found.isnan().all() for _, _, found in powers.take())  # nobody has seen anything since
+
+
+def of_one_rank():
+    """A rank that has not evaluated a layer divides by what the other has seen."""
+    of = model()
+    o = fusedopt.NSGD(of.parameters(), collector=fusedopt.InputPowers(of, average_over=dist.group.WORLD))
+    x = inputs()
+    if dist.get_rank() == 0:
+        back(of, x)
+    for p in of.parameters():  # as data-parallel training leaves them
+        p.grad = torch.ones_like(p)
+    o.step()
+    assert float(o.state[of[0].weight]["scale"]) == pytest.approx(1 / (0.01 + power(of[0], x, "l2", "layer")), rel=1e-4)
 
 
 @pytest.mark.xdist_group("ranks")
 def test_the_power_of_all_ranks(ranks):
     ranks.run(2, of_parts)
+    ranks.run(2, of_one_rank)

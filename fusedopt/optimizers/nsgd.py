@@ -77,6 +77,13 @@ def _n_positions(module: Any) -> int:
     return len(module.kernel_size)
 
 
+def _check(norm: str, granularity: str) -> None:
+    """Both are what there is."""
+    for name, value, known in (("norm", norm, NORMS), ("granularity", granularity, GRANULARITIES)):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}; it may be {' or '.join(map(repr, known))}")
+
+
 def _is_layer(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
@@ -105,9 +112,7 @@ class InputPowers:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
-        for name, value, known in (("norm", norm, NORMS), ("granularity", granularity, GRANULARITIES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it may be {' or '.join(map(repr, known))}")
+        _check(norm, granularity)
         self.norm, self.granularity, self.average_over = norm, granularity, average_over
         self._layers: list[tuple[Any, _Hook]] = []
         for module in filter(_is_layer, model.modules()):
@@ -140,24 +145,23 @@ class InputPowers:
             weights.setdefault(id(module.weight), []).append((module, hook))
         found = []
         for of_one in weights.values():  # layers that share a weight, or one alone
-            module, first = of_one[0]
             seen = [(hook.total, hook.count) for _, hook in of_one if hook.total is not None]
             for _, hook in of_one:
                 hook.total, hook.count = None, 0
-            found.append((module, seen, first))
+            found.append((of_one[0][0], seen))
         if self.average_over is not None:
             return self._of_all_ranks(found)
         powers = []
-        for module, seen, _ in found:
+        for module, seen in found:
             if count := sum(count for _, count in seen):
                 power = torch.stack([total for total, _ in seen]).sum(0) / count
                 powers.append((module.weight, module, power))
         return powers
 
     def _of_all_ranks(self, found: list[Any]) -> list[tuple[Tensor, nn.Module, Tensor]]:
-        """Sums and counts are added up over ranks, also of layers that some have not seen anything of."""
+        """Sums and counts are added up over ranks; NaN of layers that none has seen anything of."""
         parts = []
-        for module, seen, _ in found:
+        for module, seen in found:
             device = memory.local(module.weight).device
             width = module.weight.shape[1] * getattr(module, "groups", 1) if self.granularity == IN_CHANNEL else 1
             total = sum((total.to(device).reshape(-1).float() for total, _ in seen), torch.zeros(width, device=device))
@@ -167,10 +171,9 @@ class InputPowers:
         everything = torch.cat([part.to(parts[0].device) for part in parts])
         dist.all_reduce(everything, group=self.average_over)
         powers = []
-        for (module, seen, _), part in zip(found, everything.split([len(part) for part in parts]), strict=True):
-            if seen:
-                power = part[:-1] / part[-1]
-                powers.append((module.weight, module, power if self.granularity == IN_CHANNEL else power[0]))
+        for (module, _), part in zip(found, everything.split([len(part) for part in parts]), strict=True):
+            power = part[:-1] / part[-1]
+            powers.append((module.weight, module, power if self.granularity == IN_CHANNEL else power[0]))
         return powers
 
 
@@ -242,12 +245,8 @@ class NSGD(FusedOptimizer):
     ) -> None:
         if collector is not None and not isinstance(collector, InputPowers):
             raise TypeError(f"collector is {type(collector).__name__}; it must be a fusedopt.InputPowers")
-        for name, value, known in (("norm", norm, NORMS), ("granularity", granularity, GRANULARITIES)):
-            if value not in known:
-                raise ValueError(f"{name} is {value!r}; it may be {' or '.join(map(repr, known))}")
-        given = dict(locals())
-        for name in ("norm", "granularity", "collector", "known", "name", "value"):
-            given.pop(name)
+        _check(norm, granularity)
+        given = {name: value for name, value in locals().items() if name not in ("norm", "granularity", "collector")}
         if collector is None and isinstance(params, nn.Module):
             collector = InputPowers(params, norm, granularity)
         per_channel = (collector.granularity if collector else granularity) == IN_CHANNEL
@@ -287,7 +286,9 @@ class NSGD(FusedOptimizer):
             if "channel_scale" not in state:
                 dtype = torch.promote_types(p.dtype, torch.float32)
                 state["channel_scale"] = torch.ones_like(p, dtype=dtype, memory_format=torch.preserve_format).detach()
-            memory.local(state["channel_scale"]).copy_(_spread(scale, module, memory.local(p)))
+            channels = memory.local(state["channel_scale"])
+            scale = _spread(scale, module, memory.local(p)).to(channels.device)
+            channels.copy_(torch.where(scale.isnan(), channels, scale))
 
     def remove_hooks(self) -> None:
         """Take the hooks off the model; steps go on with the powers that were found last."""
@@ -301,8 +302,9 @@ class NSGD(FusedOptimizer):
 def _put(state: dict[str, Any], name: str, value: Tensor) -> None:
     """A scalar into the state, in place if it is there."""
     if name not in state:
-        state[name] = torch.zeros((), dtype=_wide(value), device=value.device)
-    state[name].copy_(value.reshape(()), non_blocking=True)
+        state[name] = torch.ones((), dtype=_wide(value), device=value.device)
+    value = value.reshape(()).to(state[name], non_blocking=True)
+    state[name].copy_(torch.where(value.isnan(), state[name], value))
 
 
 def _wide(t: Tensor) -> torch.dtype:
@@ -316,8 +318,8 @@ def _averaged(state: dict[str, Any], power: Tensor, beta: float) -> Tensor:
         return power
     kept, steps = state["input_power"], state["step"].to(power.device, _wide(power), non_blocking=True) + 1
     weight = (1 - beta) / (1 - beta**steps)
-    kept.add_((power - kept) * weight)
-    return kept
+    moved = torch.where(power.isnan(), kept, kept + (power - kept) * weight)
+    return kept.copy_(torch.where(kept.isnan(), power, moved))
 
 
 def _spread(channels: Tensor, module: Any, p: Tensor) -> Tensor:
