@@ -29,7 +29,8 @@ RULES = sorted((CSRC / "rules").glob("*.h"))
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
 
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
-CPU_SOURCES = ("average", "codec", "engine", "noise", "stream", "sums")  # of the engine, besides rules and the module
+# Of the engine, besides rules and the module.
+CPU_SOURCES = ("average", "codec", "engine", "halves", "noise", "quantize", "stream", "sums")
 # Faster sqrt and branches, but never -ffast-math: a NaN must propagate.
 ENGINE_FLAGS = "-O3 -fno-math-errno -fno-trapping-math"
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from copy import deepcopy
 from typing import Any
 
-from fusedopt import checks, options
+from fusedopt import checks, options, state_checks
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state, widened
 
@@ -58,7 +58,7 @@ def loaded_state(rule: type[Rule], state_dict: dict[str, Any], groups: Groups) -
             continue
         p, group, name = places[key]
         value = widened(rule, value)
-        checks.state_tensors(rule, p, value, name)
-        checks.whole_state(rule, value, group, name)
+        state_checks.state_tensors(rule, p, value, name)
+        state_checks.whole_state(rule, value, group, name)
         state[p] = adopt_state(rule, p, value, copy=True)
     return state

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import memory, operands
+from fusedopt import codecs, memory, storage
 from fusedopt.operands import COMPLEX, FLOATING
-from fusedopt.options import CAUTIOUS, STATES, STEP, settle
+from fusedopt.options import CAUTIOUS, STEP, STORAGE, settle
 from fusedopt.rule import LR, Group, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
@@ -114,10 +114,23 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
         flag = rule.decoupled()
         how = f"; {flag}=True decouples it" if isinstance(flag, str) else f", which {rule.name!r} does not have"
         raise ValueError(f"{CAUTIOUS}{where} needs decoupled weight decay{how}")
+    stored(group, index)
     if group["fused"] and group["foreach"]:
         raise ValueError(f"fused and foreach{where} cannot both be True")
     if group["fused"] and group["differentiable"]:
         raise ValueError(f"fused and differentiable{where} cannot both be True")
+
+
+def stored(group: Group, index: int) -> None:
+    """Parameters can be stored as a group asks for it."""
+    settled = dict(group)
+    settle(settled, f" (group {index})")
+    for i, p in enumerate(group["params"]):
+        if reason := storage.illegal(settled, p.dtype):
+            raise ValueError(f"{Label(group, index, i, p)}: {reason}")
+    for key in STORAGE:
+        if key in settled and group["differentiable"]:
+            raise ValueError(f"{key}={settled[key]!r} (group {index}) cannot be differentiable")
 
 
 def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
@@ -199,8 +212,16 @@ def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
 
 
-def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception]) -> None:
-    """A tensor that belongs to a parameter is a DTensor if that is one, on the same ranks and in the same parts."""
+def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception], *, is_like: bool = True) -> None:
+    """A tensor that belongs to a parameter is a DTensor if that is one, on the same ranks and in the same parts.
+
+    Args:
+        p: The parameter.
+        t: The tensor.
+        what: Messages call it.
+        kind: Of what is raised.
+        is_like: Whether it has the parameter's shape; else it is the scales of its blocks.
+    """
     if not memory.is_dtensor(p) or not memory.is_dtensor(t):
         here, there = ("a DTensor" if memory.is_dtensor(x) else "no DTensor" for x in (t, p))
         raise kind(f"{what} is {here}, the parameter is {there}")
@@ -209,22 +230,9 @@ def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception]) -> None:
         raise kind(f"{what} cannot be stepped with: the parameter is a sum of parts (placements {placements})")
     if t.device_mesh != mesh or t.placements != placements:
         raise kind(f"{what} is placed as {t.placements} on {t.device_mesh}, the parameter as {placements} on {mesh}")
-    if memory.local(t).shape != memory.local(p).shape:
-        mine, its = tuple(memory.local(p).shape), tuple(memory.local(t).shape)
+    mine, its = tuple(memory.local(p).shape), tuple(memory.local(t).shape)
+    if its != (mine if is_like else codecs.scales_shape(mine)):
         raise kind(f"{what} has a part of shape {its} here, the parameter of shape {mine}")
-
-
-def parameter(
-    rule: type[Rule], p: Tensor, group: Group, state: Mapping[str, Any], name: object, optimizer: str
-) -> None:
-    """A parameter's gradient and state, as far as it has them, can be stepped with."""
-    if p.grad is not None:
-        gradient(p, p.grad, name, optimizer)
-        if group["differentiable"]:
-            differentiable(p, name)
-    if state:
-        state_tensors(rule, p, state, name)
-        state_devices(rule, p, state, name)
 
 
 def differentiable(p: Tensor, name: object) -> None:
@@ -263,7 +271,7 @@ def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, A
     if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
         return f"of its gradient: {reason}"
     written = [p]
-    for key in (*_tensor_names(rule), *rule.scalars, STEP):
+    for key in (*storage.names_of(rule), *rule.scalars, STEP):
         value = state.get(key)
         if isinstance(value, Tensor):
             value = memory.local(value)
@@ -297,60 +305,3 @@ def norm_is_whole(groups: Sequence[Group]) -> None:
                 "(max_grad_norm, skip_nonfinite, a rule's sums) would be of this rank's part only; give the optimizer "
                 "the ranks among which it is sharded, as process_group=model.process_group"
             )
-
-
-def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
-    """The rule's states that a parameter has fit it; those it lacks are not asked for."""
-    for spec in (*rule.states, *STATES.values()):
-        key, value = spec.name, state.get(spec.name)
-        if value is None:
-            continue
-        if not isinstance(value, Tensor):
-            raise ValueError(f"state {key!r} of {name} is {type(value).__name__}, not a tensor")
-        if value.shape != p.shape:
-            raise ValueError(f"state {key!r} of {name} has shape {tuple(value.shape)}")
-        if memory.is_dtensor(value) or memory.is_dtensor(p):
-            placement(p, value, f"state {key!r} of {name}", ValueError)
-            value = memory.local(value)
-        if value.is_complex() != p.is_complex():
-            raise ValueError(f"state {key!r} of {name} has dtype {value.dtype}")
-        if reason := operands.illegal("exact state" if spec.exact else "state", value.dtype):
-            raise ValueError(f"state {key!r} of {name} has dtype {reason}")
-        if short := memory.shortage(value):
-            raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
-        if memory.misaligned(value):
-            raise ValueError(f"state {key!r} of {name} is at an address that is not a multiple of its elements' size")
-        if value.layout != torch.strided or memory.overlaps(value):
-            raise ValueError(f"state {key!r} of {name} is not a tensor with memory of its own for each element")
-    for key in {STEP, *rule.scalars} & set(state):
-        value = state[key]
-        if isinstance(value, Tensor) and (short := memory.shortage(value)):
-            raise ValueError(f"state {key!r} of {name} is without its memory: {short}")
-        if not _is_float_elsewhere(value):
-            number(value, f"state {key!r} of {name}", "")
-
-
-def _is_float_elsewhere(value: Any) -> bool:
-    """Whether a value is a number for which a device would have to be waited for."""
-    return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1 and value.is_floating_point()
-
-
-def _tensor_names(rule: type[Rule]) -> set[str]:
-    """Of all states that a parameter can have, scalars apart."""
-    return {s.name for s in (*rule.states, *STATES.values())}
-
-
-def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
-    """A parameter's states are where it is."""
-    for key in _tensor_names(rule) & set(state):
-        if state[key] is not None and state[key].device != p.device:
-            raise RuntimeError(f"state {key!r} of {name} is on {state[key].device}, the parameter on {p.device}")
-
-
-def whole_state(rule: type[Rule], state: Mapping[str, Any], group: Group, name: object) -> None:
-    """A loaded state is empty, or has all that its group's options ask for."""
-    needed = {s.name for s in rule.active_states(group)}
-    required = needed | rule.scalars.keys()
-    present = {key for key, value in state.items() if value is not None}
-    if present and needed and required - present:
-        raise ValueError(f"the state of {name} lacks {', '.join(sorted(required - present))}")

@@ -16,8 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fusedopt import checks, memory, options
+from fusedopt import checks, memory, options, storage
 from fusedopt.operands import FLOATING
+from fusedopt.options import MASTER
 from fusedopt.rule import LR, WEIGHT_DECAY, Hyper, Rule
 from fusedopt.scan import Scan
 from fusedopt.state import New
@@ -47,7 +48,7 @@ _FUNCTIONS = {
 }
 _DTYPES = {
     dtype: str(dtype).removeprefix("torch.")
-    for dtype in (*FLOATING, torch.complex64, torch.complex128, torch.complex32)
+    for dtype in (*FLOATING, torch.complex64, torch.complex128, torch.complex32, torch.uint8)
 }
 
 _DLPACK = 1 << 16  # dtypes from here on are DLPack's own numbers
@@ -177,7 +178,8 @@ def _probes() -> list[Tensor]:
     for i, dtype in enumerate(dtype for dtype in _DTYPES if dtype != torch.complex32):  # torch warns of that one
         flat = torch.zeros(20_000, dtype=dtype, device="cpu")
         tensors.append(flat.as_strided((2, 3, 5), (307, 67, 11), 37 + i))
-        tensors.append(torch.nn.Parameter(flat.as_strided((7, 2), (131, 17), 53)))
+        floats = dtype.is_floating_point or dtype.is_complex
+        tensors.append(torch.nn.Parameter(flat.as_strided((7, 2), (131, 17), 53), requires_grad=floats))
     tensors.append(torch.zeros(9_000, device="cpu").as_strided((3, 2, 2, 5, 1, 2), (211, 101, 29, 3, 1, 7), 71))
     tensors[-1].grad, tensors[1].grad = torch.zeros_like(tensors[-1]), torch.ones_like(tensors[1])
     z = torch.zeros(7, 3, dtype=torch.complex64, device="cpu")
@@ -230,7 +232,10 @@ def group_spec(
     keys += [_key(h, size, most) for h, size in numbers]
     switches = [(key, bool(group.get(key))) for key in (*rule.switches(), *options.DEFAULTS)]
     average = options.average_state(group)
-    return kernel, keys, switches, rule.decoupled(), average and average.name, options.counts(rule, group)
+    what = average and average.name, options.counts(rule, group), group.get(MASTER), storage.master_state(group)
+    signed = [spec.signed for spec in rule.active_states(group)]
+    constants = [(key, group[key]) for key in options.STORAGE if key in group]
+    return kernel, keys, switches, rule.decoupled(), *what, signed, constants
 
 
 def _key(h: Hyper | None, size: int, most: float) -> tuple[Any, ...]:
@@ -268,8 +273,9 @@ def device_scan(optimizer: Any, hyper: tuple[str, ...], members: list[int], new:
             raise ImportError
         host = load()
     except ImportError:
+        others = storage.own_names(rule)
         of_engine = [
-            ([s.name for s in options.states_of(rule, g)], list(options.scalars_of(rule, g)), list(hyper))
+            ([s.name for s in options.states_of(rule, g)], list(options.scalars_of(rule, g)), list(hyper), others)
             for g in groups
         ]
         specs = [group_spec(rule, g, n, n[2], k) for g, n, k in zip(groups, of_engine, numbers, strict=True)]

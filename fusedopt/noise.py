@@ -20,8 +20,12 @@ from torch import Tensor
 
 from fusedopt import memory
 
-GRADIENT = 0  # the stream of gradient noise
+# Streams: of gradient noise, of what rounds the parameter, and of what rounds the first of the states that
+# the group has, before those of the others.
+GRADIENT, PARAM, STATES = 0, 1, 2
+PREDICTED, RESCALED = 64, 128  # added to those that round, where a prediction or a rescaling does it, not a step
 STREAMS = 256  # of a rank
+ROUNDING_SEED = 0
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -61,6 +65,13 @@ def words(elements: Tensor, tensor: int, step: int, key: tuple[int, int]) -> Wor
     group = elements >> 2
     fixed = (torch.full_like(group, number) for number in (tensor & _MASK, step & _MASK))
     return philox((group & _MASK, group >> 32, *fixed), (key[0] & _MASK, key[1] & _MASK))
+
+
+def word(elements: Tensor, tensor: int, step: int, key: tuple[int, int]) -> Tensor:
+    """Each element's own word; see :func:`words`."""
+    a, b, c, d = words(elements, tensor, step, key)
+    is_upper, is_odd = (elements & 2) != 0, (elements & 1) != 0
+    return torch.where(is_upper, torch.where(is_odd, d, c), torch.where(is_odd, b, a))
 
 
 def normal(elements: Tensor, tensor: int, step: int, key: tuple[int, int]) -> Tensor:
@@ -122,6 +133,24 @@ def place(optimizer: Any, i: int, p: Tensor) -> tuple[int, int, int, list[int]]:
     first, strides = whole_strides(p)
     stream = GRADIENT + salt(p, optimizer.process_group)
     return optimizer.number_of(i), stream, first * (2 if p.is_complex() else 1), strides
+
+
+def rounding(optimizer: Any, i: int, p: Tensor, group: dict[str, Any], name: str, step: int, added: int = 0) -> Tensor:
+    """The words that round an operand of an optimizer's i-th parameter.
+
+    Args:
+        optimizer: Whose.
+        i: The parameter's number.
+        p: The parameter.
+        group: Its group.
+        name: "param", or that of a state.
+        step: The step's.
+        added: To the stream.
+    """
+    own = [spec.name for spec in optimizer.rule.active_states(group)]
+    stream = PARAM if name == "param" else STATES + own.index(name)
+    key = ROUNDING_SEED, stream + added + salt(p, optimizer.process_group)
+    return word(elements(p), optimizer.number_of(i), step, key).to(p.device)
 
 
 def salt(p: Tensor, process_group: object) -> int:

@@ -22,11 +22,13 @@ class Codec:
         name: As engines call it.
         dtypes: Of the real tensor at each of its addresses, of which layout.ADDRESSES are the most.
         block: How many elements are encoded together, at most 256, which lie inside slices of dimension 0.
+        draws: Whether random bits round it.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     block: int = 1
+    draws: bool = False
 
 
 FP32 = Codec("fp32", (torch.float32,))
@@ -37,8 +39,19 @@ FP16 = Codec("fp16", (torch.float16,))
 # The value, rounded to nearest. In the order of DType in csrc/core/operands.h.
 PLAIN = (FP32, FP64, BF16, FP16)
 
-# What each role may be stored as. An exact state keeps what float32 can hold.
-LEGAL = {"param": PLAIN, "grad": PLAIN, "state": PLAIN, "exact state": (FP32, FP64)}
+BLOCK = 256  # elements that have a scale in common
+STOCHASTIC = Codec("stochastic", (torch.bfloat16,), draws=True)
+SPLIT = Codec("split", (torch.bfloat16, torch.bfloat16))
+MASTER_BF16 = Codec("master_bf16", (torch.bfloat16, torch.float32))
+MASTER_FP16 = Codec("master_fp16", (torch.float16, torch.float32))
+Q8_SIGNED = Codec("q8_signed", (torch.uint8, torch.float32), block=BLOCK)
+Q8_UNSIGNED = Codec("q8_unsigned", (torch.uint8, torch.float32), block=BLOCK)
+
+# In the order of Codec in csrc/core/operands.h. fusedopt/codecs.py says what each is.
+CODECS = (*PLAIN, STOCHASTIC, SPLIT, MASTER_BF16, MASTER_FP16, Q8_SIGNED, Q8_UNSIGNED)
+
+# What each role may be stored as, as a tensor of its name. An exact state keeps what float32 can hold.
+LEGAL = {"param": PLAIN, "grad": PLAIN, "state": (*PLAIN, Q8_SIGNED), "exact state": (FP32, FP64)}
 
 AVERAGES = ("ema", "slow")  # states that are the engine's, not the rule's
 
@@ -49,6 +62,7 @@ FLOATING = tuple(codec.dtypes[0] for codec in PLAIN)
 COMPLEX = tuple(PARTS)
 
 _BY_DTYPE = {codec.dtypes[0]: codec for codec in PLAIN}
+_BY_NAME = {codec.name: codec for codec in CODECS}
 
 
 def plain(dtype: torch.dtype) -> Codec | None:
@@ -56,12 +70,31 @@ def plain(dtype: torch.dtype) -> Codec | None:
     return _BY_DTYPE.get(PARTS.get(dtype, dtype))
 
 
+def named(name: str) -> Codec:
+    """The codec of a name."""
+    return _BY_NAME[name]
+
+
 def illegal(role: str, dtype: torch.dtype) -> str | None:
     """Why an operand cannot be stored in a dtype, and what it may be; None if it can."""
-    codec = plain(dtype)
-    if codec in LEGAL[role]:
+    if PARTS.get(dtype, dtype) in (codec.dtypes[0] for codec in LEGAL[role]):
         return None
     return f"{dtype}; it may be {', '.join(str(c.dtypes[0]).removeprefix('torch.') for c in LEGAL[role])}"
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """An operand of a parameter's row, on this rank.
+
+    Attributes:
+        name: "param", "grad", or that of the state or average.
+        codec: How it is stored.
+        tensors: As many as the codec has addresses.
+    """
+
+    name: str
+    codec: Codec
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +112,9 @@ class Signature:
     draws: bool = False
 
     @classmethod
-    def of(cls, is_strided: bool, tensors: Iterable[tuple[str, Tensor]], draws: bool = False) -> Signature:
-        """That of plain operands, which have passed the checks."""
-        named = ((name, plain(t.dtype)) for name, t in tensors)
-        return cls(is_strided, tuple((name, codec) for name, codec in named if codec), draws)
+    def of(cls, is_strided: bool, operands: Iterable[Operand], draws: bool = False) -> Signature:
+        """That of a row's operands, which have passed the checks."""
+        return cls(is_strided, tuple((operand.name, operand.codec) for operand in operands), draws)
 
     @property
     def states(self) -> tuple[str, ...]:

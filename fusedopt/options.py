@@ -1,8 +1,8 @@
-"""What a param group can ask of the engines besides its rule: averages of the weights, noise in the gradients.
+"""What a param group can ask of the engines besides its rule: averages, noise in the gradients, storage.
 
 They are options of every optimizer, and the same on every engine. A group has them as the tuples of here; a
 ``state_dict`` has plain ones, which anybody can load: ``("ema", 0.999)``, ``("lookahead", 5, 0.5)``,
-``("gaussian", 0.01, 0.55, 0)``.
+``("gaussian", 0.01, 0.55, 0)``. Storage is described in fusedopt/storage.py.
 """
 
 from __future__ import annotations
@@ -10,16 +10,24 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fusedopt.rule import Group, Hyper, Rule, Scalar, State
 
 AVERAGE, NOISE, CAUTIOUS = "average", "gradient_noise", "cautious_weight_decay"
+STATE_DTYPE, MASTER = "state_dtype", "master"
 RESCALE, EVERY, RESCALE_STEP = "rescale", "rescale_every", "rescale_step"
 CHANNEL, TENSOR, ALL = RESCALES = ("channel", "tensor", "all")
 STEP = "step"  # the scalar that counts
+
+EIGHT_BIT = "8bit"
+STATE_DTYPES = (None, torch.bfloat16, EIGHT_BIT)
+MASTERS = (None, "fp32", "split", "stochastic")
+StateDtype = torch.dtype | Literal["8bit"]
+Master = Literal["fp32", "split", "stochastic"]
 
 LARGEST_K = float(2**24)
 LARGEST_SEED = 2**32 - 1
@@ -128,7 +136,9 @@ _SAY = {
     AVERAGE: "fusedopt.EMA(decay), fusedopt.Lookahead(k, alpha) or None",
     NOISE: "fusedopt.GradientNoise(eta, gamma, seed) or None",
 }
-DEFAULTS: dict[str, Any] = {AVERAGE: None, NOISE: None, CAUTIOUS: False}
+DEFAULTS: dict[str, Any] = {AVERAGE: None, NOISE: None, CAUTIOUS: False, STATE_DTYPE: None, MASTER: None}
+STORAGE = (STATE_DTYPE, MASTER)
+_DTYPE_NAMES = {str(torch.bfloat16): torch.bfloat16, "bfloat16": torch.bfloat16}  # as a state dict has them
 
 # What the engines read of a group beside the rule's hyperparameters, by what asks for it.
 HYPER: dict[type[Any], tuple[Hyper, ...]] = {
@@ -152,12 +162,28 @@ def settle(group: dict[str, Any], where: str) -> None:
     cautious = group.get(CAUTIOUS, False)
     if not isinstance(cautious, bool):
         raise TypeError(f"{CAUTIOUS}{where} is {cautious!r}; it must be True or False")
-    for key, value in (settled | {CAUTIOUS: cautious}).items():
+    settled |= {CAUTIOUS: cautious, STATE_DTYPE: _state_dtype(group, where), MASTER: _master(group, where)}
+    for key, value in settled.items():
         if value:
             group[key] = value
         else:
             group.pop(key, None)
     settle_rescale(group, where)
+
+
+def _state_dtype(group: Group, where: str) -> Any:
+    value = group.get(STATE_DTYPE)
+    value = _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
+    if value not in STATE_DTYPES:
+        raise ValueError(f"{STATE_DTYPE}{where} is {value!r}; it may be None, torch.bfloat16 or '8bit'")
+    return value
+
+
+def _master(group: Group, where: str) -> Any:
+    value = group.get(MASTER)
+    if value not in MASTERS:
+        raise ValueError(f"{MASTER}{where} is {value!r}; it may be None, 'fp32', 'split' or 'stochastic'")
+    return value
 
 
 def settle_rescale(group: dict[str, Any], where: str) -> None:
@@ -206,6 +232,8 @@ def plain(group: Mapping[str, Any]) -> dict[str, Any]:
         for name, kind in kinds.items():
             if isinstance(saved.get(key), kind):
                 saved[key] = (name, *saved[key])
+    if isinstance(saved.get(STATE_DTYPE), torch.dtype):
+        saved[STATE_DTYPE] = str(saved[STATE_DTYPE]).removeprefix("torch.")
     return saved
 
 
@@ -234,9 +262,14 @@ def average_state(group: Group) -> State | None:
     return STATES.get(type(group.get(AVERAGE)))
 
 
+def draws(group: Group) -> bool:
+    """Whether a group's step takes random numbers."""
+    return group.get(NOISE) is not None or group.get(MASTER) == "stochastic"
+
+
 def counts(rule: type[Rule], group: Group) -> bool:
     """Whether the engine has to count a parameter's steps, because the rule does not."""
-    needs = isinstance(group.get(AVERAGE), Lookahead) or group.get(NOISE) is not None
+    needs = isinstance(group.get(AVERAGE), Lookahead) or draws(group)
     return needs and STEP not in rule.scalars
 
 

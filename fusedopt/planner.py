@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fusedopt import checks, engines, memory, options
+from fusedopt import checks, engines, memory, options, state_checks, storage
 from fusedopt.ranks import Ranks, Reduction
 from fusedopt.state import New, StepCounters, initial_options, initial_state
 from fusedopt.sums import ALL, GROUP
@@ -62,7 +62,7 @@ def _assign(optimizer: Any) -> Assigned:
         checks.group(rule, group, g, stepping=True)
         for i, p in enumerate(group["params"]):
             label, state = checks.Label(group, g, i, p), optimizer.state.get(p, {})
-            checks.parameter(rule, p, group, state, label, type(optimizer).__name__)
+            state_checks.parameter(rule, p, group, state, label, type(optimizer).__name__)
             try:
                 engine = engines.choose(optimizer.engine, p, group, rule, state, label)
             except (RuntimeError, TypeError, ValueError):
@@ -105,13 +105,15 @@ def _create_states(optimizer: Any, assigned: Assigned, new_state: NewState) -> N
             new_state.append((i, p, made[id(p)]))
             continue
         device, has = engines.step_device(engine, p), all_states.get(p, {})
-        names = [*options.scalars_of(rule, group), *(spec.name for spec in options.states_of(rule, group))]
+        names = [*options.scalars_of(rule, group), *storage.tensors_of(rule, group, has)]
         new: dict[str, Any] = {}
         if p.grad is not None and any(has.get(name) is None for name in names):
             initial = initial_options(rule, p, group) | initial_state(rule, p, group)
             for name, value in common.get(_scope(optimizer, group), {}).items():
                 initial[name].fill_(value)
             new = {name: value for name, value in initial.items() if has.get(name) is None}
+            scales = {storage.scale_of(name) for name in new} & initial.keys()
+            new |= {name: initial[name] for name in scales}
         scalars = {name: new.get(name, has.get(name)) for name in options.scalars_of(rule, group)}
         unfit = {k: v for k, v in scalars.items() if v is not None and counters.unfit(v, device)}
         if new:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import memory
+from fusedopt import codecs, memory, noise, storage
 from fusedopt.interrupts import held_back
 from fusedopt.options import ALL, AVERAGE, CHANNEL, EMA, EVERY, RESCALE, RESCALE_STEP, settle_rescale
 from fusedopt.ranks import Ranks, Reduction, reduced
@@ -43,8 +43,12 @@ def after_step(optimizer: Any, new_state: list[tuple[int, Tensor, tuple[str, ...
 
 @dataclass(slots=True)
 class _Part:
-    """A parameter that is to be rescaled, its group, and the squares of its slices' lengths here."""
+    """A parameter that is to be rescaled, its group, and the squares of its slices' lengths here.
 
+    ``number`` is that of the parameter, counted through all groups.
+    """
+
+    number: int
     p: Tensor
     group: dict[str, Any]
     squares: Tensor
@@ -59,13 +63,14 @@ def rescale(optimizer: Any, stepped: Mapping[int, bool]) -> None:
         optimizer: Whose.
         stepped: By the ids of the parameters that were stepped, whether their states were made for the step.
     """
-    due = []
+    due, number = [], 0
     for group in optimizer.param_groups:
         if RESCALE in group:
             group[RESCALE_STEP] += 1
             if group[RESCALE_STEP] % group[EVERY] == 0:
-                due.append(group)
-    parts = [_measured(p, group) for group in due for p in group["params"]]
+                due += [(number + k, p, group) for k, p in enumerate(group["params"])]
+        number += len(group["params"])
+    parts = [_measured(optimizer, *one) for one in due]
     ranks = Ranks([part.p for part in parts], optimizer.process_group)
     _add_up(parts, ranks)
     whole = _whole([part for part in parts if part.group[RESCALE] == ALL], ranks)
@@ -77,8 +82,8 @@ def rescale(optimizer: Any, stepped: Mapping[int, bool]) -> None:
             _apply(optimizer, part, part.squares, stepped)
 
 
-def _measured(p: Tensor, group: dict[str, Any]) -> _Part:
-    kind, here = group[RESCALE], memory.local(p)
+def _measured(optimizer: Any, number: int, p: Tensor, group: dict[str, Any]) -> _Part:
+    kind, here = group[RESCALE], storage.values(p, group, optimizer.state.get(p, {}))
     wide = torch.promote_types(here.dtype, torch.float32).to_real()
     has_channels = kind == CHANNEL and here.dim() > 1
     rows = here.flatten(1) if has_channels else here.reshape(1, here.numel())
@@ -88,7 +93,7 @@ def _measured(p: Tensor, group: dict[str, Any]) -> _Part:
     if has_channels and reduction.dims:
         across = [d for d in reduction.dims if getattr(p, "placements", ())[d].dim % p.dim() != 0]
         reduction = Reduction(reduction.mesh, tuple(across)) if across else Reduction()
-    return _Part(p, group, squares, reduction)
+    return _Part(number, p, group, squares, reduction)
 
 
 def _add_up(parts: list[_Part], ranks: Ranks) -> None:
@@ -113,7 +118,7 @@ def _whole(parts: list[_Part], ranks: Ranks) -> Tensor | None:
 
 def _apply(optimizer: Any, part: _Part, squares: Tensor, stepped: Mapping[int, bool]) -> None:
     """Divide slices by their length, but for those of length 0, and where lr is 0 or the device skipped the step."""
-    here, group = memory.local(part.p), part.group
+    here, group = storage.values(part.p, part.group, optimizer.state.get(part.p, {})), part.group
     if not here.numel():
         return
     factor = torch.where(squares > 0, squares.rsqrt(), torch.ones_like(squares))
@@ -126,7 +131,17 @@ def _apply(optimizer: Any, part: _Part, squares: Tensor, stepped: Mapping[int, b
         average = memory.local(optimizer.state[part.p]["ema"])
         weight = 1.0 if stepped[id(part.p)] else 1 - float(group[AVERAGE].decay)
         average.add_((moved - here).to(average.dtype), alpha=weight)
-    here.copy_(moved)
+    _write(optimizer, part, moved)
+
+
+def _write(optimizer: Any, part: _Part, moved: Tensor) -> None:
+    """Round a parameter's new values into it."""
+    state = optimizer.state.get(part.p, {})
+    operand, words = storage.param_operand(part.p, part.group, state), None
+    if operand.codec.draws:
+        step = int(part.group[RESCALE_STEP])
+        words = noise.rounding(optimizer, part.number, part.p, part.group, "param", step, noise.RESCALED)
+    codecs.encode(operand, codecs.real(moved), words)
 
 
 def _stays(optimizer: Any, group: dict[str, Any], device: torch.device) -> Iterator[Tensor]:

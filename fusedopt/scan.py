@@ -20,9 +20,11 @@ class Scan:
 
     Args:
         param_groups: The optimizer's.
-        specs: For each group its (states, scalars, hyper) names, averages and what the engine counts among them;
+        specs: For each group its (states, scalars, hyper) names, averages and what the engine counts among them, and
+            those of what codecs may have besides;
             (key, index, count, low, high) of lr, weight decay, the rule's hyperparameters and the engine's numbers (a
-            key that is None: 0); (key, truth) of its switches; and whether decay is decoupled, or the flag's key.
+            key that is None: 0); (key, truth) of its switches; whether decay is decoupled, or the flag's key; at the
+            end (key, value) of what must stay as it is.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
         new: Those whose states or averages are new.
@@ -118,6 +120,8 @@ class Scan:
                 continue
             if any(bool(group.get(key)) != on for key, on in spec[2]):
                 return False
+            if any(group.get(key) != value for key, value in spec[-1]):
+                return False
             record = self._record(group, spec)
             if record is None:
                 return False
@@ -181,10 +185,11 @@ class _Row:
     def __init__(self, p: Tensor, names: tuple[list[str], ...], state: Any) -> None:
         self.p, self.state = p, state
         self.items = list(state.items()) if state is not None else []
-        states, scalars, _ = names
+        states, scalars, _, others = names
         tensors = [None if state is None else state.get(name) for name in (*states, *scalars)]
+        self.is_whole = all(isinstance(t, Tensor) for t in tensors)
+        tensors += [value for name, value in self.items if name in others]
         self.tensors = [p, *(t for t in tensors if isinstance(t, Tensor))]
-        self.is_whole = len(self.tensors) == 1 + len(tensors)
         self.at = self.where()
         given = None if p.grad is None else memory.local(p.grad)
         g = memory.local(p) if given is None or memory.unreadable(given, lazily=True) else memory.resolved(given)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt import memory, options
+from fusedopt import memory, options, storage
 from fusedopt.rule import LAST_FLOAT_STEP, Rule, Scalar
 
 
@@ -47,8 +47,7 @@ def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[st
     state = {name: _scalar(_first(value, p, group)) for name, value in rule.scalars.items()}
     for spec in rule.active_states(group):
         value = float(group[spec.init] if isinstance(spec.init, str) else spec.init)
-        fill = complex(value, value) if p.is_complex() else value
-        state[spec.name] = torch.full_like(p, fill, dtype=_wide(p), memory_format=torch.preserve_format).detach()
+        state |= storage.new_state(spec, p, group, value)
     return state
 
 
@@ -57,18 +56,14 @@ def _first(value: Scalar, p: Tensor, group: dict[str, Any]) -> Any:
 
 
 def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """The same of what the engine has: its count of steps, and the average, which is the parameter."""
+    """The same of what the engine has: its count of steps, the master, and the average, which is the parameter."""
     state = {options.STEP: _scalar(0.0)} if options.counts(rule, group) else {}
+    state |= storage.new_master(p, group)
     if average := options.average_state(group):
         dtype = torch.promote_types(p.dtype, torch.float32)
         state[average.name] = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format).detach()
         state[average.name].copy_(p.detach())
     return state
-
-
-def _wide(p: Tensor) -> torch.dtype:
-    """The dtype of a parameter's states."""
-    return torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype
 
 
 def _scalar(value: Any) -> Tensor:
@@ -88,7 +83,7 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
     """
     adopted: dict[Any, Any] = {}
-    tensors = {s.name for s in (*rule.states, *options.STATES.values())}
+    tensors = storage.names_of(rule)
     for key, value in state.items():
         if key in rule.scalars or key == options.STEP:
             adopted[key] = _counter(value)
@@ -120,7 +115,7 @@ def unfit(counter: Any, device: torch.device, value: float | None = None) -> boo
 
 def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], device: torch.device) -> bool:
     """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
-    tensors = (spec.name for spec in options.states_of(rule, group))
+    tensors = storage.tensors_of(rule, group, state)
     scalars = [state.get(name) for name in options.scalars_of(rule, group)]
     return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, device) for s in scalars)
 

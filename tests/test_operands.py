@@ -13,19 +13,21 @@ from fusedopt.rule import State
 def test_every_role_takes_plain_codecs_and_exact_states_what_float32_fits_in():
     for role in ("param", "grad", "state"):
         assert all(operands.illegal(role, dtype) is None for dtype in (*operands.FLOATING, *operands.COMPLEX))
-        assert operands.illegal(role, torch.int8) == "torch.int8; it may be float32, float64, bfloat16, float16"
+        may = "float32, float64, bfloat16, float16" + (", uint8" if role == "state" else "")
+        assert operands.illegal(role, torch.int8) == f"torch.int8; it may be {may}"
     assert operands.illegal("exact state", torch.complex64) is None
     assert operands.illegal("exact state", torch.bfloat16) == "torch.bfloat16; it may be float32, float64"
 
 
 def test_codecs_keep_to_what_tables_have_room_for():
-    for codec in {codec for legal in operands.LEGAL.values() for codec in legal}:
+    for codec in operands.CODECS:
         assert 1 <= len(codec.dtypes) <= layout.ADDRESSES and 1 <= codec.block <= 256
 
 
 def test_signature_names_what_kernels_are_specialised_to():
-    p, m = torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3)
-    signature = operands.Signature.of(True, [("param", p), ("grad", p), ("exp_avg", m)])
+    p = torch.zeros(3)
+    named = ("param", operands.BF16), ("grad", operands.BF16), ("exp_avg", operands.FP32)
+    signature = operands.Signature.of(True, [operands.Operand(*one, (p,)) for one in named])
     assert str(signature) == "strided param=bf16 grad=bf16 exp_avg=fp32"
     assert signature.states == ("exp_avg",) and signature.codecs == ("bf16", "bf16", "fp32")
 

@@ -2,11 +2,15 @@
 
 #include <bit>
 #include <cstddef>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "cpu/halves.h"
 #include "cpu/layout.h"
+#include "cpu/noise.h"
+#include "cpu/quantize.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -61,6 +65,7 @@ inline D stored(T x) {
 template <class T, class S>
 inline void decode_run(T* to, const S* from, std::int64_t n) {
   std::int64_t i = 0;
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>) return widen_bf16(to, &from->bits, n);
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<S, f16>) {
     for (; i + 8 <= n; i += 8) {
@@ -75,6 +80,7 @@ inline void decode_run(T* to, const S* from, std::int64_t n) {
 template <class T, class D>
 inline void encode_run(D* to, const T* from, std::int64_t n) {
   std::int64_t i = 0;
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<D, bf16>) return round_bf16(&to->bits, from, n);
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<D, f16>) {
     for (; i + 8 <= n; i += 8) {
@@ -93,25 +99,105 @@ inline void with_type(Codec codec, Call call) {
       return call(float{});
     case Codec::f64:
       return call(double{});
-    case Codec::bf16:
-      return call(bf16{});
     case Codec::f16:
       return call(f16{});
+    default:
+      return call(bf16{});
   }
 }
 
-}  // namespace
+// A float16 parameter, rounded to the nearest even.
+void from_half_master(float* to, const f16* from, const float* master, std::int64_t n) {
+  f16 rounded[kTile];
+  encode_run(rounded, master, n);
+  for (std::int64_t i = 0; i < n; ++i) {
+    const bool is_its = std::bit_cast<std::uint16_t>(rounded[i]) == std::bit_cast<std::uint16_t>(from[i]);
+    to[i] = is_its ? master[i] : static_cast<float>(from[i]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------ as it lies
+
+// Elements of one address, one after another: where they are, or a copy of those that are not dense.
+template <class S>
+class Run {
+ public:
+  Run(void* address, const Layout* layout, std::int64_t begin, std::int64_t count)
+      : address_(static_cast<S*>(address)), layout_(layout), begin_(begin), count_(count) {
+    values_ = layout ? copies_ : address_ + begin;
+  }
+
+  S* get() {
+    each([](S& copy, S& element) { copy = element; });
+    return values_;
+  }
+  S* values() { return values_; }
+  void put() {
+    each([](S& copy, S& element) { element = copy; });
+  }
+  void put(const S* from) {
+    std::memcpy(values_, from, sizeof(S) * static_cast<std::size_t>(count_));
+    put();
+  }
+
+ private:
+  template <class Move>
+  void each(Move move) {
+    if (!layout_) return;
+    walk(*layout_, begin_, count_, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
+      for (std::int64_t i = 0; i < n; ++i) move(copies_[at + i], address_[offset + i * stride]);
+    });
+  }
+
+  S* const address_;
+  const Layout* const layout_;
+  const std::int64_t begin_, count_;
+  S* values_;
+  S copies_[kTile];
+};
+
+template <class S>
+Run<S> elements(const Stored& of, std::int64_t begin, std::int64_t count) {
+  return {of.address(), of.layout(), begin, count};
+}
+template <class S>
+Run<S> partners(const Stored& of, std::int64_t begin, std::int64_t count) {
+  return {of.partner(), of.partner_layout(), begin, count};
+}
+
+// Calls body(at, n, scale) for blocks: the place of each among elements [begin, begin + count), and its scale.
+template <class Body>
+void each_scale(const Stored& of, std::int64_t begin, std::int64_t count, Body body) {
+  const std::int64_t slice = of.row.slice, blocks = (slice + kBlockElements - 1) / kBlockElements;
+  float* const scales = static_cast<float*>(of.partner());
+  std::int64_t number = begin / slice, inside = begin % slice;
+  for (std::int64_t at = 0; at < count;) {
+    const std::int64_t left = slice - inside < count - at ? slice - inside : count - at;
+    const std::int64_t n = left < kBlockElements ? left : kBlockElements;
+    body(at, static_cast<int>(n), scales[number * blocks + inside / kBlockElements]);
+    at += n;
+    inside += n;
+    if (inside == slice) {
+      inside = 0;
+      ++number;
+    }
+  }
+}
+
+inline void prefetch(const void* address, std::int64_t begin, std::int64_t count, std::int64_t last,
+                     std::int64_t size) {
+  if (last - begin <= kAhead / size) return;
+  const char* const from = static_cast<const char*>(address) + begin * size + kAhead;
+  for (std::int64_t k = 0; k < count * size; k += kLine) __builtin_prefetch(from + k);
+}
 
 template <class T>
-void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count,
-            std::int64_t last) {
-  with_type(codec, [&](auto element) {
+void decode_plain(T* values, const Stored& from, std::int64_t begin, std::int64_t count) {
+  const Layout* const layout = from.layout();
+  with_type(from.codec(), [&](auto element) {
     using S = decltype(element);
-    const S* source = static_cast<const S*>(address);
-    if (!layout) {
-      return each_block<1>(begin, begin + count, last, &source,
-                           [&](std::int64_t at, int n) { decode_run(values + (at - begin), source + at, n); });
-    }
+    const S* source = static_cast<const S*>(from.address());
+    if (!layout) return decode_run(values, source + begin, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
       for (std::int64_t i = 0; i < n; ++i) values[at + i] = value_of<T>(source[offset + i * stride]);
     });
@@ -119,15 +205,107 @@ void decode(T* values, const void* address, Codec codec, const Layout* layout, s
 }
 
 template <class T>
-void encode(const T* values, void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count) {
-  with_type(codec, [&](auto element) {
+void encode_plain(const T* values, const Stored& to, std::int64_t begin, std::int64_t count) {
+  const Layout* const layout = to.layout();
+  with_type(to.codec(), [&](auto element) {
     using D = decltype(element);
-    D* target = static_cast<D*>(address);
+    D* target = static_cast<D*>(to.address());
     if (!layout) return encode_run(target + begin, values, count);
     walk(*layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
       for (std::int64_t i = 0; i < n; ++i) target[offset + i * stride] = stored<D>(values[at + i]);
     });
   });
+}
+
+// The words of an operand of a row, by which it is rounded in a step.
+void draw_words_of(std::uint32_t* words, const Stored& of, std::int64_t begin, std::int64_t count, std::uint32_t step) {
+  const Drawing& drawing = *of.row.drawing;
+  const auto own = static_cast<std::uint32_t>(of.operand);
+  const std::uint32_t stream = drawing.stream + (of.operand ? kStateStream + own - kFirstState : kParamStream);
+  draw_words(words, Drawn({kRoundingSeed, stream, drawing.tensor, step}, drawing.indices), begin, count);
+}
+
+void decode_others(float* values, const Stored& from, std::int64_t begin, std::int64_t count) {
+  switch (from.codec()) {
+    case Codec::split:
+      return join(values, elements<std::uint16_t>(from, begin, count).get(),
+                  partners<std::uint16_t>(from, begin, count).get(), count);
+    case Codec::master_bf16:
+      return current_master(values, elements<std::uint16_t>(from, begin, count).get(),
+                            partners<float>(from, begin, count).get(), count);
+    case Codec::master_f16:
+      return from_half_master(values, elements<f16>(from, begin, count).get(),
+                              partners<float>(from, begin, count).get(), count);
+    default: {
+      auto codes = elements<std::uint8_t>(from, begin, count);
+      const std::uint8_t* const source = codes.get();
+      each_scale(from, begin, count, [&](std::int64_t at, int n, float scale) {
+        dequantize(values + at, source + at, scale, from.codec(), n);
+      });
+    }
+  }
+}
+
+void encode_others(const float* values, const Stored& to, std::int64_t begin, std::int64_t count, std::uint32_t step) {
+  switch (to.codec()) {
+    case Codec::split: {
+      auto visible = elements<std::uint16_t>(to, begin, count), low = partners<std::uint16_t>(to, begin, count);
+      split(visible.values(), low.values(), values, count);
+      visible.put();
+      return low.put();
+    }
+    case Codec::master_bf16: {
+      auto visible = elements<std::uint16_t>(to, begin, count);
+      round_master(visible.values(), values, count);
+      visible.put();
+      return partners<float>(to, begin, count).put(values);
+    }
+    case Codec::master_f16: {
+      auto visible = elements<f16>(to, begin, count);
+      encode_run(visible.values(), values, count);
+      visible.put();
+      return partners<float>(to, begin, count).put(values);
+    }
+    case Codec::stochastic: {
+      auto rounded = elements<std::uint16_t>(to, begin, count);
+      alignas(kLine) std::uint32_t words[kTile];
+      draw_words_of(words, to, begin, count, step);
+      round_bf16_by(rounded.values(), values, words, count);
+      return rounded.put();
+    }
+    default: {
+      auto codes = elements<std::uint8_t>(to, begin, count);
+      each_scale(to, begin, count, [&](std::int64_t at, int n, float& scale) {
+        scale = quantize(codes.values() + at, values + at, to.codec(), n);
+      });
+      codes.put();
+    }
+  }
+}
+
+}  // namespace
+
+void prefetch(const Stored& from, std::int64_t begin, std::int64_t count, std::int64_t last) {
+  if (!from.layout()) prefetch(from.address(), begin, count, last, size_of(from.codec()));
+  const std::int64_t size = partner_size(from.codec());
+  if (size && !from.partner_layout()) prefetch(from.partner(), begin, count, last, size);
+}
+
+template <class T>
+void decode(T* values, const Stored& from, std::int64_t begin, std::int64_t count) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!is_plain(from.codec()) && from.codec() != Codec::stochastic) return decode_others(values, from, begin, count);
+  }
+  decode_plain(values, from, begin, count);
+}
+
+// Parameters of double are stored as they are.
+template <class T>
+void encode(const T* values, const Stored& to, std::int64_t begin, std::int64_t count, std::uint32_t step) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (!is_plain(to.codec())) return encode_others(values, to, begin, count, step);
+  }
+  encode_plain(values, to, begin, count);
 }
 
 void* scratch(std::size_t bytes) {
@@ -136,9 +314,9 @@ void* scratch(std::size_t bytes) {
   return memory.data();
 }
 
-template void decode<float>(float*, const void*, Codec, const Layout*, std::int64_t, std::int64_t, std::int64_t);
-template void decode<double>(double*, const void*, Codec, const Layout*, std::int64_t, std::int64_t, std::int64_t);
-template void encode<float>(const float*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
-template void encode<double>(const double*, void*, Codec, const Layout*, std::int64_t, std::int64_t);
+template void decode<float>(float*, const Stored&, std::int64_t, std::int64_t);
+template void decode<double>(double*, const Stored&, std::int64_t, std::int64_t);
+template void encode<float>(const float*, const Stored&, std::int64_t, std::int64_t, std::uint32_t);
+template void encode<double>(const double*, const Stored&, std::int64_t, std::int64_t, std::uint32_t);
 
 }  // namespace fusedopt::cpu

@@ -5,13 +5,33 @@
 
 namespace fusedopt::cpu {
 
-// Elements [begin, begin + count) of an operand, in its row's order. A null layout means dense.
-template <class T>
-void decode(T* values, const void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count,
-            std::int64_t last);
+constexpr std::int64_t kTile = 1024;  // elements of a tile that passes through buffers: six of 4 KiB stay in L1
 
+// An operand of a row.
+struct Stored {
+  const Row& row;
+  int operand;
+
+  Codec codec() const { return row.codecs[operand]; }
+  void* address() const { return row.addresses[operand]; }
+  void* partner() const { return row.partners[operand]; }
+  // Null where it is dense.
+  const Layout* layout() const { return row.layouts ? row.layouts[operand] : nullptr; }
+  const Layout* partner_layout() const { return row.layouts ? row.layouts[row.n_operands + operand] : nullptr; }
+};
+
+// Asks for elements of a dense operand that are behind elements [begin, begin + count), unless they are not before
+// `last`: as many, and as far behind as loops over operands in place ask for.
+void prefetch(const Stored& from, std::int64_t begin, std::int64_t count, std::int64_t last);
+
+// Elements [begin, begin + count) of an operand, in its row's order. What has blocks has whole ones there; what is not
+// dense, or has a partner, has kTile elements at most.
 template <class T>
-void encode(const T* values, void* address, Codec codec, const Layout* layout, std::int64_t begin, std::int64_t count);
+void decode(T* values, const Stored& from, std::int64_t begin, std::int64_t count);
+
+// step: of the words that round them, where the codec draws.
+template <class T>
+void encode(const T* values, const Stored& to, std::int64_t begin, std::int64_t count, std::uint32_t step);
 
 // Memory for values, of this thread's, until it asks again.
 void* scratch(std::size_t bytes);

@@ -13,7 +13,7 @@ template <class T>
 double norm_as(const Segment& segment) {
   Tile<T, kGrad, 1> tile(segment.row);
   double sum = 0;
-  each_tile(segment, tile.size(), [&](std::int64_t begin, std::int64_t count) {
+  each_tile(segment, kTile, [&](std::int64_t begin, std::int64_t count) {
     sum += sum_squares(tile.fetch(begin, count, segment.end)[0], count);
   });
   return sum;

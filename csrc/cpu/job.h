@@ -23,7 +23,7 @@ struct Indices {
   const Layout* layout = nullptr;
 };
 
-// What a row's noise is drawn by, but for the seed and the step.
+// What a row draws its noise by, and what rounds it, but for the seed and the step.
 struct Drawing {
   std::uint32_t tensor, stream;
   Indices indices;
@@ -32,7 +32,8 @@ struct Drawing {
 // What the engine does in a step besides the rule.
 struct StepOptions {
   double noise = 0;  // its standard deviation; drawn where the row has a Drawing
-  std::uint32_t seed = 0, step = 0;
+  std::uint32_t seed = 0;
+  std::uint32_t step = 0;  // from 0 on
   bool averages = false;   // average <- lerp(average, parameter, weight) after the step
   bool puts_back = false;  // and then the parameter is the average
   double weight = 0;
@@ -67,9 +68,12 @@ struct Row {
   std::int64_t numel;
   const Kernel* kernel;
   void** addresses;              // of each operand, in the order of their roles, then of the average
+  void* const* partners;         // what stands beside them, where codecs have two; null when none has
   const Codec* codecs;           // of each operand: the row's signature, which rows share
-  const Layout* const* layouts;  // of each operand, null where it is dense; null when all are
-  const Drawing* drawing;        // null: without noise
+  const Layout* const* layouts;  // of each operand, then of each partner, null where it is dense; null when all are
+  const Drawing* drawing;        // null: nothing is drawn
+  std::int64_t slice;            // how many elements blocks lie inside of; 0 where no codec has blocks
+  std::int32_t n_operands;
   std::int32_t cohort;
   bool active;  // has a gradient in this step
 };
@@ -79,6 +83,11 @@ struct Segment {
   const Row& row;
   std::int64_t begin, end, last;
 };
+
+// The last end of blocks that is not after an element.
+inline std::int64_t whole_blocks(const Row& row, std::int64_t element) {
+  return row.slice ? element - element % row.slice % kBlockElements : element;
+}
 
 // Where a share begins; it ends where the next one does.
 struct Share {

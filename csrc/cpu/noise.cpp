@@ -5,48 +5,22 @@
 
 #include "cpu/blocks.h"
 #include "cpu/layout.h"
-
-#if defined(__SSE2__)
-#include <immintrin.h>
-#endif
+#include "cpu/vectors.h"
 
 namespace fusedopt::cpu {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kBytes = 64;
-#elif defined(__AVX2__)
-constexpr int kBytes = 32;
-#else
-constexpr int kBytes = 16;
-#endif
-
-constexpr int kWords = kBytes / 4;  // of a vector: one for each of as many groups of four elements
-constexpr int kVectors = 2;         // of groups that are drawn at once: with one, most of the work waits for the rest
+constexpr int kVectors = 2;  // of groups that are drawn at once: with one, most of the work waits for the rest
 constexpr int kDrawn = 4 * kWords * kVectors;
 
 // Vectors: what philox.h's formulas are computed in.
 struct Several {
-  using Float [[gnu::vector_size(kBytes)]] = float;
-  using Int [[gnu::vector_size(kBytes)]] = std::int32_t;
-  using Word [[gnu::vector_size(kBytes)]] = std::uint32_t;
+  using Float = Floats;
+  using Int = Ints;
+  using Word = Words;
   static Float number(Int x) { return __builtin_convertvector(x, Float); }
-  static Float root(Float x) {
-#if defined(__AVX512F__)
-    return reinterpret_cast<Float>(_mm512_maskz_sqrt_ps(-1, reinterpret_cast<__m512>(x)));
-#elif defined(__AVX2__)
-    return reinterpret_cast<Float>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
-#elif defined(__SSE2__)
-    return reinterpret_cast<Float>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
-#else
-    for (int k = 0; k < kWords; ++k) x[k] = std::sqrt(x[k]);
-    return x;
-#endif
-  }
+  static Float root(Float x) { return square_root(x); }
 };
-using Words = Several::Word;
-using Floats = Several::Float;
-
 // Words in the lower halves; what is in the upper ones does not matter.
 using Lanes [[gnu::vector_size(kBytes)]] = std::uint64_t;
 
@@ -54,7 +28,7 @@ inline Lanes all(std::uint64_t x) { return Lanes{} + x; }
 
 // The product of the words. Compilers multiply all of the 64 bits, which takes several times as long.
 inline Lanes product(Lanes a, Lanes b) {
-#if defined(__AVX512F__)
+#if defined(__AVX512BW__)
   return reinterpret_cast<Lanes>(
       _mm512_maskz_mul_epu32(-1, reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
 #elif defined(__AVX2__)
@@ -93,7 +67,7 @@ inline Floats first_of(Floats a, Floats b) { return alternating<0>(a, b, Indexes
 inline Floats second_of(Floats a, Floats b) { return alternating<kWords / 2>(a, b, Indexes()); }
 
 // philox() of groups in a row. Of two parts one has the even groups and one the odd.
-[[gnu::noinline]] void draw_groups(const Noise& noise, std::int64_t first, Words (&words)[kVectors][4]) {
+[[gnu::noinline]] void draw_groups(const Drawn& drawn, std::int64_t first, Words (&words)[kVectors][4]) {
   constexpr int parts = 2 * kVectors;
   Lanes c[parts][4], numbers;
   for (int lane = 0; lane < kWords / 2; ++lane) numbers[lane] = static_cast<std::uint64_t>(2 * lane);
@@ -101,11 +75,11 @@ inline Floats second_of(Floats a, Floats b) { return alternating<kWords / 2>(a, 
     const Lanes group = numbers + all(static_cast<std::uint64_t>(first + part / 2 * kWords + part % 2));
     c[part][0] = group;
     c[part][1] = group >> 32;
-    c[part][2] = all(noise.draw.tensor);
-    c[part][3] = all(noise.draw.step);
+    c[part][2] = all(drawn.draw.tensor);
+    c[part][3] = all(drawn.draw.step);
   }
 #pragma GCC unroll 10  // kPhiloxRounds
-  for (const auto& key : noise.keys) {
+  for (const auto& key : drawn.keys) {
     for (auto& x : c) {
       const Lanes a = product(all(kMultiplier0), x[0]), b = product(all(kMultiplier1), x[2]);
       x[0] = upper(b) ^ x[1] ^ all(key[0]);
@@ -150,8 +124,8 @@ inline void add_to_vector(float* out, const float* g, float factor, Floats noise
 }
 
 // Of groups in a row: in float, of whole batches.
-void add_to_batches(float* out, const float* g, float factor, const Noise& noise, std::int64_t group,
-                    std::int64_t count) {
+[[gnu::noinline]] void add_to_batches(float* out, const float* g, float factor, const Noise& noise, std::int64_t group,
+                                      std::int64_t count) {
   for (std::int64_t done = 0; done < count; done += kDrawn) {
     Words words[kVectors][4];
     // Of what the step reads, the gradients are missing: 3% of its time.
@@ -174,6 +148,17 @@ void add_to_batches(double* out, const double* g, double factor, const Noise& no
   }
 }
 
+// Calls draw_part(begin, end) for the parts of a run of elements, whose indices begin with `first`, that are less than
+// batches, and draw_whole(begin, count) for what is whole batches.
+template <class Part, class Whole>
+void each_batch(std::int64_t first, std::int64_t count, Part draw_part, Whole draw_whole) {
+  std::int64_t begin = 0;
+  if (const std::int64_t after = -first & 3; after) draw_part(0, begin = after < count ? after : count);
+  const std::int64_t whole = (count - begin) / kDrawn * kDrawn;
+  draw_whole(begin, whole);
+  if (begin + whole < count) draw_part(begin + whole, count);
+}
+
 // Of elements whose indices are [first, first + count).
 template <class T>
 void add_to_run(T* out, const T* g, T factor, const Noise& noise, std::int64_t first, std::int64_t count) {
@@ -184,17 +169,44 @@ void add_to_run(T* out, const T* g, T factor, const Noise& noise, std::int64_t f
     add_to_batches(part, part, factor, noise, (first + begin) >> 2, (before + end - begin + 3) & ~3);
     for (std::int64_t i = begin; i < end; ++i) out[i] = part[before + i - begin];
   };
-  std::int64_t begin = 0;
-  if (const std::int64_t after = -first & 3; after) add_to_part(0, begin = after < count ? after : count);
-  const std::int64_t whole = (count - begin) / kDrawn * kDrawn;
-  add_to_batches(out + begin, g + begin, factor, noise, (first + begin) >> 2, whole);
-  if (begin + whole < count) add_to_part(begin + whole, count);
+  each_batch(first, count, add_to_part, [&](std::int64_t begin, std::int64_t whole) {
+    add_to_batches(out + begin, g + begin, factor, noise, (first + begin) >> 2, whole);
+  });
+}
+
+// The words of groups in a row, of whole batches.
+void words_of_batches(std::uint32_t* out, const Drawn& drawn, std::int64_t group, std::int64_t count) {
+  for (std::int64_t done = 0; done < count; done += kDrawn) {
+    Words words[kVectors][4];
+    draw_groups(drawn, group + done / 4, words);
+    for (const auto& w : words) {
+      Floats x[4];
+      for (int k = 0; k < 4; ++k) x[k] = reinterpret_cast<Floats>(w[k]);
+      const Floats even[2] = {first_of(x[0], x[2]), second_of(x[0], x[2])};
+      const Floats odd[2] = {first_of(x[1], x[3]), second_of(x[1], x[3])};
+      for (int half = 0; half < 2; ++half) {
+        const Floats in_order[2] = {first_of(even[half], odd[half]), second_of(even[half], odd[half])};
+        __builtin_memcpy(out, in_order, sizeof(in_order));
+        out += 2 * kWords;
+      }
+    }
+  }
+}
+
+void words_of_run(std::uint32_t* out, const Drawn& drawn, std::int64_t first, std::int64_t count) {
+  const auto draw_part = [&](std::int64_t begin, std::int64_t end) {
+    alignas(kLine) std::uint32_t part[kDrawn];
+    words_of_batches(part, drawn, (first + begin) >> 2, kDrawn);
+    for (std::int64_t i = begin, before = (first + begin) & 3; i < end; ++i) out[i] = part[before + i - begin];
+  };
+  each_batch(first, count, draw_part, [&](std::int64_t begin, std::int64_t whole) {
+    words_of_batches(out + begin, drawn, (first + begin) >> 2, whole);
+  });
 }
 
 }  // namespace
 
-Noise::Noise(const StepOptions& options, const Drawing& drawing)
-    : draw{options.seed, drawing.stream, drawing.tensor, options.step}, scale(options.noise), indices(drawing.indices) {
+Drawn::Drawn(const Draw& draw, const Indices& indices) : draw(draw), indices(indices) {
   std::uint32_t key0 = draw.seed, key1 = draw.stream;
   for (auto& key : keys) {
     key[0] = key0;
@@ -213,6 +225,20 @@ void add_noise(T* out, const T* g, T factor, const Noise& noise, std::int64_t be
     if (stride == 1) return add_to_run(out + at, g + at, factor, noise, indices.first + offset, n);
     for (std::int64_t i = 0; i < n; ++i) {
       out[at + i] = factor * g[at + i] + scale * normal<T>(noise.draw, indices.first + offset + i * stride);
+    }
+  });
+}
+
+void draw_words(std::uint32_t* out, const Drawn& drawn, std::int64_t begin, std::int64_t count) {
+  const Indices& indices = drawn.indices;
+  if (!indices.layout) return words_of_run(out, drawn, indices.first + begin, count);
+  walk(*indices.layout, begin, count, [&](std::int64_t at, std::int64_t offset, std::int64_t stride, std::int64_t n) {
+    if (stride == 1) return words_of_run(out + at, drawn, indices.first + offset, n);
+    for (std::int64_t i = 0; i < n; ++i) {
+      const std::int64_t element = indices.first + offset + i * stride;
+      std::uint32_t words[4];
+      drawn.draw.words(element >> 2, words);
+      out[at + i] = words[element & 3];
     }
   });
 }

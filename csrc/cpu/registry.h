@@ -35,13 +35,15 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
     e.gradient_factor = 1;
   }
   const auto c = cast_coefficients<Rule, T>(coefficients);
-  Tile<T, kParam, N + 1> tile(row, N + averages);
-  const std::int64_t size = draws || averages ? kShortTile : tile.size();
+  Tile<T, kParam, N + 1> tile(row, N + averages, options.step);
+  std::int64_t size = tile.size();
+  if (kAddsUp<Rule>) size = kTile;  // however they are stored: the same values have the same sums
+  if (draws || averages) size = row.slice ? kBlockElements : kShortTile;
   each_tile(segment, size, [&](std::int64_t begin, std::int64_t count) {
-    const std::int64_t last = segment.last - begin;
+    const std::int64_t last = tile.is_in_place() ? segment.last - begin : 0;  // what else is to come is asked for
     T* const* const values = tile.fetch(begin, count, segment.last);
     Elements<Rule, T, N> elements(values, e, c);
-    alignas(kLine) T noisy[kShortTile];
+    alignas(kLine) T noisy[kBlockElements];
     if (noise) {
       add_noise(noisy, values[kGrad], gradient_factor, *noise, begin, count);
       elements.replace_gradient(noisy);

@@ -47,9 +47,9 @@ class DeviceGuard {
 };
 
 Codec codec_of(const std::string& name) {
-  const auto* found = std::find(std::begin(kDTypeNames), std::end(kDTypeNames), name);
-  if (found == std::end(kDTypeNames)) throw std::invalid_argument("unknown codec " + name);
-  return plain(static_cast<DType>(found - std::begin(kDTypeNames)));
+  const auto* found = std::find(std::begin(kCodecNames), std::end(kCodecNames), name);
+  if (found == std::end(kCodecNames)) throw std::invalid_argument("unknown codec " + name);
+  return static_cast<Codec>(found - std::begin(kCodecNames));
 }
 
 bool has_states(const RuleNames& variant, const std::vector<std::string>& states) {

@@ -26,8 +26,6 @@ __device__ __forceinline__ T* global(std::int64_t address) {
 #endif
 __device__ __forceinline__ void prefetch(std::int64_t address) { FUSEDOPT_PREFETCH_LINE(address); }
 
-__device__ __forceinline__ int size_of(Codec codec) { return codec == Codec::f32 ? 4 : codec == Codec::f64 ? 8 : 2; }
-
 // Eight elements for each lane, in runs of 16 bytes of the narrowest type, so that each access of a warp is dense.
 struct Whole {
   static constexpr int kCount = 8;

@@ -4,8 +4,6 @@
 #include <cmath>
 #include <iterator>
 
-#include "host/walk_order.h"
-
 namespace fusedopt::host {
 namespace {
 
@@ -36,7 +34,7 @@ CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state
   if (roster_.groups()) n_scalars_ = roster_.group(0).kernel().names.scalars.size();  // all groups have one rule
   std::size_t n_operands = 0;
   for (std::size_t i = 0; i < roster_.size(); ++i) {
-    n_operands += kFirstState + roster_.kernel(roster_.entry(i)).names.states.size() + 1;
+    n_operands += 2 * (kFirstState + roster_.kernel(roster_.entry(i)).names.states.size() + 1);
   }
   addresses_.reserve(n_operands);  // rows point into it
   for (std::size_t i = 0; i < roster_.size(); ++i) add_row(roster_.entry(i));
@@ -45,43 +43,90 @@ CpuJob::CpuJob(py::object param_groups, const py::list& groups, py::object state
 
 void CpuJob::add_row(const Entry& entry) {
   Row row{};
-  LayoutTable layouts;
   counters_.resize(counters_.size() + n_scalars_);
   own_counters_.push_back({});
   if (entry.is_member && entry.is_steppable) {
     row.kernel = &roster_.kernel(entry);
-    row.addresses = addresses_.data() + addresses_.size();
-    std::vector<Codec> signature;
-    const std::int64_t* const shape = roster_.dims(entry.param.dims);
-    const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
-    const auto take = [&](DType dtype, void* address, const std::int64_t* strides) {
-      addresses_.push_back(address);
-      signature.push_back(plain(dtype));
-      const Layout layout = order.layout_of(strides);
-      layouts.push_back(layout.ndim ? &layouts_.emplace_back(layout) : nullptr);
-    };
-    row.numel = order.numel();
-    take(entry.param.dtype, entry.param.address, shape + entry.ndim);
-    take(entry.gradient_dtype, nullptr, roster_.dims(entry.gradient_strides));
-    for (const Member& state : roster_.states(entry)) {
-      take(state.dtype, state.address, roster_.dims(state.dims) + entry.ndim);
-    }
-    if (const Member* const average = roster_.average(entry)) {
-      take(average->dtype, average->address, roster_.dims(average->dims) + entry.ndim);
-    }
+    add_operands(entry, row);
     if (const Member* const counter = roster_.counter(entry)) {
       own_counters_.back() = {counter->address, counter->dtype == DType::f64};
     }
-    row.codecs = signatures_.insert(std::move(signature)).first->data();
     Counter* counter = counters_.data() + counters_.size() - n_scalars_;
     for (const Member& scalar : roster_.scalars(entry)) *counter++ = {scalar.address, scalar.dtype == DType::f64};
-  }
-  if (std::any_of(layouts.begin(), layouts.end(), [](const Layout* layout) { return layout; })) {
-    row.layouts = tables_.emplace_back(std::move(layouts)).data();
   }
   numel_ += row.numel;
   rows_.push_back(row);
   planned_layouts_.push_back(row.layouts);
+}
+
+WalkOrder CpuJob::order_of(const Entry& entry) const {
+  const std::int64_t* const shape = roster_.dims(entry.param.dims);
+  bool has_blocks = false;
+  for (const Member& state : roster_.states(entry)) has_blocks |= state.dtype == DType::u8;
+  const By by = has_blocks ? By::kLogicalOrder : in_channels_ ? By::kSlices : By::kStrides;
+  return WalkOrder(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, by);
+}
+
+// In the order of their roles, then the average.
+std::vector<CpuJob::Operand> CpuJob::operands_of(const Entry& entry) const {
+  const Group& group = roster_.group(static_cast<std::size_t>(entry.group));
+  const auto strides = [&](const Member& m) { return roster_.dims(m.dims) + entry.ndim; };
+  const auto plain_operand = [&](const Member& m) {
+    return Operand{plain(m.dtype), m.address, nullptr, strides(m), nullptr};
+  };
+  std::vector<Operand> all{plain_operand(entry.param),
+                           {plain(entry.gradient_dtype), nullptr, nullptr, roster_.dims(entry.gradient_strides), {}}};
+  if (const Member* const master = roster_.master(entry)) {
+    const Codec whole = entry.param.dtype == DType::bf16 ? Codec::master_bf16 : Codec::master_f16;
+    all[kParam].codec = group.master() == Master::kSplit ? Codec::split : whole;
+    all[kParam].partner = master->address;
+    all[kParam].partner_strides = strides(*master);
+  }
+  const auto rounds = [&](Operand& operand) {
+    if (group.master() == Master::kStochastic && operand.codec == Codec::bf16) operand.codec = Codec::stochastic;
+  };
+  rounds(all[kParam]);
+  for (std::size_t k = 0; k < roster_.states(entry).size(); ++k) {
+    all.push_back(plain_operand(roster_.states(entry)[k]));
+    rounds(all.back());
+    if (const Member* const scales = roster_.scales(entry, k)) {
+      all.back().codec = group.is_signed(k) ? Codec::q8_signed : Codec::q8_unsigned;
+      all.back().partner = scales->address;
+    }
+  }
+  if (const Member* const average = roster_.average(entry)) all.push_back(plain_operand(*average));
+  return all;
+}
+
+void CpuJob::add_operands(const Entry& entry, Row& row) {
+  const WalkOrder order = order_of(entry);
+  const std::vector<Operand> operands = operands_of(entry);
+  const std::size_t n = operands.size(), first = addresses_.size();
+  LayoutTable layouts(2 * n);
+  const auto lay_out = [&](std::size_t at, const std::int64_t* strides) {
+    const Layout layout = strides ? order.layout_of(strides) : Layout();
+    if (layout.ndim) layouts[at] = &layouts_.emplace_back(layout);
+  };
+  std::vector<Codec> signature;
+  bool has_partners = false;
+  for (std::size_t k = 0; k < n; ++k) {
+    signature.push_back(operands[k].codec);
+    addresses_.push_back(operands[k].address);
+    lay_out(k, operands[k].strides);
+    lay_out(n + k, operands[k].partner_strides);
+    has_partners |= operands[k].partner != nullptr;
+    if (has_blocks(operands[k].codec)) row.slice = order.numel();
+  }
+  for (std::size_t k = 0; k < n; ++k) addresses_.push_back(operands[k].partner);
+  row.numel = order.numel();
+  row.n_operands = static_cast<std::int32_t>(n);
+  row.addresses = addresses_.data() + first;
+  row.partners = has_partners ? row.addresses + n : nullptr;
+  row.codecs = signatures_.insert(std::move(signature)).first->data();
+  if (row.slice && entry.ndim > 1) row.slice /= std::max<std::int64_t>(roster_.dims(entry.param.dims)[0], 1);
+  if (std::any_of(layouts.begin(), layouts.end(), [](const Layout* layout) { return layout; })) {
+    row.layouts = tables_.emplace_back(std::move(layouts)).data();
+  }
 }
 
 // Of near-equal numbers of elements, whatever the tensors' sizes and however many threads there are.
@@ -97,6 +142,7 @@ void CpuJob::cut_into_shares() {
         room = size;
       }
       end = begin + (rest <= room ? rest : room / kCut * kCut);
+      if (rest > room) end = whole_blocks(rows_[r], end);
       room -= end - begin;
     }
   }
@@ -173,14 +219,10 @@ void CpuJob::prefetch_counters(std::size_t i) const {
 
 // A gradient that is laid out otherwise than planned has a layout for this step.
 void CpuJob::lay_out(std::size_t i) {
-  const Entry& entry = roster_.entry(i);
-  const std::int64_t* const shape = roster_.dims(entry.param.dims);
-  const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
-  const Layout layout = order.layout_of(roster_.gradient_strides(i));
+  const Layout layout = order_of(roster_.entry(i)).layout_of(roster_.gradient_strides(i));
   Row& row = rows_[i];
   if (!layout.ndim && !(row.layouts && row.layouts[kGrad])) return;  // strides that do not matter
-  const bool has_average = roster_.average(entry);
-  const std::size_t n_operands = kFirstState + row.kernel->names.states.size() + has_average;
+  const auto n_operands = 2 * static_cast<std::size_t>(row.n_operands);
   LayoutTable table(n_operands);
   if (row.layouts) table.assign(row.layouts, row.layouts + n_operands);
   table[kGrad] = layout.ndim ? &step_layouts_.emplace_back(layout) : nullptr;
@@ -234,10 +276,10 @@ StepOptions CpuJob::options_of(const Group& group, const CohortKey& key, double 
   StepOptions out;
   const double* const numbers = group.options();
   if (!numbers) return out;
+  out.step = step > 0 ? static_cast<std::uint32_t>(step - 1) : 0;
   if (numbers[kEta] > 0) {
     out.noise = std::sqrt(numbers[kEta] / std::pow(step, numbers[kGamma]));
     out.seed = static_cast<std::uint32_t>(numbers[kSeed]);
-    out.step = static_cast<std::uint32_t>(step - 1);
   }
   if (group.average() == Average::kEma) {
     out.averages = true;
@@ -355,9 +397,7 @@ void CpuJob::draw(std::size_t i, std::uint32_t tensor, std::uint32_t stream, std
                   const std::vector<std::int64_t>& strides) {
   const Entry& entry = roster_.entry(i);
   if (!rows_[i].kernel || static_cast<int>(strides.size()) != entry.ndim) return;
-  const std::int64_t* const shape = roster_.dims(entry.param.dims);
-  const WalkOrder order(entry.ndim, shape, shape + entry.ndim, entry.param.is_complex, in_channels_);
-  const Layout layout = order.layout_of(strides.data());
+  const Layout layout = order_of(entry).layout_of(strides.data());
   drawings_.push_back({tensor, stream, {first, layout.ndim ? &layouts_.emplace_back(layout) : nullptr}});
   rows_[i].drawing = &drawings_.back();
 }

@@ -8,6 +8,7 @@
 
 #include "cpu/job.h"
 #include "host/roster.h"
+#include "host/walk_order.h"
 
 namespace fusedopt::host {
 
@@ -17,7 +18,7 @@ class CpuJob {
   CpuJob(py::object param_groups, const py::list& groups, py::object state, const std::vector<std::size_t>& members,
          const std::vector<std::size_t>& new_state, const std::vector<std::size_t>& new_average, bool in_channels);
 
-  // What row i draws its noise by: its number, the stream, and the logical index in the whole tensor of its first
+  // What row i draws by: its number, the stream, and the logical index in the whole tensor of its first
   // element, and how much that grows along each dimension.
   void draw(std::size_t i, std::uint32_t tensor, std::uint32_t stream, std::int64_t first,
             const std::vector<std::int64_t>& strides);
@@ -70,9 +71,18 @@ class CpuJob {
     double count;  // steps before, that the engine counts; 0 if it does not
     bool operator==(const CohortKey&) const = default;
   };
-  using LayoutTable = std::vector<const Layout*>;  // of each operand of a row
+  using LayoutTable = std::vector<const Layout*>;  // of each operand of a row, then of each partner
+
+  struct Operand {  // of a row
+    Codec codec;
+    void *address, *partner;
+    const std::int64_t *strides, *partner_strides;  // the partner's are null where it is not of the row's shape
+  };
 
   void add_row(const Entry& entry);
+  std::vector<Operand> operands_of(const Entry& entry) const;
+  WalkOrder order_of(const Entry& entry) const;
+  void add_operands(const Entry& entry, Row& row);
   void cut_into_shares();
   const Counter* counters(std::size_t i) const { return counters_.data() + i * n_scalars_; }
   void prefetch_counters(std::size_t i) const;
@@ -93,7 +103,7 @@ class CpuJob {
   Roster roster_;
   bool in_channels_;
   std::vector<Row> rows_;
-  std::vector<void*> addresses_;                       // of all rows' operands
+  std::vector<void*> addresses_;                       // of all rows' operands, and their partners
   std::set<std::vector<Codec>> signatures_;            // of all rows
   std::size_t n_scalars_ = 0;                          // of the rule
   std::vector<Counter> counters_;                      // of all rows

@@ -1,5 +1,7 @@
 #include "host/groups.h"
 
+#include <pybind11/stl.h>
+
 #include <stdexcept>
 
 #include "host/tensors.h"
@@ -36,8 +38,15 @@ NamedKernel::NamedKernel(std::string rule, std::vector<std::string> states, std:
     names.insert(names.end(), list->begin(), list->end());
   const std::span<const std::string_view> all = names;
   const std::size_t n_states = this->states.size(), n_scalars = this->scalars.size();
-  kernel.names = {
-      this->rule, all.first(n_states), all.subspan(n_states, n_scalars), all.subspan(n_states + n_scalars), {}, {}};
+  kernel.names = {this->rule,
+                  all.first(n_states),
+                  all.subspan(n_states, n_scalars),
+                  all.subspan(n_states + n_scalars),
+                  {},
+                  {},
+                  {},
+                  {},
+                  false};
 }
 
 Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group)) {
@@ -71,6 +80,18 @@ Group::Group(py::object group, const py::tuple& spec) : group_(std::move(group))
     average_ = average_name_ == "ema" ? Average::kEma : Average::kSlow;
   }
   counts_ = py::object(spec[5]).cast<bool>();
+  if (!py::object(spec[6]).is_none()) {
+    const auto kind = py::object(spec[6]).cast<std::string>();
+    master_ = kind == "fp32" ? Master::kWhole : kind == "split" ? Master::kSplit : Master::kStochastic;
+  }
+  if (!py::object(spec[7]).is_none()) master_state_ = py::object(spec[7]).cast<std::string>();
+  signed_ = py::object(spec[8]).cast<std::vector<bool>>();
+  for (const std::string_view state : kernel_->names.states) scales_.push_back(std::string(state) + "_scale");
+  if (signed_.size() != scales_.size()) throw std::logic_error("states do not match the kernel");
+  for (const py::handle item : py::object(spec[9])) {
+    const auto constant = py::reinterpret_borrow<py::tuple>(item);
+    constants_.emplace_back(constant[0], constant[1]);
+  }
 }
 
 py::object Group::option(PyObject* key) const { return look_up(group_.ptr(), key); }
@@ -120,6 +141,10 @@ bool Group::read(SourceOf source_of, const void* context) {
   }
   for (const Switch& s : switches_) {
     if (flag(s.key.ptr()) != static_cast<int>(s.on)) return false;
+  }
+  for (const auto& [key, value] : constants_) {
+    const py::object now = look_up(group_.ptr(), key.ptr());
+    if (!now || PyObject_RichCompareBool(now.ptr(), value.ptr(), Py_EQ) != 1) return false;
   }
   const int maximize = truth(look_up(group_.ptr(), maximize_key));
   const int decoupled = truth(PyUnicode_Check(decoupled_.ptr()) ? look_up(group_.ptr(), decoupled_.ptr()) : decoupled_);

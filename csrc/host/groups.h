@@ -23,6 +23,9 @@ struct HyperKey {
 // What an average of the parameters is, by the name of its state.
 enum class Average { kNone, kEma, kSlow };
 
+// How what parameters of 2 bytes cannot hold of their values is kept, by what a group calls it.
+enum class Master { kNone, kWhole, kSplit, kStochastic };
+
 constexpr std::size_t kOptionNumbers = option_numbers.size();
 
 // A hyperparameter that decides which states there are; it must keep its truth value, and is false where it is missing.
@@ -48,8 +51,9 @@ using SourceOf = std::int64_t (*)(PyObject* value, const void* context);
 class Group {
  public:
   // spec: (kernel capsule, [(key, index, count, low, high)], [(key, on)], decoupled: True, False or the key of a flag,
-  // the name of the average or None, whether the engine counts steps). Behind the kernel's hyperparameters there may be
-  // kOptionNumbers of the engine's.
+  // the name of the average or None, whether the engine counts steps, the kind of masters or None, the name of their
+  // state or None, for each of the kernel's states whether it is signed, [(key, what it must remain)]). Behind the
+  // kernel's hyperparameters there may be kOptionNumbers of the engine's.
   Group(py::object group, const py::tuple& spec);
 
   // Reads all hyperparameters; false, perhaps with a Python error, when the plan does not fit them. May run Python.
@@ -74,6 +78,10 @@ class Group {
   Average average() const { return average_; }
   std::string_view average_name() const { return average_name_; }  // of the state, empty if there is none
   bool counts() const { return counts_; }                          // a step that the rule does not
+  Master master() const { return master_; }
+  std::string_view master_state() const { return master_state_; }  // its name, empty if there is none
+  bool is_signed(std::size_t state) const { return signed_[state]; }
+  const std::string& scale_of(std::size_t state) const { return scales_[state]; }  // the name of what it may have
 
  private:
   // Its truth, which is 0 where it is missing; -1 perhaps with a Python error.
@@ -91,6 +99,11 @@ class Group {
   bool has_options_ = false, counts_ = false;
   Average average_ = Average::kNone;
   std::string average_name_;
+  Master master_ = Master::kNone;
+  std::string master_state_;
+  std::vector<bool> signed_;
+  std::vector<std::string> scales_;
+  std::vector<std::pair<py::object, py::object>> constants_;
 };
 
 // mapping[key] of a dict or any other mapping; empty, perhaps with a Python error, if it is not there.

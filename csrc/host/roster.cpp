@@ -150,15 +150,24 @@ Entry Roster::entry_of(std::size_t group, PyObject* param) {
   like_.back() = gradient_of(entry, is);
   add_states(entry, state_items_.size() - 1);
 
-  const auto is_whole = [](const Member& m) { return m.tensor && m.has_memory; };
   const auto is_here = [&](const Expectation& e) {
     return e.device_type == is.device_type && e.device_index == is.device_index;
   };
   entry.is_steppable =
-      is_whole(entry.param) && is_aligned(entry.param.address, entry.param.dtype) &&
-      std::all_of(members_.begin() + entry.first, members_.end(), is_whole) &&
+      has_all(entry) && is_aligned(entry.param.address, entry.param.dtype) &&
       std::all_of(expectations_.begin() + static_cast<std::ptrdiff_t>(first), expectations_.end(), is_here);
   return entry;
+}
+
+// Whether a parameter and all that its step uses is there, with memory.
+bool Roster::has_all(const Entry& entry) const {
+  const auto is_whole = [](const Member& m) { return m.tensor && m.has_memory; };
+  const auto is_whole_if_any = [&](const Member* m) { return !m || is_whole(*m); };
+  bool all = is_whole(entry.param) && is_whole_if_any(average(entry)) && is_whole_if_any(counter(entry)) &&
+             is_whole_if_any(master(entry));
+  for (const auto& some : {states(entry), scalars(entry)}) all &= std::all_of(some.begin(), some.end(), is_whole);
+  for (std::size_t k = 0; k < states(entry).size(); ++k) all &= is_whole_if_any(scales(entry, k));
+  return all;
 }
 
 GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) {
@@ -202,8 +211,8 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   const RuleNames& names = kernel(entry).names;
   entry.first = static_cast<std::uint32_t>(members_.size());
   const Group& group = group_of(entry);
-  const bool has_average = group.average() != Average::kNone;
-  members_.resize(members_.size() + names.states.size() + names.scalars.size() + has_average + group.counts());
+  const std::size_t own = own_of(entry);
+  members_.resize(own + kScales + names.states.size());
   const py::object mapping = look_up(state_.ptr(), entry.whole);
   if (!mapping) {
     if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_KeyError)) throw py::error_already_set();
@@ -214,12 +223,13 @@ void Roster::add_states(Entry& entry, std::size_t i) {
   items.mapping = mapping.ptr();
   held_.push_back(mapping);
   items.first = static_cast<std::uint32_t>(items_.size());
-  const std::string_view average_name = group.average_name(), counter_name = "step";
-  const auto find = [&](std::span<const std::string_view> list, std::size_t first, std::string_view key,
-                        PyObject* value) {
+  const auto find = [&](const auto& list, std::size_t first, std::string_view key, PyObject* value) {
     const auto k = static_cast<std::size_t>(std::find(list.begin(), list.end(), key) - list.begin());
     if (k < list.size() && torch.is_tensor(value)) expect_local(value, &members_[first + k]);
   };
+  const std::string_view engines[kScales] = {group.average_name(), group.counts() ? "step" : "", group.master_state()};
+  std::vector<std::string_view> scales;
+  for (std::size_t k = 0; k < names.states.size(); ++k) scales.push_back(group.scale_of(k));
   each_item(mapping.ptr(), [&](PyObject* key, PyObject* value) {
     items_.push_back({key, value});
     held_.push_back(py::reinterpret_borrow<py::object>(key));
@@ -229,8 +239,8 @@ void Roster::add_states(Entry& entry, std::size_t i) {
     if (!name) return !PyErr_Occurred();
     find(names.states, entry.first, name, value);
     find(names.scalars, entry.first + names.states.size(), name, value);
-    if (has_average) find({&average_name, 1}, own_of(entry), name, value);
-    if (group.counts()) find({&counter_name, 1}, own_of(entry) + has_average, name, value);
+    if (*name) find(std::span(engines), own, name, value);
+    find(scales, own + kScales, name, value);
     return true;
   });
   if (PyErr_Occurred()) throw py::error_already_set();

@@ -38,7 +38,7 @@ struct Entry {
   std::int32_t ndim = 0;
   std::int64_t numel = 0;  // of complex tensors, numbers and not pairs of them
   Member param;
-  std::uint32_t first = 0;  // of its states, its scalars, its average and its counter, among the roster's members
+  std::uint32_t first = 0;  // of its states, among the roster's members; see Roster::Place
   // Of its gradient: as it was when it was planned, else like the parameter.
   DType gradient_dtype = DType::f32;
   std::uint32_t gradient_strides = 0;
@@ -83,11 +83,17 @@ class Roster {
   }
   // What the engine has of it besides the rule: null if there is none.
   const Member* average(const Entry& entry) const {
-    return group_of(entry).average() == Average::kNone ? nullptr : &members_[own_of(entry)];
+    return group_of(entry).average() == Average::kNone ? nullptr : &members_[own_of(entry) + kAverage];
   }
   const Member* counter(const Entry& entry) const {
-    const std::size_t first = own_of(entry) + (group_of(entry).average() != Average::kNone);
-    return group_of(entry).counts() ? &members_[first] : nullptr;
+    return group_of(entry).counts() ? &members_[own_of(entry) + kCounter] : nullptr;
+  }
+  const Member* master(const Entry& entry) const {
+    return group_of(entry).master_state().empty() ? nullptr : &members_[own_of(entry) + kMaster];
+  }
+  // Of the codes of a state.
+  const Member* scales(const Entry& entry, std::size_t state) const {
+    return states(entry)[state].dtype == DType::u8 ? &members_[own_of(entry) + kScales + state] : nullptr;
   }
   const Group& group(std::size_t g) const { return groups_[g]; }
   std::size_t groups() const { return groups_.size(); }
@@ -111,6 +117,9 @@ class Roster {
   int traverse(visitproc visit, void* arg) const;
 
  private:
+  // Where an entry's members are, behind its states and scalars. Those that it has not are empty.
+  enum Place { kAverage, kCounter, kMaster, kScales };
+
   const Group& group_of(const Entry& entry) const { return groups_[static_cast<std::size_t>(entry.group)]; }
   std::size_t own_of(const Entry& entry) const {
     const RuleNames& names = kernel(entry).names;
@@ -118,6 +127,7 @@ class Roster {
   }
   Entry entry_of(std::size_t group, PyObject* param);
   void add_states(Entry& entry, std::size_t i);
+  bool has_all(const Entry& entry) const;
   GradientExpectation gradient_of(Entry& entry, const Expectation& param);
   bool expect(PyObject* tensor, Member* out);
   bool expect_local(PyObject* tensor, Member* out);
@@ -154,7 +164,7 @@ class Roster {
   std::vector<Group> groups_;
   std::vector<bool> has_members_;  // of each group
   std::vector<Entry> entries_;
-  std::vector<Member> members_;          // states, scalars, average and counter of each entry that is a member
+  std::vector<Member> members_;          // of each entry that is a member
   std::vector<StateItems> state_items_;  // of each entry
   std::vector<Item> items_;
   std::vector<Item> all_states_;  // the optimizer's, in their order

@@ -103,6 +103,7 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   enter("float64", {DType::f64, false});
   enter("bfloat16", {DType::bf16, false});
   enter("float16", {DType::f16, false});
+  enter("uint8", {DType::u8, false});
   enter("complex64", {DType::f32, true});
   enter("complex128", {DType::f64, true});
   enter("complex32", {DType::f16, true});
@@ -211,7 +212,9 @@ const Torch::Type* Torch::type_of(std::int32_t dtype) const {
   }
   static constexpr Type types[] = {{DType::bf16, false}, {DType::f16, false}, {DType::f32, false}, {DType::f64, false},
                                    {DType::f16, true},   {DType::f32, true},  {DType::f64, true}};
+  static constexpr Type bytes = {DType::u8, false};
   const int code = dtype >> 8 & 0xff, bits = dtype & 0xff;
+  if (code == kDLUInt) return bits == 8 ? &bytes : nullptr;
   if (code == kDLBfloat) return bits == 16 ? &types[0] : nullptr;
   if (code != kDLFloat && code != kDLComplex) return nullptr;
   const int part = code == kDLComplex ? bits / 2 : bits;
@@ -231,8 +234,7 @@ bool Torch::is_complex(std::int32_t dtype) const {
 
 int Torch::item_size(std::int32_t dtype) const {
   const Type* type = type_of(dtype);
-  constexpr int sizes[] = {4, 8, 2, 2};  // in the order of DType
-  return type ? sizes[static_cast<int>(type->parts)] * (type->complex ? 2 : 1) : 1;
+  return type ? kDTypeSizes[static_cast<int>(type->parts)] * (type->complex ? 2 : 1) : 1;
 }
 
 }  // namespace fusedopt::host

@@ -5,13 +5,14 @@
 
 namespace fusedopt::host {
 
-WalkOrder::WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex, bool slices)
+WalkOrder::WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex, By by)
     : parts_(is_complex ? 2 : 1), numel_(parts_) {
   for (int d = 0; d < ndim; ++d) {
     numel_ *= shape[d];
     if (shape[d] != 1) order_.push_back({d, shape[d]});
   }
-  const bool keeps_first = slices && !order_.empty() && order_.front().index == 0;
+  if (by == By::kLogicalOrder) return;
+  const bool keeps_first = by == By::kSlices && !order_.empty() && order_.front().index == 0;
   std::stable_sort(order_.begin() + keeps_first, order_.end(),
                    [&](const Dim& a, const Dim& b) { return strides[a.index] > strides[b.index]; });
 }

@@ -8,12 +8,14 @@
 
 namespace fusedopt::host {
 
-// The walking order of a parameter: by falling stride, so that a dense parameter of any memory
-// format (channels_last, transposed) is one run of memory. Complex tensors count as real ones with a
-// last dimension of 2. With `slices`, dimension 0 is the outermost, whatever its stride.
+// By what a parameter is walked. Falling strides make a dense one of any memory format (channels_last, transposed) one
+// run of memory; with slices, dimension 0 is the outermost, whatever its stride; blocks lie in logical order.
+enum class By { kStrides, kSlices, kLogicalOrder };
+
+// The walking order of a parameter. Complex tensors count as real ones with a last dimension of 2.
 class WalkOrder {
  public:
-  WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex, bool slices);
+  WalkOrder(int ndim, const std::int64_t* shape, const std::int64_t* strides, bool is_complex, By by);
 
   std::int64_t numel() const { return numel_; }
 

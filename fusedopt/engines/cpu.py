@@ -101,7 +101,7 @@ class Plan:
         in_channels = optimizer.scope == CHANNEL
         self._job = extension.CpuJob(self._groups, specs, self._state, members, *new, in_channels)
         for i, (p, group) in zip(members, optimizer.members(members), strict=True):
-            if group.get(options.NOISE):
+            if options.draws(group):
                 self._job.draw(i, *noise.place(optimizer, i, p))
         if rule.has_sums():
             places, addresses = self.sums.places, [t.data_ptr() for t in self.sums.tensors()]

@@ -56,6 +56,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"rule {rule.name!r} has no CUDA kernel"
     if reason := checks.named_otherwise(rule, _names(rule.name)):
         return reason
+    if group.get("master") or group.get("state_dtype"):
+        return "it has no code for masters and low-bit states yet"
     return checks.unsteppable(p, group, rule, state)
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, memory, options
-from fusedopt.engines.eager_step import EagerSums, Step, real
+from fusedopt import checks, engines, memory, options, state_checks
+from fusedopt.codecs import real
+from fusedopt.engines.eager_step import EagerSums, Step
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New, lacks_state
@@ -90,7 +91,7 @@ class Plan:
                     if is_written or self.choices.get(i, "eager") != "eager":
                         return False
                 state = optimizer.state.get(p, {})
-                checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
+                state_checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
                 if lacks_state(optimizer.rule, state, group, step_device(p)):
                     return False
                 if self._choice(p, group, labels[i]) != self.choices.get(i, "eager"):

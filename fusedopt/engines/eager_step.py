@@ -10,7 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import memory, noise, options
+from fusedopt import memory, noise, options, storage
+from fusedopt.codecs import decode, encode, real, write
+from fusedopt.operands import Operand
 from fusedopt.rule import WEIGHT_DECAY, Rule, StepScale
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
@@ -38,6 +40,7 @@ class Step:
     ) -> None:  # fmt: skip
         self.p, self._group, self._new_average = p, group, new_average
         self._rule, self._state = optimizer.rule, optimizer.state[p]
+        self._optimizer, self._number = optimizer, i
         self.is_differentiable = bool(group["differentiable"])
         assert p.grad is not None
         for t in (p, p.grad, *self._state.values()):  # torch's operations don't look
@@ -47,23 +50,42 @@ class Step:
         scalars = _engine_scalars(self._rule, group, factor)
         gradient_factor, coupled_decay, self._decay_factor, self._step_scale = scalars
         self.compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
-        self._names = [spec.name for spec in self._rule.active_states(group)]
-        self._value = real(self._here(p)).to(self.compute, copy=self.is_differentiable)  # autograd may keep it
-        g = real(self._here(p.grad)).to(self.compute) * gradient_factor
+        names = [spec.name for spec in self._rule.active_states(group)]
+        self._operands: dict[str, Operand] = {}
+        if self.is_differentiable:  # only a DTensor itself has an autograd graph, and this may keep what it reads
+            self._value = real(p).to(self.compute, copy=True)
+            g = real(p.grad).to(self.compute)
+            self._old = {name: real(self._state[name]).to(self.compute) for name in names}
+        else:
+            self._operands = self._find_operands()
+            g = real(memory.local(p.grad)).to(self.compute)
+            self._value = decode(self._operands["param"], self.compute)
+            self._old = {name: decode(self._operands[name], self.compute) for name in names}
+        g = g * gradient_factor
         if group.get(options.NOISE):
-            g = g + self._noise(optimizer, i)
+            g = g + self._noise()
         self._g = g + coupled_decay * self._value if coupled_decay else g
-        self._old = {name: real(self._here(self._state[name])).to(self.compute) for name in self._names}
 
-    def _here(self, t: Tensor) -> Tensor:
-        """Parts step alone; but only the DTensor itself has an autograd graph."""
-        return t if self.is_differentiable else memory.local(t)
+    def _find_operands(self) -> dict[str, Operand]:
+        stored = [
+            storage.state_operand(x, self._group, self._state) for x in options.states_of(self._rule, self._group)
+        ]
+        stored.append(storage.param_operand(self.p, self._group, self._state))
+        return {operand.name: operand for operand in stored}
 
-    def _noise(self, optimizer: Any, i: int) -> Tensor:
+    def _noise(self) -> Tensor:
         eta, gamma, seed = self._group[options.NOISE]
-        tensor, stream, _, _ = noise.place(optimizer, i, self.p)
+        tensor, stream, _, _ = noise.place(self._optimizer, self._number, self.p)
         drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, (seed, stream))
         return (math.sqrt(float(eta) * self.s.step ** -float(gamma)) * drawn).to(self.compute).to(self.p.device)
+
+    def _put(self, name: str, values: Tensor) -> None:
+        """Round values into an operand."""
+        operand, words = self._operands[name], None
+        if operand.codec.draws:
+            step = int(self.s.step) - 1
+            words = noise.rounding(self._optimizer, self._number, self.p, self._group, name, step)
+        encode(operand, values, words)
 
     def measure(self) -> tuple[Tensor, ...]:
         """What the rule measures."""
@@ -83,21 +105,23 @@ class Step:
             decayed = torch.where(d * self._value >= 0, decayed, self._value)
         value = stepped = decayed - self._step_scale * d
         if average := options.average_state(self._group):
-            new[average.name], value = self._averaged(real(self._here(self._state[average.name])), stepped)
-        _write(self._here(p), value)
-        for name in new:
-            if self.is_differentiable:
-                self._state[name] = _like(p, new[name])
-            else:
-                _write(self._here(self._state[name]), new[name])
+            new[average.name], value = self._averaged(average.name, stepped)
+        if self.is_differentiable:
+            write(p, value)
+            for name in new:
+                self._state[name] = torch.view_as_complex(new[name]) if p.is_complex() else new[name]
+        else:
+            for name, values in {"param": value, **new}.items():
+                self._put(name, values)
         write_scalars(self._state, self.s, vars(self.s))
         if not rule.epilogue:
             return ()
         return _as_many(rule, "conclude", rule.conclude(stepped, self._g, d, new, self.c), rule.epilogue)
 
-    def _averaged(self, average: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _averaged(self, name: str, value: Tensor) -> tuple[Tensor, Tensor]:
         """The average and the parameter after it."""
-        asked, average = self._group[options.AVERAGE], average.to(self.compute)
+        stored = real(self._state[name]) if self.is_differentiable else real(memory.local(self._state[name]))
+        asked, average = self._group[options.AVERAGE], stored.to(self.compute)
         if isinstance(asked, options.EMA):
             return torch.lerp(average, value, 1.0 if self._new_average else 1 - float(asked.decay)), value
         if self.s.step % float(asked.k):
@@ -259,20 +283,3 @@ def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> t
     coupled_decay, decay_factor = (0.0, 1 - lr * weight_decay) if rule.is_decoupled(group) else (weight_decay, 1.0)
     step_scale = lr if rule.step_scale is StepScale.LR else 1.0
     return -factor if group["maximize"] else factor, coupled_decay, decay_factor, step_scale
-
-
-def real(t: Tensor) -> Tensor:
-    """A tensor, or the parts of a complex one."""
-    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
-
-
-def _like(p: Tensor, real: Tensor) -> Tensor:
-    return torch.view_as_complex(real) if p.is_complex() else real
-
-
-def _write(t: Tensor, real: Tensor) -> None:
-    """Round a result of the compute type into a tensor, in place."""
-    if t.is_conj() or t.is_neg():  # converted first: torch copies float32 into negated halves with the wrong sign
-        t.copy_((torch.view_as_complex(real) if t.is_complex() else real).to(t.dtype))
-    else:
-        (torch.view_as_real(t) if t.is_complex() else t).copy_(real)

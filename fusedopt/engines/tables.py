@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import memory, noise, options
+from fusedopt import memory, noise, options, storage
 from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, SumsWord, row_width
 from fusedopt.operands import Signature
 from fusedopt.sums import CHANNEL, Segments
@@ -220,9 +220,9 @@ class Rows:
     def _row(self, optimizer: Any, i: int, whole: Tensor, group: Any, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
         state, rule = optimizer.state.get(whole, {}), optimizer.rule
-        active = [s.name for s in options.states_of(rule, group)]
+        needed = storage.tensors_of(rule, group, state)
         counts = [options.STEP] if options.counts(rule, group) else []
-        if any(state.get(name) is None for name in (*active, *self._names[1], *counts)):
+        if any(state.get(name) is None for name in (*needed, *self._names[1], *counts)):
             return None
         scalars = [state[name] for name in self._names[1]]
         counters = [state[name] for name in counts]
@@ -230,9 +230,9 @@ class Rows:
             return None  # without a gradient yet; it is planned anew before it is stepped
         g = whole if whole.grad is None else whole.grad
         p = memory.local(whole)
-        operands = {"param": p, "grad": memory.resolved(memory.local(g))}
-        operands.update({name: memory.local(state[name]) for name in active})
-        is_dense = not memory.has_gaps(p) and len({memory.significant(t) for t in operands.values()}) == 1
+        operands = storage.operands_of(rule, whole, memory.resolved(memory.local(g)), group, state)
+        shaped = [t for operand in operands for t in operand.tensors if t.shape == p.shape]
+        is_dense = not memory.has_gaps(p) and len(set(map(memory.significant, shaped))) == 1
         is_dense &= not self._in_channels or memory.begins_with_slices(p)
         draws, strides = group.get(options.NOISE) is not None, None
         words = [0] * self.width
@@ -240,15 +240,18 @@ class Rows:
             tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(optimizer, i, whole)
             words[RowWord.DRAW] = tensor | stream << 32
             is_dense &= all(p.shape[d] == 1 or p.stride(d) == strides[d] for d in range(p.dim()))
-        signature = Signature.of(not is_dense, operands.items(), draws)
+        signature = Signature.of(not is_dense, operands, draws)
         words[RowWord.NUMEL] = p.numel() * (2 if p.is_complex() else 1)
         words[RowWord.SIGNATURE] = self._signatures.setdefault(signature, len(self._signatures))
-        words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, list(operands.values()), strides)
+        words[RowWord.LAYOUT] = (
+            0 if is_dense else self._layout(p, [operand.tensors[0] for operand in operands], strides)
+        )
         words[RowWord.GROUP] = number
         for counter in counters:
             words[RowWord.COUNTER] = counter.data_ptr() | (counter.dtype == torch.float64)
-        for k, t in enumerate([p, *(operands[name] for name in active)]):
-            words[RowWord.OPERAND_ADDRESSES + ADDRESSES * k] = t.data_ptr()
+        for k, operand in enumerate([operands[0], *operands[2:]]):
+            for j, t in enumerate(operand.tensors):
+                words[RowWord.OPERAND_ADDRESSES + ADDRESSES * k + j] = t.data_ptr()
         for k, t in enumerate(scalars):
             words[k - len(scalars)] = t.data_ptr() | (t.dtype == torch.float64)
         return words

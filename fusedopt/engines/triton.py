@@ -68,6 +68,8 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"rule {rule.name!r} has no Triton kernel"
     if reason := checks.named_otherwise(rule, vars(_rules()[rule.name])):
         return reason
+    if group.get("master") or group.get("state_dtype"):
+        return "it has no code for masters and low-bit states yet"
     return checks.unsteppable(p, group, rule, state)
 
 

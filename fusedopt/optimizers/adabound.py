@@ -10,7 +10,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import update_moments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
 
 
@@ -29,7 +29,11 @@ class AdaBoundRule(Rule):
         Hyper("gamma", high=1.0, low_open=True, high_open=True),
         Hyper("base_lr", low_open=True),
     )
-    states = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", when="amsbound"))
+    states = (
+        State("exp_avg"),
+        State("exp_avg_sq", signed=False),
+        State("max_exp_avg_sq", when="amsbound", signed=False),
+    )
     scalars = {"step": 0.0}
 
     @staticmethod
@@ -69,8 +73,9 @@ class AdaBound(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         amsbound: Divide by the running maximum of the second moment.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -103,6 +108,8 @@ class AdaBound(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 from fusedopt.state import initial_state
 
@@ -18,7 +18,7 @@ class AdagradRule(Rule):
     name = "adagrad"
     hyper = (Hyper("lr_decay"), EPS)
     settings = (Hyper("initial_accumulator_value"),)
-    states = (State("sum", init="initial_accumulator_value"),)
+    states = (State("sum", init="initial_accumulator_value", signed=False),)
     scalars = {"step": 0.0}
     decay = COUPLED
 
@@ -45,8 +45,9 @@ class Adagrad(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         initial_accumulator_value: What S starts from; not negative.
         eps: Added to the root of S.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -76,6 +77,8 @@ class Adagrad(FusedOptimizer):
         capturable: bool = False,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

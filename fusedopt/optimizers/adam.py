@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
 
@@ -35,7 +35,11 @@ class AdamRule(Rule):
 
     name = "adam"
     hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_avg_sq"), State("max_exp_avg_sq", when="amsgrad"))
+    states = (
+        State("exp_avg"),
+        State("exp_avg_sq", signed=False),
+        State("max_exp_avg_sq", when="amsgrad", signed=False),
+    )
     scalars = {"step": 0.0}
 
     @staticmethod
@@ -108,8 +112,9 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: Decay as AdamW does.
         bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
             betas of all steps, which is right where they change.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -141,6 +146,8 @@ class Adam(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         bias_correction: str = "power",
         max_grad_norm: float | None = None,
@@ -163,8 +170,9 @@ class AdamW(FusedOptimizer):
         amsgrad: Divide by the running maximum of the second moment.
         bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
             betas of all steps, which is right where they change.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -195,6 +203,8 @@ class AdamW(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         bias_correction: str = "power",
         max_grad_norm: float | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import COUPLED, DECOUPLED, EPS, LR, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
 
 BETA2 = Hyper("beta2", high=1.0, high_open=True)
@@ -158,8 +158,8 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         beta_max: The largest memory, in [0, 1).
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         scope: What shares a memory: "group", "tensor", or "all" parameters.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -190,6 +190,8 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -216,8 +218,9 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         lam: How much the step is to be like the one before, at least 0.
         beta_max: The largest memory, in [0, 1).
         scope: What shares a memory: "tensor", "group", or "all" parameters.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -249,6 +252,8 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

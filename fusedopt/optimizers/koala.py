@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import checks, memory
+from fusedopt import checks, codecs, memory, noise, storage
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.koala_rules import KoalaMRule, KoalaVRule
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.ranks import Ranks, Reduction
 
 ONLINE = "online"
@@ -141,8 +141,8 @@ class KoalaV(MeasuresLoss):
         r: The variance of the measurement; "online" for ``0.9 r + 0.1 mean(loss^2)`` over the samples, from 1 on.
         weight_decay: L2 coefficient; it is part of the loss that is measured.
         match_reference: Step along g in place of h, as the authors' code does.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -174,6 +174,8 @@ class KoalaV(MeasuresLoss):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -201,8 +203,8 @@ class KoalaM(MeasuresLoss):
         qv: What is added to the velocities' variance in each step.
         r: The variance of the measurement; "online" for ``0.9 r + 0.1 mean(loss^2)`` over the samples, from 1 on.
         weight_decay: L2 coefficient; it is part of the loss that is measured.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -240,6 +242,8 @@ class KoalaM(MeasuresLoss):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -262,24 +266,37 @@ class KoalaM(MeasuresLoss):
             raise RuntimeError("predict() was called twice without a step between")
         checks.not_averaged(self)
         everyone = [(p, group) for group in self.param_groups for p in group["params"]]
-        drift = self._drift([p for p, _ in everyone])
+        drift = self._drift(everyone)
         kept = self.param_groups[0]["drift"]
         drift = kept.copy_(drift) if isinstance(kept, Tensor) else drift
-        for p, group in everyone:
+        for i, (p, group) in enumerate(everyone):
             if "velocity" in self.state.get(p, {}):
-                velocity = memory.local(self.state[p]["velocity"])
-                memory.local(p).add_(velocity)
-                velocity.mul_(float(group["a"]))
+                self._move(i, p, group)
         for group in self.param_groups:
             group.update(drift=drift, predictions=group["predictions"] + 1, predicted=True)
 
-    def _drift(self, params: list[Tensor]) -> Tensor:
+    def _move(self, i: int, p: Tensor, group: dict[str, Any]) -> None:
+        """Move a parameter along its velocity."""
+        state, (spec, _) = self.state[p], self.rule.states
+        stored = storage.param_operand(p, group, state), storage.state_operand(spec, group, state)
+        wide = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
+        values, velocity = (codecs.decode(operand, wide) for operand in stored)
+        for operand, now in zip(stored, (values + velocity, velocity * float(group["a"])), strict=True):
+            words = None
+            if operand.codec.draws:
+                step = int(group["predictions"])
+                words = noise.rounding(self, i, p, group, operand.name, step, noise.PREDICTED)
+            codecs.encode(operand, now, words)
+
+    def _drift(self, everyone: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
         """``|e - p|`` over all parameters of all ranks, divided by how many numbers they are."""
+        params = [p for p, _ in everyone]
         device, ranks = params[0].device, Ranks(params, self.process_group)
         wide = torch.float32 if device.type == "mps" else torch.float64
         sums = {reduction: torch.zeros(2, dtype=wide, device=device) for reduction in ranks.reductions}
-        for p in params:
-            here, average = memory.local(p), self.state.get(p, {}).get("average")
+        for p, group in everyone:
+            state = self.state.get(p, {})
+            here, average = storage.values(p, group, state), state.get("average")
             apart = here if average is None else memory.local(average) - here
             apart = torch.view_as_real(apart.resolve_conj()) if apart.is_complex() else apart
             both = sums[Reduction.of(p)]

@@ -111,7 +111,7 @@ class KoalaMRule(Koala):
     name = "koalam"
     hyper = (LR, WEIGHT_DECAY, Hyper("a"), Hyper("qv"), *NOISE, *MEASUREMENT, Hyper("drift"), Hyper("predictions"))
     settings = (Hyper("sw"), Hyper("sv"), Hyper("q"))
-    states = (State("velocity"), State("average"))
+    states = (State("velocity"), State("average", exact=True))
     scalars = {"step": 0.0, "p00": "sw", "p10": 0.0, "p11": "sv", "qw": "q", "noise": "r", "predictions": 0.0}
     shared = ("p00", "p10", "p11", "qw", "noise", "predictions")
     score = by_covariance

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import update_moments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, RULE, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
 
 ALWAYS_ADAPT = Hyper("always_adapt", high=1.0)
@@ -78,8 +78,9 @@ class LAMB(FusedOptimizer):
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient; the decay is part of the step whose length is adapted.
         always_adapt: Adapt the step's length in groups without decay, too.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -109,6 +110,8 @@ class LAMB(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

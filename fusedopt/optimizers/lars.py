@@ -9,7 +9,7 @@ from torch import Tensor
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.lamb import ALWAYS_ADAPT
 from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import EPS, RULE, WEIGHT_DECAY, Hyper, Rule
 
 
@@ -73,8 +73,9 @@ class LARS(FusedOptimizer):
         trust_coefficient: The length of a scaled gradient beside the tensor's.
         eps: Added to the length that the gradient is divided by.
         always_adapt: Scale the gradients of groups without decay, too.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -107,6 +108,8 @@ class LARS(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

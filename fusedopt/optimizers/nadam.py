@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
 
 
@@ -21,7 +21,7 @@ class NAdamRule(Rule):
 
     name = "nadam"
     hyper = (*BETAS, EPS, Hyper("momentum_decay"))
-    states = (State("exp_avg"), State("exp_avg_sq"))
+    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
     scalars = {"step": 0.0, "mu_product": 1.0}
 
     @staticmethod
@@ -55,8 +55,9 @@ class NAdam(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         momentum_decay: How fast ``mu_t`` approaches ``b1``; not negative.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -87,6 +88,8 @@ class NAdam(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

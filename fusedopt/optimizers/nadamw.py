@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, DECOUPLED, EPS, Rule, State, bias_correction
 
 
@@ -18,7 +18,7 @@ class NAdamWRule(Rule):
 
     name = "nadamw"
     hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_avg_sq"))
+    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
     scalars = {"step": 0.0}
     decay = DECOUPLED
 
@@ -51,8 +51,9 @@ class NAdamW(FusedOptimizer):
         betas: Decay rates of the first and second moment, each in [0, 1).
         eps: Added to the root of the bias-corrected second moment.
         weight_decay: Decay coefficient, multiplied by ``lr``.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -81,6 +82,8 @@ class NAdamW(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

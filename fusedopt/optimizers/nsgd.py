@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fusedopt import checks, memory
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import COUPLED, EPS, Rule, State
 
 LAYER, IN_CHANNEL = GRANULARITIES = ("layer", "in_channel")
@@ -199,8 +199,8 @@ class NSGD(FusedOptimizer):
         power_beta: Divide by a running average of the power, ``beta P + (1 - beta) P_t``, whose bias is corrected.
         log: Divide by ``max(log P, eps)``.
         collector: An :class:`fusedopt.InputPowers`, in place of ``norm`` and ``granularity``.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -238,6 +238,8 @@ class NSGD(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import ratio
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, RULE, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
 
 MOMENTUM = (
@@ -169,8 +169,8 @@ class AdamP(FusedOptimizer):
         delta: How near to orthogonal the gradient has to be.
         wd_ratio: Of the decay of what is projected.
         nesterov: Take ``b1 m + (1 - b1) g`` for the first moment.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -202,6 +202,8 @@ class AdamP(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
@@ -227,8 +229,8 @@ class SGDP(FusedOptimizer):
         eps: Added to lengths.
         delta: How near to orthogonal the gradient has to be.
         wd_ratio: Of the decay of what is projected.
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -261,6 +263,8 @@ class SGDP(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,

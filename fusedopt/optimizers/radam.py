@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
 from fusedopt.optimizers.adam import update_moments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
 
 
@@ -18,7 +18,7 @@ class RAdamRule(Rule):
 
     name = "radam"
     hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_avg_sq"))
+    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
     scalars = {"step": 0.0}
 
     @staticmethod
@@ -60,8 +60,9 @@ class RAdam(FusedOptimizer):
         eps: Added to the root of the second moment before bias correction.
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -91,6 +92,8 @@ class RAdam(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

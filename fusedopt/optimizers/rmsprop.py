@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
 
 
@@ -21,7 +21,11 @@ class RMSpropRule(Rule):
 
     name = "rmsprop"
     hyper = (Hyper("alpha", high=1.0), EPS, Hyper("momentum"))
-    states = (State("square_avg"), State("momentum_buffer", when="momentum"), State("grad_avg", when="centered"))
+    states = (
+        State("square_avg", signed=False),
+        State("momentum_buffer", when="momentum"),
+        State("grad_avg", when="centered"),
+    )
     scalars = {"step": 0.0}
     decay = COUPLED
 
@@ -56,8 +60,9 @@ class RMSprop(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         momentum: Momentum of the scaled gradient; 0 for none.
         centered: Divide by the root of the variance instead.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -88,6 +93,8 @@ class RMSprop(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import Hyper, Rule, State
 
 MOMENTUM = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
@@ -54,8 +54,9 @@ class SGD(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         nesterov: Nesterov momentum; needs momentum, and no dampening.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
-        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, cautious_weight_decay,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -86,6 +87,8 @@ class SGD(FusedOptimizer):
         decoupled_weight_decay: bool = False,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         cautious_weight_decay: bool = False,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
-from fusedopt.options import Average, GradientNoise
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import BETAS, COUPLED, EPS, LR, Hyper, Rule, State, bias_correction
 
 RELATIVE = 1e-6  # part of the tolerance
@@ -116,8 +116,8 @@ class SWATS(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         tol: How near the rates have to be.
         scope: Over what the sums are taken, and what switches together: "group", "all" parameters, or "tensor".
-        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, max_grad_norm, skip_nonfinite,
-            process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -150,6 +150,8 @@ class SWATS(FusedOptimizer):
         fused: bool | None = None,
         average: Average | None = None,
         gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
