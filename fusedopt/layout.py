@@ -10,8 +10,8 @@ table          dtype, shape                what it holds
 ``borders``    int64 (n_borders)           the numbers of rows that no share has whole: what updates a share counts the
                                            step of the others
 ``layouts``    int64                       of each strided row the number of dimensions, the words of each, and of each,
-                                           innermost first, its size and every operand's stride, then, where noise is
-                                           drawn, that of the logical index
+                                           innermost first, its size and the strides of every operand, of partners that
+                                           have the row's shape, and, where anything is drawn, of the logical index
 ``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each
                                            row, and a record for each group
 ``partials``   float64 (n_shares)          sums of the gradients' squares
@@ -26,6 +26,10 @@ A row may have several segments, over which its elements are added up (fusedopt/
 its own, the last of which may be short; else all of a row's elements are one. The sums of what one worker on a share, a
 "run", finds in a segment are at slot ``run + segment``: along the tiles one of the two grows with every slot. Epilogues
 have slots of their own, and rows for segments.
+
+Where a row has blocks of codes and its slices of dimension 0 are no multiples of them, it is padded: each slice has
+places for whole blocks, of which those after its elements are empty. Tiles are of places, and so of whole blocks.
+Scales are found by blocks of places, in their order.
 
 csrc/core/device_tables.h has the same places for C++, and a test compares the two.
 """
@@ -47,14 +51,15 @@ class RowWord(IntEnum):
     any, then the address of each of the rule's scalars, whose bit 0 is set when it is a double, not a float.
     """
 
-    NUMEL = 0  # of complex tensors, real numbers
+    NUMEL = 0  # of complex tensors, real numbers; of padded rows, places
     SIGNATURE = 1  # its number among the plan's
     LAYOUT = 2  # where in ``layouts`` it begins
     GROUP = 3
     COUNTER = 4  # the address of the step that the engine counts, like a scalar's; 0 if it does not
-    DRAW = 5  # what noise is drawn by: the tensor's number, and 2**32 times the stream
+    DRAW = 5  # what is drawn by: the tensor's number, and 2**32 times the stream
     FIRST_ELEMENT = 6  # the logical index of its first element in the whole tensor
-    OPERAND_ADDRESSES = 7
+    SLICE = 7  # elements that blocks lie inside of, where the row is padded; see below
+    OPERAND_ADDRESSES = 8
 
 
 class StepWord(IntEnum):

@@ -105,16 +105,20 @@ class Signature:
         is_strided: Whether some operand is not dense in the parameter's order.
         operands: (name, codec) of the parameter, the gradient, the states that the row has, and its average.
         draws: Whether its gradients get noise.
+        is_padded: Whether its slices are no multiples of blocks, see fusedopt/layout.py; it is strided then.
     """
 
     is_strided: bool
     operands: tuple[tuple[str, Codec], ...]
     draws: bool = False
+    is_padded: bool = False
 
     @classmethod
-    def of(cls, is_strided: bool, operands: Iterable[Operand], draws: bool = False) -> Signature:
+    def of(
+        cls, is_strided: bool, operands: Iterable[Operand], draws: bool = False, is_padded: bool = False
+    ) -> Signature:
         """That of a row's operands, which have passed the checks."""
-        return cls(is_strided, tuple((operand.name, operand.codec) for operand in operands), draws)
+        return cls(is_strided, tuple((operand.name, operand.codec) for operand in operands), draws, is_padded)
 
     @property
     def states(self) -> tuple[str, ...]:
@@ -133,4 +137,5 @@ class Signature:
 
     def __str__(self) -> str:
         operands = " ".join(f"{name}={codec.name}" for name, codec in self.operands)
-        return f"{'strided' if self.is_strided else 'dense'}{'+noise' if self.draws else ''} {operands}"
+        shape = "padded" if self.is_padded else "strided" if self.is_strided else "dense"
+        return f"{shape}{'+noise' if self.draws else ''} {operands}"

@@ -30,6 +30,7 @@ from torch import Tensor
 from fusedopt import codecs, memory, options
 from fusedopt.operands import (
     AVERAGES,
+    BF16,
     BLOCK,
     MASTER_BF16,
     MASTER_FP16,
@@ -114,16 +115,32 @@ def _cuts_no_block(p: Any, mesh_dim: int) -> bool:
     return shard % BLOCK == 0 and -(-blocks // size) * BLOCK == shard
 
 
-def codec_of(spec: State, p: Tensor, group: Group) -> Codec:
-    """How a parameter's state is to be stored."""
-    wide = plain(torch.float32 if p.dtype in (torch.bfloat16, torch.float16) else p.dtype)
-    asked = None if spec.exact or p.is_complex() else group.get(STATE_DTYPE)
-    assert wide
+def param_codec(dtype: torch.dtype, group: Group) -> Codec:
+    """How a parameter is stored."""
+    whole = MASTER_BF16 if dtype == torch.bfloat16 else MASTER_FP16
+    return {"split": SPLIT, "fp32": whole, "stochastic": STOCHASTIC}.get(group.get(MASTER) or "") or _plain(dtype)
+
+
+def state_codec(spec: State, dtype: torch.dtype, group: Group, fits: bool = True) -> Codec:
+    """How a state of parameters of a dtype is to be stored, whose states can have 8 bits if it ``fits``."""
+    wide = _plain(torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype)
+    asked = None if spec.exact or dtype.is_complex else group.get(STATE_DTYPE)
     if asked == torch.bfloat16:
-        return STOCHASTIC if group.get(MASTER) == "stochastic" else plain(torch.bfloat16) or wide
-    if asked == EIGHT_BIT and fits_blocks(p):
+        return STOCHASTIC if group.get(MASTER) == "stochastic" else BF16
+    if asked == EIGHT_BIT and fits:
         return Q8_SIGNED if spec.signed else Q8_UNSIGNED
     return wide
+
+
+def codec_of(spec: State, p: Tensor, group: Group) -> Codec:
+    """How a parameter's state is to be stored."""
+    return state_codec(spec, p.dtype, group, group.get(STATE_DTYPE) == EIGHT_BIT and fits_blocks(p))
+
+
+def _plain(dtype: torch.dtype) -> Codec:
+    codec = plain(dtype)
+    assert codec, dtype
+    return codec
 
 
 def _like(p: Tensor, dtype: torch.dtype, value: float | None = None) -> Tensor:
@@ -175,16 +192,12 @@ def new_master(p: Tensor, group: Group) -> dict[str, Tensor]:
 
 def param_operand(p: Tensor, group: Group, state: Mapping[str, Any]) -> Operand:
     """A parameter as it is stored on this rank; before its first step it has no master yet."""
-    here, master = memory.local(p), group.get(MASTER)
-    master = master if MASTER_STATES.get(master or "", "") in ("", *state) else None
-    if master == "split":
-        return Operand("param", SPLIT, (here, memory.local(state[LOW])))
-    if master == "fp32":
-        codec = MASTER_BF16 if here.dtype == torch.bfloat16 else MASTER_FP16
-        return Operand("param", codec, (here, memory.local(state[WHOLE])))
-    codec = STOCHASTIC if master == "stochastic" else plain(here.dtype)
-    assert codec
-    return Operand("param", codec, (here,))
+    here, name = memory.local(p), master_state(group)
+    if name is None:
+        return Operand("param", param_codec(here.dtype, group), (here,))
+    if name not in state:
+        return Operand("param", _plain(here.dtype), (here,))
+    return Operand("param", param_codec(here.dtype, group), (here, memory.local(state[name])))
 
 
 def values(p: Tensor, group: Group, state: Mapping[str, Any]) -> Tensor:
@@ -199,10 +212,9 @@ def state_operand(spec: State, group: Group, state: Mapping[str, Any]) -> Operan
     if here.dtype == torch.uint8:
         codec = Q8_SIGNED if spec.signed else Q8_UNSIGNED
         return Operand(spec.name, codec, (here, memory.local(state[scale_of(spec.name)])))
-    codec = plain(here.dtype)
-    if codec == plain(torch.bfloat16) and group.get(MASTER) == "stochastic" and spec.name not in AVERAGES:
+    codec = _plain(here.dtype)
+    if codec == BF16 and group.get(MASTER) == "stochastic" and spec.name not in AVERAGES:
         codec = STOCHASTIC
-    assert codec
     return Operand(spec.name, codec, (here,))
 
 
@@ -216,10 +228,8 @@ def operands_of(rule: type[Rule], p: Tensor, g: Tensor, group: Group, state: Map
         group: The parameter's.
         state: The parameter's, in which nothing is missing.
     """
-    grad = plain(g.dtype)
-    assert grad
     stored = [state_operand(spec, group, state) for spec in options.states_of(rule, group)]
-    return [param_operand(p, group, state), Operand("grad", grad, (g,)), *stored]
+    return [param_operand(p, group, state), Operand("grad", _plain(g.dtype), (g,)), *stored]
 
 
 def tensors_of(rule: type[Rule], group: Group, state: Mapping[str, Any]) -> list[str]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.signatures import has_scopes, has_tables, n_measures
-from fusedopt.triton_kernels.tile import PARTS, whole_tiles
+from fusedopt.triton_kernels.tile import PARTS, inside, whole_tiles
 from fusedopt.triton_kernels.walk import FIRST_SEGMENT, FIRST_SHARE, LAST_SHARE, SCOPE, SUMS_WIDTH, load_i32, to_type
 
 # Tiles that are added up in the type of their values before they join the double precision sum.
@@ -69,16 +69,15 @@ def add_up(
     Tiles go up or down; T is the type that a run of them is added up in. Unless FAST, what is rare, full tiles go as
     others do: no registers are spent on them.
     """
-    numel, addresses = segment[3], segment[4]
+    words, _, origin, numel, addresses = segment
     full_end = begin
     if FAST:
         full_end = whole_tiles(addresses, begin, end, numel, SIGNATURES, K, TILE)
     totals = zeros(N)
     PART: tl.constexpr = TILE // PARTS
-    lanes = tl.arange(0, PART)
     for at in range(full_end.to(tl.int64) * TILE, tl.minimum(end.to(tl.int64) * TILE, numel), PART):
         found = BODY(segment, at, engine, c, FUNCTION, MORE, SIGNATURES, K, PART, False)
-        totals = plus(totals, to_type(found, T), at + lanes < numel)
+        totals = plus(totals, to_type(found, T), inside(words, at, numel, origin, SIGNATURES, K, PART))
     if FAST:
         for run in range(begin, full_end, RUN):
             parts = _blocks(N, TILE // 4, T)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -39,40 +39,50 @@ class Specialised:
             that it does not always have, which kernel if it is not the step, and the parameter's and gradient's type.
         kernel: The jit function.
         constants: Its constexpr arguments.
+        has_codes: Whether states have 8 bits.
     """
 
     name: str
     kernel: Any
     constants: dict[str, Any]
+    has_codes: bool = False
 
 
-def specialised(rules: Iterable[Any], elements: Iterable[str], arch: str) -> list[Specialised]:
+def specialised(
+    rules: Iterable[Any], elements: Iterable[str], arch: str, storage: Mapping[str, Any] | None = None
+) -> list[Specialised]:
     """The norm kernel for every element type, and the others for every rule, set of states and element type.
 
     Args:
         rules: Eager rules, see fusedopt.rule.
         elements: Of parameters and gradients; states are fp64 beside fp64, else fp32.
         arch: A compute capability times ten, such as 90, or one of AMD's, such as gfx942.
+        storage: ``state_dtype`` and ``master`` of a group; those that the elements cannot have are left out.
     """
+    from fusedopt import storage as of_storage
     from fusedopt.engines import triton as engine
-    from fusedopt.operands import FP32, FP64, PLAIN, Signature
+    from fusedopt.operands import Signature, named
     from fusedopt.triton_kernels.kernels import KERNELS, constants
 
     elements, rules = list(elements), list(rules)
-    codecs = {codec.name: codec for codec in PLAIN}
-    found = []
+    found, storage = [], storage or {}
     for element, rule in product(elements, rules):
+        if of_storage.illegal(storage, named(element).dtypes[0]):
+            continue
         for states in _sets_of_states(rule):
-            wide = FP64 if element == FP64.name else FP32
-            operands = (("param", codecs[element]), ("grad", codecs[element]), *((name, wide) for name in states))
-            signature = Signature(False, operands)
-            tile = engine.TILES[_backend(arch)]
+            codecs = [of_storage.state_codec(s, named(element).dtypes[0], storage) for s in rule.states]
+            param = of_storage.param_codec(named(element).dtypes[0], storage)
+            stored = {s.name: codec for s, codec in zip(rule.states, codecs, strict=True) if s.name in states}
+            signature = Signature(False, (("param", param), ("grad", named(element)), *stored.items()))
+            has_codes = any(codec.block > 1 for codec in stored.values())
+            tile = engine.tile_of(_backend(arch), has_codes)
             switched = [s.name for s in rule.states if s.when and s.name in states]
             label = "+".join([rule.name, *switched])
-            for kernel, chosen in constants(rule, [signature], tile, engine.STAGES, rule.scopes[0]).items():
+            more = [rule, [signature], tile, engine.STAGES, rule.scopes[0]]
+            for kernel, chosen in constants(*more, options=bool(storage)).items():
                 name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")
                 if kernel != "norm" or (rule is rules[0] and states == _sets_of_states(rule)[0]):
-                    found.append(Specialised(f"{name} {element}", KERNELS[kernel], chosen))
+                    found.append(Specialised(f"{name} {element}", KERNELS[kernel], chosen, has_codes))
     return found
 
 
@@ -97,7 +107,7 @@ def compiled(what: Specialised, arch: str) -> Any:
     wave = 64 if arch.startswith("gfx9") else 32
     target = GPUTarget(backend, arch if backend == "hip" else int(arch), wave)
     source = ASTSource(what.kernel, signature, constexprs=constants)
-    return triton.compile(source, target=target, options=engine.options(backend))
+    return triton.compile(source, target=target, options=engine.options(backend, what.has_codes))
 
 
 def _backend(arch: str) -> str:

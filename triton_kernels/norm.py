@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.signatures import compute, count, in_channels
-from fusedopt.triton_kernels.tile import PARTS, fetch, locate, moved, segments_of, tiles_of, whole_tiles
+from fusedopt.triton_kernels.signatures import compute, count, element, in_channels, is_strided, itemsize
+from fusedopt.triton_kernels.tile import PARTS, load, locate, segments_of, tiles_of, whole_tiles
 from fusedopt.triton_kernels.walk import NUMEL, SHARES_MEASURED, claim, is_last, row_of, segment, share_of
 
 # Tiles that are added up in single precision before they join the double precision sum.
@@ -18,7 +18,7 @@ def _squares(
 ):  # fmt: skip
     """The squares of SIZE of the gradient's elements."""
     at = locate(words, layouts, origin, start, numel, SIGNATURES, K, SIZE)
-    g = fetch(grad, at, SIGNATURES, K, 1, FULL).to(T)
+    g = load(grad, at[0], at[1][1], at[2], element(SIGNATURES, K, 1), FULL).to(T)
     return g * g
 
 
@@ -68,7 +68,9 @@ def _row(
         for k in range(number, stop):
             begin, end = tiles_of(k, each, low, high)
             origin = tl.cast(k, tl.int64) * length
-            (here,) = moved((grad,), origin, SIGNATURES, K, 1)
+            here = grad
+            if not is_strided(SIGNATURES, K):
+                here += origin * itemsize(SIGNATURES, K, 1)
             total += _segment(words, layouts, here, begin, end, origin, length, SIGNATURES, K, TILE, STAGES)
         return total
     else:

@@ -15,13 +15,13 @@ def operands(
     """SIZE elements, as a rule sees them: where they are, the parameter, the gradient, and the states."""
     words, layouts, origin, numel, addresses = segment
     at = locate(words, layouts, origin, start, numel, SIGNATURES, K, SIZE)
-    p = fetch(addresses[0], at, SIGNATURES, K, 0, FULL)
-    g = fetch(addresses[1], at, SIGNATURES, K, 1, FULL) * engine[0]
+    p = fetch(addresses, at, SIGNATURES, K, 0, SIZE, FULL)
+    g = fetch(addresses, at, SIGNATURES, K, 1, SIZE, FULL) * engine[0]
     if draws(SIGNATURES, K):
-        g += noise(words, origin, start, at, engine[8:], SIGNATURES, K, SIZE)
+        g += noise(words, at, engine[8:], SIGNATURES, K, SIZE)
     state = ()
     for k in tl.static_range(n_states(SIGNATURES, K)):
-        state = state + (fetch(addresses[2 + k], at, SIGNATURES, K, 2 + k, FULL),)
+        state = state + (fetch(addresses, at, SIGNATURES, K, 2 + k, SIZE, FULL),)
     return at, p, tl.where(engine[1] != 0, g + engine[1] * p, g), state
 
 
@@ -40,15 +40,17 @@ def _lerp(a, b, w):
 
 
 @triton.jit
-def averaged(addresses, at, p, engine, SIGNATURES: tl.constexpr, K: tl.constexpr, FULL: tl.constexpr):
+def averaged(
+    addresses, at, p, engine, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """The parameter after its average, which is written."""
     PLACE: tl.constexpr = 2 + n_states(SIGNATURES, K)
     if average(SIGNATURES, K) == "ema":
-        ema = fetch(addresses[PLACE], at, SIGNATURES, K, PLACE, FULL)
-        put(addresses[PLACE], at, _lerp(ema, p, engine[5]), SIGNATURES, K, PLACE, FULL)
+        ema = fetch(addresses, at, SIGNATURES, K, PLACE, SIZE, FULL)
+        put(addresses, at, _lerp(ema, p, engine[5]), None, SIGNATURES, K, PLACE, SIZE, FULL)
     elif average(SIGNATURES, K) == "slow":
         if engine[7] != 0:
-            slow = _lerp(fetch(addresses[PLACE], at, SIGNATURES, K, PLACE, FULL), p, engine[6])
-            put(addresses[PLACE], at, slow, SIGNATURES, K, PLACE, FULL)
+            slow = _lerp(fetch(addresses, at, SIGNATURES, K, PLACE, SIZE, FULL), p, engine[6])
+            put(addresses, at, slow, None, SIGNATURES, K, PLACE, SIZE, FULL)
             p = slow
     return p

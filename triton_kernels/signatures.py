@@ -2,7 +2,8 @@
 
 Signatures are written as fusedopt.operands.Signature writes them, such as ``dense param=bf16 grad=bf16 exp_avg=fp32``,
 and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch. The first
-word has ``+noise`` where noise is drawn, and an average is the last operand, as in ``slow=fp32``.
+word has ``+noise`` where noise is drawn, and an average is the last operand, as in ``slow=fp32``. Behind the addresses
+of operands come those of partners, of such as have one.
 
 OPTIONS says whether groups ask for averages, noise or cautious decay, and who counts steps: it is empty if none does,
 else ``rule`` or ``engine``.
@@ -27,13 +28,90 @@ def count(signatures):
 @triton.constexpr_function
 def is_strided(signatures, k):
     """Whether the operands of signature k are walked by strides."""
-    return signatures.split(";")[k].startswith("strided")
+    return signatures.split(";")[k].startswith(("strided", "padded"))
+
+
+@triton.constexpr_function
+def is_padded(signatures, k):
+    """Whether the slices of signature k have empty places behind them."""
+    return signatures.split(";")[k].startswith("padded")
+
+
+@triton.constexpr_function
+def _codec(signatures, k, operand):
+    return signatures.split(";")[k].split(" ")[1 + operand].split("=")[1]
+
+
+@triton.constexpr_function
+def _n_operands(signatures, k):
+    return len(signatures.split(";")[k].split(" ")) - 1
+
+
+@triton.constexpr_function
+def codec(signatures, k, operand):
+    """The name of the codec of an operand of signature k: 0 the parameter, 1 the gradient, then the states."""
+    return _codec(signatures, k, operand)
+
+
+MASTERS = ("split", "master_bf16", "master_fp16")  # codecs with partners of the operand's shape
+
+
+@triton.constexpr_function
+def _element(signatures, k, operand):
+    name = _codec(signatures, k, operand)
+    if name.startswith("q8"):
+        return "uint8"
+    if name in ("stochastic", "split"):
+        return "bf16"
+    return name.replace("master_", "")
 
 
 @triton.constexpr_function
 def element(signatures, k, operand):
-    """The element type of an operand of signature k: 0 the parameter, 1 the gradient, then the states."""
-    return tl.dtype(signatures.split(";")[k].split(" ")[1 + operand].split("=")[1])
+    """The element type of an operand."""
+    return tl.dtype(_element(signatures, k, operand))
+
+
+@triton.constexpr_function
+def has_partner(signatures, k, operand):
+    """Whether an operand has a second address."""
+    name = _codec(signatures, k, operand)
+    return name in MASTERS or name.startswith("q8")
+
+
+@triton.constexpr_function
+def partner(signatures, k, operand):
+    """Where the second address of an operand is among a row's addresses."""
+    before = [_codec(signatures, k, j) for j in range(operand)]
+    n = sum(name in MASTERS or name.startswith("q8") for name in before)
+    return _n_operands(signatures, k) + n
+
+
+@triton.constexpr_function
+def partner_offset(signatures, k, operand):
+    """Where the offsets in an operand's partner are among a row's, where it has the operand's shape."""
+    return _n_operands(signatures, k) + sum(_codec(signatures, k, j) in MASTERS for j in range(operand))
+
+
+@triton.constexpr_function
+def partner_size(signatures, k, operand):
+    """How many bytes an element of an operand's partner has; of scales, which blocks have, 0."""
+    name = _codec(signatures, k, operand)
+    return 2 if name == "split" else 4 if name in MASTERS else 0
+
+
+@triton.constexpr_function
+def n_offsets(signatures, k):
+    """How many offsets an element of signature k has: of operands, of partners, and of the logical index."""
+    names = [_codec(signatures, k, j) for j in range(_n_operands(signatures, k))]
+    is_drawn = "stochastic" in names or signatures.split(";")[k].split(" ")[0].endswith("+noise")
+    return len(names) + sum(name in MASTERS for name in names) + is_drawn
+
+
+@triton.constexpr_function
+def has_blocks(signatures, k):
+    """Whether any operand of signature k has blocks."""
+    return "=q8" in signatures.split(";")[k]
 
 
 @triton.constexpr_function
@@ -77,7 +155,7 @@ def n_states(signatures, k):
 @triton.constexpr_function
 def n_operands(signatures, k):
     """How many operands signature k has."""
-    return len(signatures.split(";")[k].split(" ")) - 1
+    return _n_operands(signatures, k)
 
 
 @triton.constexpr_function
@@ -95,7 +173,7 @@ def index(names, name):
 @triton.constexpr_function
 def itemsize(signatures, k, operand):
     """How many bytes an element of an operand has."""
-    return element(signatures, k, operand).primitive_bitwidth // 8
+    return tl.dtype(_element(signatures, k, operand)).primitive_bitwidth // 8
 
 
 def describe(scope: str, n_measures: int, epilogue: list[int], shared: list[int], joined: bool) -> str:

@@ -67,9 +67,11 @@ def _step(
     at, p, g, state = operands(segment, start, engine, SIGNATURES, K, SIZE, FULL)
     d, state = DIRECTION(p, g, state, c, states(SIGNATURES, K))
     stepped = decayed(p, d, engine) - engine[3] * d
-    put(addresses[0], at, averaged(addresses, at, stepped, engine, SIGNATURES, K, FULL), SIGNATURES, K, 0, FULL)
+    drawn = (segment[0],) + engine[11:]
+    value = averaged(addresses, at, stepped, engine, SIGNATURES, K, SIZE, FULL)
+    put(addresses, at, value, drawn, SIGNATURES, K, 0, SIZE, FULL)
     for k in tl.static_range(n_states(SIGNATURES, K)):
-        put(addresses[2 + k], at, state[k], SIGNATURES, K, 2 + k, FULL)
+        put(addresses, at, state[k], drawn, SIGNATURES, K, 2 + k, SIZE, FULL)
     if CONCLUDE is None:
         return ()
     else:

@@ -14,7 +14,7 @@ from fusedopt.layout import RowWord, StatusCount, StepWord, SumsWord
 ADDRESSES = tl.constexpr(_ADDRESSES)
 NEW_STATE = tl.constexpr(_NEW_STATE)
 NEW_AVERAGE = tl.constexpr(_NEW_AVERAGE)
-NUMEL, SIGNATURE, LAYOUT, GROUP, COUNTER, DRAW, FIRST_ELEMENT, OPERAND_ADDRESSES = (
+NUMEL, SIGNATURE, LAYOUT, GROUP, COUNTER, DRAW, FIRST_ELEMENT, SLICE, OPERAND_ADDRESSES = (
     tl.constexpr(int(word)) for word in RowWord
 )
 MAX_NORM, MEASURED, SKIP_NONFINITE, GRADS = (tl.constexpr(int(word)) for word in StepWord)

@@ -12,7 +12,7 @@
 
 namespace fusedopt {
 
-FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kCounter, kDraw, kFirstElement,
+FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kCounter, kDraw, kFirstElement, kSlice,
                kOperandAddresses);
 FUSEDOPT_WORDS(StepWord, step_words, kMaxNorm, kMeasured, kSkipNonfinite, kGrads);
 FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign, kCautious);

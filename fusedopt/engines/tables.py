@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fusedopt import memory, noise, options, storage
+from fusedopt import codecs, memory, noise, options, storage
 from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, SumsWord, row_width
-from fusedopt.operands import Signature
+from fusedopt.operands import BLOCK, Signature
 from fusedopt.sums import CHANNEL, Segments
 
 # Shares of the tiles, as many as programs of each size, from the first tile to the last, in 1/120 of what a program has
@@ -231,21 +231,27 @@ class Rows:
         g = whole if whole.grad is None else whole.grad
         p = memory.local(whole)
         operands = storage.operands_of(rule, whole, memory.resolved(memory.local(g)), group, state)
-        shaped = [t for operand in operands for t in operand.tensors if t.shape == p.shape]
-        is_dense = not memory.has_gaps(p) and len(set(map(memory.significant, shaped))) == 1
+        shaped = [operand.tensors[0] for operand in operands]
+        shaped += [t for operand in operands for t in operand.tensors[1:] if operand.codec.block == 1]
+        has_blocks = any(operand.codec.block > 1 for operand in operands)
+        slices, length = codecs.slices_of(p.shape)
+        is_padded = has_blocks and slices > 1 and length % BLOCK != 0
+        is_dense = not is_padded and not memory.has_gaps(p) and len(set(map(memory.significant, shaped))) == 1
         is_dense &= not self._in_channels or memory.begins_with_slices(p)
-        draws, strides = group.get(options.NOISE) is not None, None
+        is_dense &= not has_blocks or p.is_contiguous()
+        draws, strides = options.draws(group), None
         words = [0] * self.width
         if draws:
             tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(optimizer, i, whole)
             words[RowWord.DRAW] = tensor | stream << 32
             is_dense &= all(p.shape[d] == 1 or p.stride(d) == strides[d] for d in range(p.dim()))
-        signature = Signature.of(not is_dense, operands, draws)
+        signature = Signature.of(not is_dense, operands, group.get(options.NOISE) is not None, is_padded)
         words[RowWord.NUMEL] = p.numel() * (2 if p.is_complex() else 1)
+        if is_padded:
+            words[RowWord.NUMEL] = slices * -(-length // BLOCK) * BLOCK
+            words[RowWord.SLICE] = length
         words[RowWord.SIGNATURE] = self._signatures.setdefault(signature, len(self._signatures))
-        words[RowWord.LAYOUT] = (
-            0 if is_dense else self._layout(p, [operand.tensors[0] for operand in operands], strides)
-        )
+        words[RowWord.LAYOUT] = 0 if is_dense else self._layout(p, shaped, strides)
         words[RowWord.GROUP] = number
         for counter in counters:
             words[RowWord.COUNTER] = counter.data_ptr() | (counter.dtype == torch.float64)

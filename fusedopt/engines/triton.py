@@ -16,6 +16,7 @@ from torch import Tensor
 from fusedopt import checks
 from fusedopt.engines.device import DevicePlan
 from fusedopt.engines.occupancy import resident_blocks
+from fusedopt.options import EIGHT_BIT, STATE_DTYPE
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New
@@ -25,6 +26,9 @@ WARPS = 4
 TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # 8 elements for each thread: 16 bytes of a half precision type
 # Left to itself ptxas spills a little to fit one more block on a processor.
 OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
+# The same where states have 8 bits: 16 elements for each thread. Untested.
+CODE_TILES = {"cuda": 2048, "hip": 4096, "xpu": 2048}
+CODE_OPTIONS = {"cuda": {"maxnreg": 255}, "hip": {}, "xpu": {}}
 # Programs that are launched for each processor; None: as many as its registers hold, where they can be asked, as shares
 # are cut for elsewhere. Untested.
 PROGRAMS_PER_PROCESSOR: int | None = None
@@ -68,8 +72,6 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"rule {rule.name!r} has no Triton kernel"
     if reason := checks.named_otherwise(rule, vars(_rules()[rule.name])):
         return reason
-    if group.get("master") or group.get("state_dtype"):
-        return "it has no code for masters and low-bit states yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -91,9 +93,15 @@ def _rules() -> dict[str, Any]:
     return rules.by_name()
 
 
-def options(backend: str) -> dict[str, Any]:
+def options(backend: str, has_codes: bool = False) -> dict[str, Any]:
     """How the kernels are compiled. Contraction to fused multiply-adds is asked for: Triton's default changes."""
-    return {"num_warps": WARPS, "enable_fp_fusion": True, **OPTIONS[backend]}
+    more = (CODE_OPTIONS if has_codes else OPTIONS)[backend]
+    return {"num_warps": WARPS, "enable_fp_fusion": True, **more}
+
+
+def tile_of(backend: str, has_codes: bool = False) -> int:
+    """Elements of a tile."""
+    return (CODE_TILES if has_codes else TILES)[backend]
 
 
 def backend_of(device: torch.device) -> str:
@@ -172,14 +180,15 @@ class Plan(DevicePlan):
         device = optimizer.members(members)[0][0].device
         ours = _rules()[optimizer.rule.name]
         interpreted = device.type == "cpu"
-        tile = INTERPRETED_TILE if interpreted else TILES[backend_of(device)]
+        has_codes = any(group.get(STATE_DTYPE) == EIGHT_BIT for _, group in optimizer.members(members))
+        tile = INTERPRETED_TILE if interpreted else tile_of(backend_of(device), has_codes)
         programs = INTERPRETED_PROGRAMS
         if not interpreted:
             programs = processors(device) * (PROGRAMS_PER_PROCESSOR or CUT_PER_PROCESSOR)
         names = ours.states, ours.scalars, ours.hyper
         super().__init__(optimizer, members, new, nth, names, programs, tile, sizes=SHARE_SIZES)
         t, rule, scope = self.table, optimizer.rule, optimizer.scope
-        more = {} if interpreted else options(backend_of(device))
+        more = {} if interpreted else options(backend_of(device), has_codes)
         self._n_scopes = self.sums.places.n_scopes if self.sums else 0
         self._sums = None
         if self.sums:
