@@ -1,4 +1,4 @@
-"""What of a state dict an optimizer takes over. Nothing here changes anything; whatever does not fit raises."""
+"""State dicts: what an optimizer gives, and what it takes over of one from elsewhere; whatever does not fit raises."""
 
 from __future__ import annotations
 
@@ -6,11 +6,89 @@ from collections import defaultdict
 from copy import deepcopy
 from typing import Any
 
-from fusedopt import checks, options, state_checks
+import torch
+
+from fusedopt import checks, codecs, options, state_checks, storage
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state, widened
 
 Groups = list[dict[str, Any]]
+
+
+class KeepsState:
+    """What an optimizer gives of its state, and takes."""
+
+    rule: type[Rule]
+    param_groups: Groups
+    state: Any
+    _optimizer_load_state_dict_pre_hooks: Any
+    _optimizer_load_state_dict_post_hooks: Any
+
+    def state_dict(self, *, dequantized: bool = False) -> dict[str, Any]:
+        """The state, of tensors and Python's own types, as torch.optim's is.
+
+        Args:
+            dequantized: For programs that know states of float32 alone: ``state_dtype`` and ``master`` are left out,
+                and what states of fewer bits hold is given as float32. Parameters are as they are; for what masters
+                hold see :func:`fusedopt.master_weights`.
+        """
+        saved = super().state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        if "param_groups" in saved:  # a hook may have made something else of it
+            groups = [options.plain(group) for group in saved["param_groups"]]
+            if dequantized:
+                saved["state"] = dequantized_state(self.rule, self.param_groups, saved)
+                groups = [{k: v for k, v in group.items() if k not in options.STORAGE} for group in groups]
+            saved["param_groups"] = groups
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state from here or from torch.optim. Tensors keep the dtype they were saved in.
+
+        Args:
+            state_dict: What ``state_dict()`` returned.
+
+        Raises:
+            ValueError: If it does not fit: other groups, shapes, states or hyperparameters. Nothing has
+                changed then.
+        """
+        state_dict = state_dict.copy()
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        for part in ("state", "param_groups"):
+            if part not in state_dict:
+                raise ValueError(f"the loaded state dict has no {part!r}")
+        groups = loaded_groups(self.rule, state_dict["param_groups"], self.param_groups)
+        state = loaded_state(self.rule, state_dict, groups)
+        self.__setstate__({"state": state, "param_groups": groups})  # pyright: ignore[reportAttributeAccessIssue]
+        for hook in self._optimizer_load_state_dict_post_hooks.values():
+            hook(self)
+
+
+@torch.no_grad()
+def dequantized_state(rule: type[Rule], groups: Groups, saved: dict[str, Any]) -> dict[Any, Any]:
+    """The states of a state dict, those of fewer than 32 bits as float32, without what codecs have besides.
+
+    Args:
+        rule: The optimizer's.
+        groups: The optimizer's.
+        saved: What torch made of them and its state.
+    """
+    specs, ours = {spec.name: spec for spec in rule.states}, storage.own_names(rule)
+    found = dict(saved["state"])
+    for group, numbers in zip(groups, (group["params"] for group in saved["param_groups"]), strict=True):
+        for p, number in zip(group["params"], numbers, strict=True):
+            state = found.get(number)
+            if state is None:
+                continue
+            plain = {name: value for name, value in state.items() if name not in ours}
+            for name in specs.keys() & plain.keys():
+                if plain[name].dtype in (torch.uint8, torch.bfloat16, torch.float16):
+                    operand = storage.state_operand(specs[name], group, state)
+                    plain[name] = storage.spread(p, codecs.decode(operand, torch.float32), p.shape)
+            found[number] = plain
+    return found
 
 
 def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) -> Groups:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fusedopt import checks, engines, options, planner, rescaling
 from fusedopt.amp import TakesScaling
 from fusedopt.averages import KeepsAverages
-from fusedopt.checkpoint import loaded_groups, loaded_state
+from fusedopt.checkpoint import KeepsState
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
@@ -42,7 +42,7 @@ def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
     return {"defaults": {**options, **fixed}, **own}
 
 
-class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
+class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimizer):
     """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
@@ -75,6 +75,10 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
         average: :class:`fusedopt.EMA` or :class:`fusedopt.Lookahead`, an average of the parameters that the step keeps
             in their state; None for none. See :meth:`averaged` and :meth:`average_of`.
         gradient_noise: :class:`fusedopt.GradientNoise` that is added to the gradients; None for none.
+        state_dtype: None (float32, or as wide as wider parameters), ``torch.bfloat16`` or ``"8bit"``: how the rule's
+            states are stored. See docs/storage.md, also for ``master``.
+        master: Of bfloat16 parameters ``"fp32"``, ``"split"`` (16 bits more, which with the parameter are its float32
+            master) or ``"stochastic"`` (rounded at random); of float16 ones ``"fp32"``; None for none.
         rescale: A key of groups alone: put the parameters to unit length after the step, by "channel" (a slice of
             dimension 0), "tensor", or "all" tensors that say so as one, in every ``rescale_every``-th step, unless lr
             is 0; see :func:`fusedopt.scale_invariant_groups`.
@@ -98,7 +102,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
 
     ``grad_norm`` has the same bits every time on one device with one build, not on another.
 
-    States of bfloat16 and float16 parameters are float32, unless they were loaded as something else.
+    States of bfloat16 and float16 parameters are float32, unless ``state_dtype`` asks for less, or they were loaded as
+    something else. How much memory each way to store them takes is said in docs/storage.md.
 
     Engines other than eager write parameters without autograd seeing it: version counters do not move, so
     that going backward through a graph from before the step is not reported as an error.
@@ -347,37 +352,6 @@ class FusedOptimizer(TakesScaling, KeepsAverages, torch.optim.Optimizer):
             self._retained.append(plan)
 
     # ----------------------------------------------------------------- state
-
-    def state_dict(self) -> dict[str, Any]:
-        """The state, of tensors and Python's own types, as torch.optim's is."""
-        saved = super().state_dict()
-        if "param_groups" in saved:  # a hook may have made something else of it
-            saved["param_groups"] = [options.plain(group) for group in saved["param_groups"]]
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state from here or from torch.optim. Tensors keep the dtype they were saved in.
-
-        Args:
-            state_dict: What ``state_dict()`` returned.
-
-        Raises:
-            ValueError: If it does not fit: other groups, shapes, states or hyperparameters. Nothing has
-                changed then.
-        """
-        state_dict = state_dict.copy()
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, state_dict)
-            if result is not None:
-                state_dict = result
-        for part in ("state", "param_groups"):
-            if part not in state_dict:
-                raise ValueError(f"the loaded state dict has no {part!r}")
-        groups = loaded_groups(self.rule, state_dict["param_groups"], self.param_groups)
-        state = loaded_state(self.rule, state_dict, groups)
-        self.__setstate__({"state": state, "param_groups": groups})
-        for hook in self._optimizer_load_state_dict_post_hooks.values():
-            hook(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

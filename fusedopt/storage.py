@@ -150,7 +150,7 @@ def _like(p: Tensor, dtype: torch.dtype, value: float | None = None) -> Tensor:
     return torch.full_like(p, fill, dtype=dtype, memory_format=torch.preserve_format).detach()
 
 
-def _spread(p: Tensor, here: Tensor, shape: Sequence[int]) -> Tensor:
+def spread(p: Tensor, here: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of a shape that has the part ``here`` on this rank, and is spread as a parameter is."""
     if not memory.is_dtensor(p):
         return here
@@ -167,14 +167,10 @@ def new_state(spec: State, p: Tensor, group: Group, value: float) -> dict[str, T
     if codec.block == 1:
         dtype = codec.dtypes[0]
         return {spec.name: _like(p, p.dtype if PARTS.get(p.dtype) == dtype else dtype, value)}
-    code = codecs.constant(value, codec)
-    scales = torch.full(codecs.scales_shape(memory.local(p).shape), value, device=memory.local(p).device)
-    names = spec.name, scale_of(spec.name)
-    return dict(zip(names, (_like(p, torch.uint8, code), _scales(p, scales)), strict=True))
-
-
-def _scales(p: Tensor, here: Tensor) -> Tensor:
-    return _spread(p, here, codecs.scales_shape(p.shape))
+    here = memory.local(p)
+    scales = torch.full(codecs.scales_shape(here.shape), value, device=here.device)
+    codes = _like(p, torch.uint8, codecs.constant(value, codec))
+    return {spec.name: codes, scale_of(spec.name): spread(p, scales, codecs.scales_shape(p.shape))}
 
 
 def new_master(p: Tensor, group: Group) -> dict[str, Tensor]:
@@ -185,6 +181,26 @@ def new_master(p: Tensor, group: Group) -> dict[str, Tensor]:
     if name == LOW:
         return {name: _like(p, torch.bfloat16, 0.0)}
     return {name: _like(p, torch.float32).copy_(p.detach())}
+
+
+def state_of(spec: State, p: Tensor, values: Tensor, codec: Codec) -> dict[str, Tensor]:
+    """A parameter's state with these values on this rank, float32, in a codec."""
+    if codec.block == 1:
+        return {spec.name: spread(p, values.to(codec.dtypes[0]), p.shape)}
+    codes, scales = codecs.quantized(values, codec)
+    return {
+        spec.name: spread(p, codes, p.shape),
+        scale_of(spec.name): spread(p, scales, codecs.scales_shape(p.shape)),
+    }
+
+
+def master_of(p: Tensor, values: Tensor, group: Group) -> dict[str, Tensor]:
+    """What a parameter has that stands for these values on this rank."""
+    name = master_state(group)
+    if name is None:
+        return {}
+    master = values.to(torch.float32, copy=True)
+    return {name: spread(p, codecs.split(master)[1] if name == LOW else master, p.shape)}
 
 
 # ----------------------------------------------------------------------------------------------------------- operands

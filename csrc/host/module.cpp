@@ -98,6 +98,10 @@ PYBIND11_MODULE(_host, m) {
       "Whether the ABI says that asking a tensor for its gradient runs Python.");
   m.def("describe", &describe, py::arg("rule"), py::arg("states"), py::arg("scalars"), py::arg("hyper"),
         "A kernel for tables whose rows a device steps and counts.");
+  m.def(
+      "codecs",
+      [] { return std::vector<std::string>(std::begin(fusedopt::kCodecNames), std::end(fusedopt::kCodecNames)); },
+      "The names of codecs, in the order of their numbers.");
   m.def("isa_level", &isa_level, "The highest x86-64 level this CPU runs: v2, v3, v4; else base.");
 
   using fusedopt::host::CpuJob;

@@ -108,9 +108,9 @@ class MeasuresLoss(FusedOptimizer):
         for group in self.param_groups:
             group.update(loss=of_groups[0], loss_square=of_groups[1], measured=loss is not None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, dequantized: bool = False) -> dict[str, Any]:
         """The state; see :meth:`fusedopt.FusedOptimizer.state_dict`."""
-        saved = super().state_dict()
+        saved = super().state_dict(dequantized=dequantized)
         for group in saved.get("param_groups", ()):
             for key in self._of_steps:
                 group.pop(key, None)

@@ -29,6 +29,12 @@ class RMSpropRule(Rule):
     scalars = {"step": 0.0}
     decay = COUPLED
 
+    @classmethod
+    def conflict(cls, group):
+        if group.get("centered") and group.get("state_dtype"):
+            return "centered=True takes the difference of two states, which state_dtype would round away"
+        return None
+
     @staticmethod
     def prepare(h, s, new_state):
         return SimpleNamespace(alpha=h.alpha, one_minus_alpha=1 - h.alpha, eps=h.eps, momentum=h.momentum)
