@@ -127,12 +127,16 @@ std::vector<std::uint32_t> KernelSelection::encode(const std::vector<SignatureNa
     words.resize(flags + 1 + static_cast<std::size_t>(codec_words(kFirstState + n_states)));
     words[flags] = static_cast<std::uint32_t>(variant - entry_->variants.begin()) * kVariant;
     if (names.is_strided) words[flags] |= kStrided;
-    if (names.draws) words[flags] |= kDraws;
+    if (names.is_padded) words[flags] |= kPadded;
+    if (names.draws) words[flags] |= kDraws | kIndexed;
     if (!names.average.empty()) words[flags] |= names.average == "ema" ? kEma : kSlow;
     for (std::size_t k = 0; k < names.codecs.size(); ++k) {
       const Codec codec = codec_of(names.codecs[k]);
       words[flags + 1 + k / kCodecsInWord] |= static_cast<std::uint32_t>(codec) << (kCodecBits * (k % kCodecsInWord));
-      if (codec == Codec::bf16 || codec == Codec::f16) words[flags] |= kHalves;
+      if (size_of(codec) == 2 || partner_size(codec) == 2) words[flags] |= kHalves;
+      if (has_blocks(codec)) words[flags] |= kBlocks;
+      if (partner_size(codec)) words[flags] |= kPartner;
+      if (codec == Codec::stochastic) words[flags] |= kIndexed;
       if (codec == Codec::f64) words[flags] |= kWide;
     }
   }

@@ -19,13 +19,14 @@ bool has_code_for(int device);
 int words_by_value(int device, bool has_options);
 
 // Names of what rows have in common: whether some operand is strided, their codecs, the rule's states that they have,
-// the average, empty if there is none, and whether their gradients get noise.
+// the average, empty if there is none, whether their gradients get noise, and whether slices are padded.
 struct SignatureNames {
   bool is_strided;
   std::vector<std::string> codecs;
   std::vector<std::string> states;
   std::string average;
   bool draws;
+  bool is_padded;
 };
 
 // The kernel of a rule that steps the variants with these states, at both sizes of its arguments.

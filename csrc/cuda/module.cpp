@@ -23,13 +23,13 @@ py::list describe_kernels() {
   return out;
 }
 
-using SignatureTuple = std::tuple<bool, std::vector<std::string>, std::vector<std::string>, std::string, bool>;
+using SignatureTuple = std::tuple<bool, std::vector<std::string>, std::vector<std::string>, std::string, bool, bool>;
 
 std::vector<std::uint32_t> encode(const KernelSelection& selection, const std::vector<SignatureTuple>& signatures,
                                   int n_states) {
   std::vector<SignatureNames> named;
-  for (const auto& [is_strided, codecs, states, average, draws] : signatures) {
-    named.push_back({is_strided, codecs, states, average, draws});
+  for (const auto& [is_strided, codecs, states, average, draws, is_padded] : signatures) {
+    named.push_back({is_strided, codecs, states, average, draws, is_padded});
   }
   return selection.encode(named, n_states);
 }

@@ -65,7 +65,7 @@ __device__ __forceinline__ double squares(const Row<kGrad, kGrad + 1>& row, std:
   double sum = 0;
 #pragma unroll 1
   for (; begin < end; begin += Fetch::kAll) {
-    const Fetch at(begin, end, row.layout);
+    const Fetch at(begin, end, row.layout, row.slice());
     typename Fetch::Raw raw;
     at.fetch(raw, row.address[kGrad][0], codec, kGrad);
     double g[Fetch::kCount];

@@ -7,14 +7,6 @@
 
 namespace fusedopt::cuda {
 
-// A rule beside which groups ask for options: kernels of their own, for the others would have fewer registers.
-template <class Rule>
-struct Optioned : Rule {
-  static constexpr bool has_options = true;
-};
-template <class Rule>
-constexpr bool kHasOptions = requires { Rule::has_options; };
-
 // Of a cohort.
 struct CohortOptions {
   double noise;  // its standard deviation
@@ -57,17 +49,60 @@ __device__ __forceinline__ void draw_four(const Draw& draw, std::int64_t index, 
   }
 }
 
+// Four words of neighbours, likewise.
+__device__ __forceinline__ void four_words(const Draw& draw, std::int64_t index, std::uint32_t* out) {
+  const int shift = static_cast<int>(index & 3);
+  std::uint32_t words[4], more[4] = {};
+  draw.words(index >> 2, words);
+  if (shift) draw.words((index >> 2) + 1, more);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    std::uint32_t word = words[i];
+#pragma unroll
+    for (int by = 1; by < 4; ++by) {
+      if (shift == by) word = i + by < 4 ? words[(i + by) % 4] : more[(i + by) % 4];
+    }
+    out[i] = word;
+  }
+}
+
 // g = factor * g + noise, of a lane's elements.
 template <class T, class Row>
 __device__ __forceinline__ void add_noise(T* g, T factor, const Row& row, const Whole& at, const CohortOptions& o) {
   const Draw draw = row.draw(o.seed, o.step);
   const T scale = static_cast<T>(o.noise);
 #pragma unroll
-  for (int half = 0; half < Whole::kCount; half += 4) {
+  for (int k = 0; k < Whole::kCount; k += 4) {
     T drawn[4];
-    draw_four(draw, row.words[kFirstElement] + at.first + (half ? at.stride : 0), drawn);
+    draw_four(draw, row.words[kFirstElement] + at.of_four(k), drawn);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) g[half + i] = factor * g[half + i] + scale * drawn[i];
+    for (int i = 0; i < 4; ++i) g[k + i] = factor * g[k + i] + scale * drawn[i];
+  }
+}
+
+// The words that round a lane's elements.
+template <class Row>
+__device__ __forceinline__ void rounding_words(std::uint32_t* words, const Draw& draw, const Row& row,
+                                               const Whole& at) {
+#pragma unroll
+  for (int k = 0; k < Whole::kCount; k += 4) four_words(draw, row.words[kFirstElement] + at.of_four(k), words + k);
+}
+
+template <class Row, int First, int N, bool Any>
+__device__ __forceinline__ std::int64_t logical_index(const Row& row, const Masked<First, N, Any>& at, int i) {
+  return row.words[kFirstElement] + (row.layout ? at.behind(i, row.index_column()) : at.first + 32 * i);
+}
+
+template <class Row, int First, int N, bool Any>
+__device__ __forceinline__ void rounding_words(std::uint32_t* words, const Draw& draw, const Row& row,
+                                               const Masked<First, N, Any>& at) {
+#pragma unroll
+  for (int i = 0; i < Masked<First, N, Any>::kCount; ++i) {
+    const std::int64_t index = logical_index(row, at, i);
+    std::uint32_t drawn[4];
+    draw.words(index >> 2, drawn);
+    const std::uint32_t lower = index & 1 ? drawn[1] : drawn[0], higher = index & 1 ? drawn[3] : drawn[2];
+    words[i] = index & 2 ? higher : lower;
   }
 }
 
@@ -76,12 +111,9 @@ __device__ __forceinline__ void add_noise(T* g, T factor, const Row& row, const 
                                           const CohortOptions& o) {
   const Draw draw = row.draw(o.seed, o.step);
   const T scale = static_cast<T>(o.noise);
-  const bool has_average = row.signature.has(kHasAverage);
 #pragma unroll
   for (int i = 0; i < Masked<First, N, Any>::kCount; ++i) {
-    const std::int64_t behind = has_average ? at.at(i, N - 1) : at.at(i, N - 2);  // the operands
-    const std::int64_t index = row.layout ? behind : at.first + 32 * i;
-    g[i] = factor * g[i] + scale * normal<T>(draw, row.words[kFirstElement] + index);
+    g[i] = factor * g[i] + scale * normal<T>(draw, logical_index(row, at, i));
   }
 }
 

@@ -19,7 +19,7 @@ template <class Rule, int Words>
 __device__ __forceinline__ void measure_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
                                               const Prepared<Rule>& of_cohort) {
   constexpr int n = kMeasures<Rule>;
-  using RowType = Row<kParam, kOperands<Rule>>;
+  using RowType = RowOf<Rule>;
   const Tables& t = a.tables;
   each_row<kBackwardsInRun>(t, begin, end, last_row, [&](int index, int first, int count) {
     const RowType row(a, index);
@@ -28,10 +28,11 @@ __device__ __forceinline__ void measure_tiles(const Arguments<Words>& a, int beg
         t, row, index, first, count, [&](const RowType& r, int segment, int tile, int n_tiles) {
           double sums[n] = {};
           with_type<Rule>(r, of_cohort.coefficients, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
-            each_fetch<T, kBackwardsInRun>(r, tile, n_tiles, [&]<class Fetch>(const Fetch& at) {
-              typename Fetch::Raw raw[kOperands<Rule>];
-              T values[kOperands<Rule>][Fetch::kCount];
-              const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(raw, values, r, at, c.engine, of_cohort.options);
+            constexpr bool writes = false;
+            each_fetch<Rule, T, kBackwardsInRun, writes>(r, tile, n_tiles, [&]<class Fetch>(const Fetch& at, auto&) {
+              StoredOf<Rule, Fetch, T> stored;
+              auto& values = stored.values;
+              const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(stored, r, at, c.engine, of_cohort.options);
               Added<T, n> added;
 #pragma unroll
               for (int i = 0; i < Fetch::kCount; ++i) {

@@ -8,8 +8,17 @@
 
 namespace fusedopt::cuda {
 
-constexpr int kTile = 256;  // elements that a warp steps at a time, 8 for each lane
+constexpr int kTile = 256;  // elements that a warp steps at a time, 8 for each lane; a block of codes
+static_assert(kTile == kBlockElements);
 constexpr int kWarps = kThreads / 32;
+
+// A rule beside which groups ask for options: kernels of their own, for the others would have fewer registers.
+template <class Rule>
+struct Optioned : Rule {
+  static constexpr bool has_options = true;
+};
+template <class Rule>
+constexpr bool kHasOptions = requires { Rule::has_options; };
 
 // A signature is a word of flags, then words of codecs, four bits each.
 constexpr int kCodecBits = 4;
@@ -24,8 +33,11 @@ enum SignatureFlag : std::uint32_t {
   kEma = 16,     // the last operand is an average of this kind
   kSlow = 32,
   kHasAverage = kEma | kSlow,
-  kDraws = 64,     // the gradient gets noise
-  kVariant = 128,  // times the variant of the rule
+  kDraws = 64,      // the gradient gets noise
+  kPadded = 128,    // slices have empty places behind them, see fusedopt/layout.py
+  kPartner = 256,   // what stands beside the parameter has its shape
+  kIndexed = 512,   // something is drawn, so that strided rows have a logical index
+  kVariant = 1024,  // times the variant of the rule
 };
 
 // The codec of an operand, by a signature's words of codecs.

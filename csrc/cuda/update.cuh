@@ -3,23 +3,58 @@
 
 #include "cuda/cohort.cuh"
 #include "cuda/slots.cuh"
+#include "cuda/stored.cuh"
 
 namespace fusedopt::cuda {
 
 // ---------------------------------------------------------------------------------------------------------- tiles
 
-// Calls body(fetch) for all that this warp is to fetch of its tiles of a row, see Row::split, whichever way.
-template <class T, int Step, int N, class Body>
-__device__ __forceinline__ void each_fetch(const Row<kParam, N>& row, int first, int count, Body body) {
+template <class Rule>
+using RowOf = Row<kParam, kOperands<Rule>>;
+
+// The columns of a strided row's layout: behind the operands there may be the average, what stands beside the
+// parameter, and the logical index.
+template <class Rule>
+constexpr int kColumns = kOperands<Rule> + (kHasOptions<Rule> ? 3 : 0);
+
+template <class Rule>
+using LargestOf = Largest<kStates<Rule>>;
+
+// Calls body(fetch, largest) for all that this warp is to fetch of its tiles of a row, see Row::split, whichever way.
+// Where a row has blocks of codes and body writes, it is called twice for what is not whole tiles.
+template <class Rule, class T, int Step, bool Writes, class Body>
+__device__ __forceinline__ void each_fetch(const RowOf<Rule>& row, int first, int count, Body body) {
   constexpr bool is_double = sizeof(T) == 8;
   const auto each_masked = [&]<bool Any>(std::int64_t begin, std::int64_t end) {
-    using Fetch = Masked<kParam, N + 2, Any>;  // the average, and the logical index, where there are any
+    using Fetch = Masked<kParam, kColumns<Rule>, Any>;
+    LargestOf<Rule> largest;
 #pragma unroll 1
-    for (; begin < end; begin += Fetch::kAll) body(Fetch(begin, end, row.layout));
+    for (; begin < end; begin += Fetch::kAll) body(Fetch(begin, end, row.layout, row.slice()), largest);
+  };
+  [[maybe_unused]] const auto each_block = [&](std::int64_t begin, std::int64_t end) {
+    using Fetch = Masked<kParam, kColumns<Rule>, true>;
+#pragma unroll 1
+    for (; begin < end; begin += kBlockElements) {
+      const std::int64_t last = min(begin + kBlockElements, end);
+      LargestOf<Rule> largest;
+#pragma unroll 1
+      for (int pass = Writes ? 0 : 1; pass < 2; ++pass) {
+        largest.is_first = pass == 0;
+#pragma unroll 1
+        for (std::int64_t at = begin; at < last; at += Fetch::kAll) {
+          body(Fetch(at, last, row.layout, row.slice()), largest);
+        }
+        if (Writes && largest.is_first) largest.combine();
+      }
+      if (Writes) put_scales(row, begin / kBlockElements, largest);
+    }
   };
   row.template split<Step>(
       first, count,
       [&](std::int64_t begin, std::int64_t end) {
+        if constexpr (kHasOptions<Rule> && !is_double) {
+          if (row.signature.has(kBlocks)) return each_block(begin, end);
+        }
         if (is_double || row.layout || row.signature.has(kWide)) {
           each_masked.template operator()<true>(begin, end);
         } else if constexpr (!is_double) {
@@ -28,27 +63,28 @@ __device__ __forceinline__ void each_fetch(const Row<kParam, N>& row, int first,
       },
       [&](int tile, int left) {
         if constexpr (!is_double) {  // of which no tile is whole
-          const bool halves = row.signature.has(kHalves);
+          const bool together = row.signature.has(kHalves) || row.signature.has(kBlocks);
+          LargestOf<Rule> largest;
 #pragma unroll 1
-          for (; left > 0; --left, tile += Step) body(Whole(row.start(tile), halves));
+          for (; left > 0; --left, tile += Step) body(Whole(row.start(tile), together), largest);
         }
       });
 }
 
-// Fetches a lane's elements of all operands: as they are stored, and their values. Where noise is added to the
-// gradient's, it is unscaled before; returns what is left to do for the step.
-template <class Rule, class Fetch, class T, int N>
-__device__ __forceinline__ EngineScalars<T> fetch_values(typename Fetch::Raw (&raw)[N], T (&values)[N][Fetch::kCount],
-                                                         const Row<kParam, N>& row, const Fetch& at,
-                                                         const EngineScalars<T>& engine, const CohortOptions& options) {
-#pragma unroll
-  for (int k = 0; k < N; ++k) at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
-#pragma unroll
-  for (int k = 0; k < N; ++k) decode<Fetch>(values[k], raw[k], row.signature.codec(k));
+template <class Rule, class Fetch, class T>
+using StoredOf = Stored<Fetch, T, kOperands<Rule>, kHasOptions<Rule> && sizeof(T) == 4>;
+
+// Fetches a lane's elements of all operands. Where noise is added to the gradient's, it is unscaled before; returns
+// what is left to do for the step.
+template <class Rule, class Fetch, class T>
+__device__ __forceinline__ EngineScalars<T> fetch_values(StoredOf<Rule, Fetch, T>& stored, const RowOf<Rule>& row,
+                                                         const Fetch& at, const EngineScalars<T>& engine,
+                                                         const CohortOptions& options) {
+  stored.fetch(row, at);
   EngineScalars<T> e = engine;
   if constexpr (kHasOptions<Rule>) {
     if (row.signature.has(kDraws)) {
-      add_noise(values[kGrad], e.gradient_factor, row, at, options);
+      add_noise(stored.values[kGrad], e.gradient_factor, row, at, options);
       e.gradient_factor = 1;
     }
   }
@@ -57,13 +93,13 @@ __device__ __forceinline__ EngineScalars<T> fetch_values(typename Fetch::Raw (&r
 
 // The step of a lane's elements; adds what the rule concludes of them to sums.
 template <class Rule, class T, class Fetch>
-__device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, const Fetch& at,
+__device__ __forceinline__ void step(const RowOf<Rule>& row, const Fetch& at, LargestOf<Rule>& largest,
                                      const CohortCoefficients<Rule, T>& c, const CohortOptions& options, double* sums) {
   constexpr int n = kOperands<Rule>;
-  typename Fetch::Raw raw[n];
-  T values[n][Fetch::kCount];
+  StoredOf<Rule, Fetch, T> stored;
+  auto& values = stored.values;
   [[maybe_unused]] std::conditional_t<kHasOptions<Rule>, Averaged<Fetch, T, n>, Nothing> average(row, at, options);
-  const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(raw, values, row, at, c.engine, options);
+  const EngineScalars<T> e = fetch_values<Rule, Fetch, T>(stored, row, at, c.engine, options);
   Added<T, kEpilogue<Rule>> added;
 #pragma unroll
   for (int i = 0; i < Fetch::kCount; ++i) {
@@ -79,20 +115,18 @@ __device__ __forceinline__ void step(const Row<kParam, kOperands<Rule>>& row, co
 #pragma unroll
     for (int k = 0; k < kStates<Rule>; ++k) values[kFirstState + k][i] = state[k];
   }
+  if constexpr (kHasOptions<Rule>) {
+    if (largest.is_first) return stored.measure(at, largest);
+  }
   added.put(sums);
   if constexpr (kHasOptions<Rule>) average.update(values[kParam], row, at);
-#pragma unroll
-  for (int k = 0; k < n; ++k) {
-    if (k == kGrad) continue;
-    encode<Fetch>(raw[k], values[k], row.signature.codec(k));
-    at.put(raw[k], row.address[k][0], row.signature.codec(k), k);
-  }
+  stored.put(row, at, options.step, largest);
 }
 
 // Calls with the values' type, float or double, and coefficients of it.
 template <class Rule, class Call>
-__device__ __forceinline__ void with_type(const Row<kParam, kOperands<Rule>>& row,
-                                          const CohortCoefficients<Rule, double>& c, Call call) {
+__device__ __forceinline__ void with_type(const RowOf<Rule>& row, const CohortCoefficients<Rule, double>& c,
+                                          Call call) {
   if (row.signature.codec(kParam) == Codec::f64) {
     call(c);
   } else {
@@ -108,13 +142,15 @@ __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begi
   constexpr int kStep = kEpilogue<Rule> > 0 ? kBackwardsInRun : kBackwards;
   const Tables& t = a.tables;
   each_row<kStep>(t, begin, end, last_row, [&](int index, int first, int count) {
-    using RowType = Row<kParam, kOperands<Rule>>;
+    using RowType = RowOf<Rule>;
     const RowType row(a, index);
     if (!row.active) return;
     double sums[kEpilogue<Rule> + 1] = {};
     const auto update = [&](const RowType& r, int tile, int n, const CohortCoefficients<Rule, double>& prepared) {
       with_type<Rule>(r, prepared, [&]<class T>(const CohortCoefficients<Rule, T>& c) {
-        each_fetch<T, kStep>(r, tile, n, [&](const auto& at) { step<Rule, T>(r, at, c, of_cohort.options, sums); });
+        each_fetch<Rule, T, kStep, true>(r, tile, n, [&](const auto& at, LargestOf<Rule>& largest) {
+          step<Rule, T>(r, at, largest, c, of_cohort.options, sums);
+        });
       });
     };
     if constexpr (kMeasures<Rule> > 0) {

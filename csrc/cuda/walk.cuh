@@ -147,11 +147,18 @@ struct Row {
     head = find_head();
   }
 
-  // What its noise is drawn by.
-  __device__ __forceinline__ Draw draw(std::uint32_t seed, std::uint32_t step) const {
+  // What is drawn by, of a stream from its own on.
+  __device__ __forceinline__ Draw draw(std::uint32_t seed, std::uint32_t step, std::uint32_t stream = 0) const {
     const auto of_row = static_cast<std::uint64_t>(words[kDraw]);
-    return {seed, static_cast<std::uint32_t>(of_row >> 32), static_cast<std::uint32_t>(of_row), step};
+    return {seed, static_cast<std::uint32_t>(of_row >> 32) + stream, static_cast<std::uint32_t>(of_row), step};
   }
+
+  // Columns of a layout behind those of the rule's operands, of which the average's is the first.
+  __device__ __forceinline__ int partner_column() const { return signature.has(kHasAverage); }
+  __device__ __forceinline__ int index_column() const { return partner_column() + signature.has(kPartner); }
+
+  // How many elements slices have, where they are padded.
+  __device__ __forceinline__ std::int64_t slice() const { return signature.has(kPadded) ? words[kSlice] : 0; }
 
   // How many elements to step one by one until all operands are at multiples of 16 bytes.
   __device__ __forceinline__ int find_head() const {
@@ -163,6 +170,10 @@ struct Row {
       for (int k = First; k < N; ++k) {
         const Codec codec = signature.codec(k);
         aligned &= codec != Codec::f64 && ((address[k][0] + (origin + elements) * size_of(codec)) & 15) == 0;
+      }
+      if (First == kParam && signature.has(kPartner)) {
+        const int size = partner_size(signature.codec(kParam));
+        aligned &= ((address[kParam][1] + (origin + elements) * size) & 15) == 0;
       }
       if (average) aligned &= ((average + (origin + elements) * size_of(signature.codec(N))) & 15) == 0;
       if (aligned) return elements;

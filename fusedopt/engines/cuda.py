@@ -56,8 +56,6 @@ def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -
         return f"rule {rule.name!r} has no CUDA kernel"
     if reason := checks.named_otherwise(rule, _names(rule.name)):
         return reason
-    if group.get("master") or group.get("state_dtype"):
-        return "it has no code for masters and low-bit states yet"
     return checks.unsteppable(p, group, rule, state)
 
 
@@ -107,7 +105,9 @@ class Plan(DevicePlan):
         tile, runs = extension.tile, extension.runs_per_share
         super().__init__(optimizer, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)
         t, s, nothing = self.table, self.status, self.partials
-        signatures = [(x.is_strided, list(x.codecs), list(x.states), x.average, x.draws) for x in t.signatures]
+        signatures = [
+            (x.is_strided, list(x.codecs), list(x.states), x.average, x.draws, x.is_padded) for x in t.signatures
+        ]
         n_states = len(names[0]) + t.has_average
         words = selection.encode(signatures, n_states)
         self._signatures = torch.tensor(words or [0], dtype=torch.int64, device=device).to(torch.int32)

@@ -27,6 +27,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 // Reads what a GPU would only ask for, so that a tool that watches memory sees where that is.
+#define FUSEDOPT_SQRT(x) std::sqrt(x)
 #define FUSEDOPT_PREFETCH_LINE(address) static_cast<void>(*reinterpret_cast<const volatile char*>(address))
 
 struct uint2 {
@@ -210,6 +211,12 @@ T __shfl_sync(unsigned, T value, int lane) {
   std::memcpy(&result, &all[lane], sizeof(T));
   return result;
 }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return __shfl_sync(mask, value, static_cast<int>(on_threads::block->current % on_threads::kWarp) ^ bits);
+}
+inline void __syncwarp() { on_threads::show(std::uint64_t{0}); }
 
 inline int __ffs(int bits) { return std::countr_zero(static_cast<unsigned>(bits)) + (bits != 0); }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
