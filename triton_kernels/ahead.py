@@ -35,8 +35,9 @@ class Specialised:
     """A kernel with all that it is specialised to.
 
     Attributes:
-        name: Such as ``adam bf16``, ``adam+max_exp_avg_sq bf16``, ``lamb sums bf16`` or ``norm bf16``: the rule, states
-            that it does not always have, which kernel if it is not the step, and the parameter's and gradient's type.
+        name: Such as ``adam bf16``, ``adam+max_exp_avg_sq bf16``, ``adam 8bit split bf16``, ``lamb sums bf16`` or
+            ``norm bf16``: the rule, states that it does not always have, how it is stored, which kernel if it is not
+            the step, and the parameter's and gradient's type.
         kernel: The jit function.
         constants: Its constexpr arguments.
         has_codes: Whether states have 8 bits.
@@ -66,6 +67,8 @@ def specialised(
 
     elements, rules = list(elements), list(rules)
     found, storage = [], storage or {}
+    asked = storage.get(of_storage.STATE_DTYPE), storage.get(of_storage.MASTER)
+    stored_as = [str(value).removeprefix("torch.") for value in asked if value]
     for element, rule in product(elements, rules):
         if of_storage.illegal(storage, named(element).dtypes[0]):
             continue
@@ -77,7 +80,7 @@ def specialised(
             has_codes = any(codec.block > 1 for codec in stored.values())
             tile = engine.tile_of(_backend(arch), has_codes)
             switched = [s.name for s in rule.states if s.when and s.name in states]
-            label = "+".join([rule.name, *switched])
+            label = " ".join(["+".join([rule.name, *switched]), *stored_as])
             more = [rule, [signature], tile, engine.STAGES, rule.scopes[0]]
             for kernel, chosen in constants(*more, options=bool(storage)).items():
                 name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")

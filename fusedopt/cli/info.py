@@ -6,20 +6,23 @@ JSON::
      "machine": {"platform", "cpu", "isa", "threads", "gpus"},
      "reading": how tensors are read before a step: "torch's C ABI", "DLPack" or "Python",
      "engines": {name: {"available": bool, "reason": str or null}},
-     "optimizers": {name: [names of the engines that step it in every storage]}}
+     "optimizers": {name: [names of the engines that step it in every storage]},
+     "bytes": [{"dtype", "state_dtype", "master", "adamw", "lion"}, ...]}, what is held for each parameter
 """
 
 from __future__ import annotations
 
 import argparse
+from itertools import product
 from typing import Any
 
 import torch
 
-from fusedopt import host
+from fusedopt import host, options, storage
 from fusedopt.cli import machine, report
 from fusedopt.engines import ENGINES
 from fusedopt.optimizers import OPTIMIZERS
+from fusedopt.rule import Rule
 
 HELP = "engines available here or the reason why not, versions, and what steps what"
 
@@ -43,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
             name: [engine for engine, storages in row.items() if len(storages) == len(STORAGE)]
             for name, row in stepped.items()
         },
+        "bytes": _bytes(),
     }
     _print(content, stepped)
     report.write_json(args.json, content)
@@ -75,6 +79,27 @@ def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
     return True
 
 
+def _bytes() -> list[dict[str, Any]]:
+    """What optimizers with two states and with one hold for each parameter besides its gradient."""
+    rows = []
+    for label, dtype in STORAGE.items():
+        for state_dtype, master in product(options.STATE_DTYPES, options.MASTERS):
+            group = {options.STATE_DTYPE: state_dtype, options.MASTER: master}
+            if storage.illegal(group, dtype):
+                continue
+            held = {name: _held(OPTIMIZERS[name].rule, dtype, group) for name in ("AdamW", "Lion")}
+            name = options.plain(group).get(options.STATE_DTYPE)
+            row = {"dtype": label, "state_dtype": name, "master": master}
+            rows.append({**row, **{kind.lower(): round(n, 3) for kind, n in held.items()}})
+    return rows
+
+
+def _held(rule: type[Rule], dtype: torch.dtype, group: dict[str, Any]) -> float:
+    specs = rule.active_states(dict.fromkeys(rule.switches(), False))
+    codecs = [storage.param_codec(dtype, group), *(storage.state_codec(spec, dtype, group) for spec in specs)]
+    return sum(codec.dtypes[0].itemsize + sum(t.itemsize / codec.block for t in codec.dtypes[1:]) for codec in codecs)
+
+
 def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) -> None:
     here = content["machine"]
     about = report.table("This machine", "", "")
@@ -98,4 +123,15 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
     for name, row in stepped.items():
         optimizers.add_row(name, *(" ".join(row[engine]) or "none" for engine in available))
     report.console.print(optimizers)
-    report.console.print("\nStates of bf16 and fp16 parameters are fp32; others have the parameter's dtype.")
+    held = report.table(
+        "Bytes held for each parameter, without its gradient", "parameters", "state_dtype", "master", "AdamW", "Lion",
+        numeric=("AdamW", "Lion"),
+    )  # fmt: skip
+    for row in content["bytes"]:
+        asked = [row["dtype"], str(row["state_dtype"]), str(row["master"])]
+        held.add_row(*asked, *(f"{row[name]:.4g}" for name in ("adamw", "lion")))
+    report.console.print("", held)
+    report.console.print(
+        "\nBy default states of bf16 and fp16 parameters are fp32, for small changes are lost in less; torch's are as "
+        "narrow as the parameter, which is state_dtype=torch.bfloat16."
+    )

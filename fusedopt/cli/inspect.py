@@ -30,6 +30,7 @@ from fusedopt.cli import machine, report
 from fusedopt.inspection.code import Report
 from fusedopt.operands import PLAIN
 from fusedopt.optimizers import OPTIMIZERS
+from fusedopt.options import MASTERS
 
 HELP = "registers, spills and access widths of compiled kernels, without a GPU"
 WORKERS = 8
@@ -48,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=[codec.name for codec in PLAIN],
         help="of the Triton kernels; repeatable; default: fp32, bf16 and fp16. A CUDA kernel steps all",
     )
+    parser.add_argument("--state-dtype", choices=("bfloat16", "8bit"), help="of the Triton kernels; default: none")
+    masters = [master for master in MASTERS if master]
+    parser.add_argument("--master", choices=masters, help="of the Triton kernels, for types that take it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,8 +66,10 @@ def run(args: argparse.Namespace) -> int:
 def _of_cuda(names: list[str], args: argparse.Namespace) -> list[Report]:
     from fusedopt.inspection import cuda
 
-    if args.dtype:
-        raise report.CommandError("--dtype is for the Triton engine; a CUDA kernel steps all types")
+    for option in ("dtype", "state_dtype", "master"):
+        if getattr(args, option):
+            name = option.replace("_", "-")
+            raise report.CommandError(f"--{name} is for the Triton engine; a CUDA kernel steps all types and storages")
     if reason := cuda.unavailable(args.arch):
         raise report.CommandError(reason)
     return cuda.inspect(
@@ -76,7 +82,9 @@ def _of_triton(names: list[str], args: argparse.Namespace) -> list[Report]:
 
     if reason := triton.unavailable(args.arch):
         raise report.CommandError(reason)
-    jobs = triton.jobs(names, args.dtype or ["fp32", "bf16", "fp16"], args.arch)
+    jobs = triton.jobs(names, args.dtype or ["fp32", "bf16", "fp16"], args.arch, (args.state_dtype, args.master))
+    if not jobs:
+        raise report.CommandError(f"no --dtype takes --state-dtype {args.state_dtype} and --master {args.master}")
     workers = min(torch.get_num_threads(), len(jobs), WORKERS)
     kernels = []
     with report.progress_bar() as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:

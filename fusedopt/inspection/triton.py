@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fusedopt.inspection.code import Report, of_amdgcn, of_cubin
 
 if TYPE_CHECKING:
     from fusedopt.triton_kernels.ahead import Specialised  # pyright: ignore[reportMissingImports]
 
-Job = tuple[str, str, str]  # optimizer class, kernel name, architecture
+Storage = tuple[str | None, str | None]  # state_dtype, by its name, and master
+Job = tuple[str, str, str, Storage]  # optimizer class, kernel name, architecture
 
 
 def unavailable(arch: str) -> str | None:
@@ -28,12 +29,12 @@ def unavailable(arch: str) -> str | None:
     return None
 
 
-def jobs(optimizers: list[str], elements: list[str], arch: str) -> list[Job]:
+def jobs(optimizers: list[str], elements: list[str], arch: str, storage: Storage = (None, None)) -> list[Job]:
     """What is to be inspected: each kernel once, though optimizers may share a rule."""
     found: dict[str, Job] = {}
     for name in optimizers:
-        for kernel in _kernels(name, elements, arch):
-            found.setdefault(kernel, (name, kernel, arch))
+        for kernel in _kernels(name, elements, arch, storage):
+            found.setdefault(kernel, (name, kernel, arch, storage))
     return list(found.values())
 
 
@@ -43,17 +44,19 @@ def inspect(job: Job) -> Report:
 
     from fusedopt.triton_kernels import ahead  # pyright: ignore[reportMissingImports]
 
-    optimizer, name, arch = job
-    kernel = ahead.compiled(_kernels(optimizer, [name.split()[-1]], arch)[name], arch)
+    optimizer, name, arch, storage = job
+    kernel = ahead.compiled(_kernels(optimizer, [name.split()[-1]], arch, storage)[name], arch)
     if arch.startswith("gfx"):
         return of_amdgcn(name, arch, kernel.asm["amdgcn"])
     return of_cubin(name, f"sm_{arch}", kernel.asm["cubin"], knobs.nvidia.cuobjdump.path)
 
 
-def _kernels(optimizer: str, elements: list[str], arch: str) -> dict[str, Specialised]:
+def _kernels(optimizer: str, elements: list[str], arch: str, storage: Storage) -> dict[str, Specialised]:
     from fusedopt.optimizers import OPTIMIZERS
+    from fusedopt.options import MASTER, STATE_DTYPE, settle
     from fusedopt.triton_kernels import ahead  # pyright: ignore[reportMissingImports]
 
-    return {
-        k.name: k for k in ahead.specialised([OPTIMIZERS[optimizer].rule, *OPTIMIZERS[optimizer].rules], elements, arch)
-    }
+    group: dict[str, Any] = {STATE_DTYPE: storage[0], MASTER: storage[1]}
+    settle(group, "")
+    rules = [OPTIMIZERS[optimizer].rule, *OPTIMIZERS[optimizer].rules]
+    return {k.name: k for k in ahead.specialised(rules, elements, arch, group)}
