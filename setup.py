@@ -148,6 +148,12 @@ def asked_archs() -> list[str]:
     return os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").split()
 
 
+def asked_rules() -> list[Path]:
+    """Those that FUSEDOPT_CUDA_RULES lists, for builds that are only looked at; all without it."""
+    asked = os.environ.get("FUSEDOPT_CUDA_RULES", "").replace(",", " ").split()
+    return [rule for rule in RULES if rule.stem in asked] or RULES
+
+
 def gencode(nvcc: str, asked: list[str]) -> str:
     """What to compile for: what was asked for, or those of CUDA_ARCHS that this nvcc knows."""
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
@@ -215,7 +221,7 @@ class BuildExtensions(build_ext):
         if sanitizers():
             raise RuntimeError("FUSEDOPT_SANITIZE is set, which is for the host and the CPU engine")
         ninja = cuda_ninja(Path(self.build_temp).resolve() / "cuda")
-        add_cuda_engine(ninja, self.target("fusedopt._cuda"), RULES, asked_archs())
+        add_cuda_engine(ninja, self.target("fusedopt._cuda"), asked_rules(), asked_archs())
         ninja.run()
 
     def target(self, name: str) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from builds import setup
 from conftest import AVAILABLE
 from helpers import RULES, fill_gradients, params, variants
 
@@ -84,7 +85,8 @@ def test_two_launches_where_one_does_not_fit():
 # ------------------------------------------------------------------------------------- the built extension
 
 # One for each variant of a rule, one for all where there are several; with both sizes of arguments, and with options.
-N_VARIANTS = [len(variants(rule)) for name, rule in RULES.items() if name != "swats"]  # which nvcc does not get
+ASKED = [rule.stem for rule in setup.asked_rules()]
+N_VARIANTS = [len(variants(RULES[name])) for name in ASKED if name != "swats"]  # which nvcc does not get
 N_KERNELS = 3 * sum(n + (n > 1) for n in N_VARIANTS)
 built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 
@@ -111,18 +113,26 @@ def test_machine_code_is_wide_and_spills_nothing(arch, tmp_path):
     kernels = json.loads(file.read_text())["kernels"]
     assert len(kernels) == N_KERNELS
     for k in kernels:
-        if k["name"].endswith(" options") and k["name"].count("<") == 4:
-            assert k["spills"] <= 32, k  # what calls save; its loops are too long to be told
+        has_options = k["name"].endswith(" options")
+        if has_options and k["name"].count("<") > 1:
+            assert k["spills"] <= 48, k  # what calls save; its loops are too long to be told
             continue
         assert k["spills"] == 0 and k["loads_128"] >= 4 and k["stores_128"] >= 2, k
-        words = 4 if k["name"].endswith(" options") else 0  # of a row, by which noise is drawn; in one pass or two
-        assert k["loads_other"] <= words * max(1, k["name"].count("<")) and k["stores_other"] == 0, k
+        # Of a row, by which is drawn, and of a state its scale, in one pass or two.
+        n_states = n_operands(k["name"]) - 2
+        words = (4 + 3 * n_states) * (1 + bool(RULES[rule_of(k["name"])].measures)) if has_options else 0
+        assert k["loads_other"] <= words and k["stores_other"] <= n_states * has_options, k
         assert k["norm_loads_in_flight"] >= 8, k
         assert k["scalar_loads_in_flight"] >= CHOICES["MASKED_ELEMENTS"] * n_operands(k["name"]), k
 
 
 POLICY = Path(__file__).parent.parent / "csrc" / "cuda" / "policy.h"
 CHOICES = {name: int(value) for name, value in re.findall(r"#define FUSEDOPT_(\w+) (\d+)", POLICY.read_text())}
+
+
+def rule_of(kernel):
+    """The name of a kernel's rule."""
+    return re.match(r"\w+", kernel)[0].lower()
 
 
 def n_operands(kernel):
@@ -141,7 +151,7 @@ def test_fewer_loads_in_flight_are_seen(monkeypatch):
     found = []
     for variant in chosen:
         monkeypatch.setattr(inspection, "_extension", lambda variant=variant: str(variant.folder / EXTENSION))
-        (small, _) = inspection.inspect({"adam"}, "90")
+        small, *_ = inspection.inspect({"adam"}, "90")
         found.append((small.norm_loads_in_flight, small.scalar_loads_in_flight))
     (norm, _), (_, scalar) = found
     assert norm < 8 and scalar < CHOICES["MASKED_ELEMENTS"] * 4
