@@ -31,7 +31,10 @@ def written(path):
 def test_info_tells_engines_and_optimizers(tmp_path, capsys):
     assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
     content = written(tmp_path / "info.json")
-    assert set(content) == {"versions", "machine", "reading", "engines", "optimizers"}
+    assert set(content) == {"versions", "machine", "reading", "engines", "optimizers", "bytes"}
+    held = {(row["dtype"], row["state_dtype"], row["master"]): (row["adamw"], row["lion"]) for row in content["bytes"]}
+    assert held["fp32", None, None] == (12, 8) and held["bf16", "bfloat16", "split"] == (8, 6)
+    assert held["bf16", "8bit", "split"] == (6.031, 5.016) and ("fp64", "8bit", None) not in held
     assert content["versions"].keys() >= VERSIONS
     assert content["machine"].keys() == {"platform", "cpu", "isa", "threads", "gpus"}
     assert content["reading"] in ("torch's C ABI", "DLPack", "Python")

@@ -206,6 +206,18 @@ def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, dtype, tmp_
         assert k["stores_128"] >= stores and k["stores_128"] % stores == 0, k
 
 
+@pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100"))])
+def test_low_bit_states_compile_to_wide_accesses_without_spills(arch, tmp_path):
+    options = ("--optimizer", "adamw", "--dtype", "bf16", "--state-dtype", "8bit", "--master", "split")
+    kernels = {k["name"]: k for k in inspected(tmp_path, "--arch", arch, *options)}
+    for states, name in enumerate(("adam 8bit split bf16", "adam+max_exp_avg_sq 8bit split bf16"), start=2):
+        k = kernels[name]
+        assert k["spills"] == 0, k
+        # 16 elements for each thread: two accesses of 2-byte types, one of codes, and beside them scales.
+        assert (k["loads_128"], k["loads_other"]) == (6 + states, states), k
+        assert (k["stores_128"], k["stores_other"]) == (4 + states, states), k
+
+
 @pytest.mark.nightly
 def test_other_types_compile(tmp_path):
     kernels = inspected(tmp_path, "--optimizer", "adamw", "--dtype", "fp64", "--dtype", "fp16")

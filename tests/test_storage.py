@@ -564,3 +564,26 @@ def test_codecs_are_in_the_order_of_the_extensions():
 
     extension = host.load()
     assert list(extension.codecs()) == [codec.name for codec in operands.CODECS]
+
+
+@pytest.mark.parametrize("scan", ["", "python"])
+def test_what_was_moved_is_seen(engine, scan, monkeypatch):
+    if scan and engine in ("cpu", "eager"):
+        pytest.skip("has none in Python")
+    monkeypatch.setenv("FUSEDOPT_HOST", scan or "abi")
+    (params, optimizer), (others, twin) = (stepped(engine, state_dtype="8bit", master="split") for _ in range(2))
+    for t, key in enumerate(("exp_avg_scale", "exp_avg_sq", "param_low", "exp_avg_sq_scale")):
+        for i, p in enumerate(params):
+            kept = optimizer.state[p].get(key)
+            if kept is None:
+                continue
+            if i % 2:
+                optimizer.state[p][key] = kept.clone()
+                kept.zero_()  # nobody must look there any more
+            else:
+                kept.data = kept.clone()
+        for which in (params, others):
+            give_gradients(which, t)
+        optimizer.step()
+        twin.step()
+        assert_same(snapshot(optimizer), snapshot(twin))
