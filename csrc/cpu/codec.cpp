@@ -184,10 +184,12 @@ void each_scale(const Stored& of, std::int64_t begin, std::int64_t count, Body b
   }
 }
 
+constexpr std::int64_t kAheadOfOne = kAhead / 4;  // of about as many streams; 1 and 8 are as fast
+
 inline void prefetch(const void* address, std::int64_t begin, std::int64_t count, std::int64_t last,
                      std::int64_t size) {
-  if (last - begin <= kAhead / size) return;
-  const char* const from = static_cast<const char*>(address) + begin * size + kAhead;
+  if (last - begin <= kAheadOfOne / size) return;
+  const char* const from = static_cast<const char*>(address) + begin * size + kAheadOfOne;
   for (std::int64_t k = 0; k < count * size; k += kLine) __builtin_prefetch(from + k);
 }
 
