@@ -91,6 +91,7 @@ OPTIONS_INTERPRETED_BY_DAY = (
     "LARS, noise",
 )
 FIRST_VARIANTS = {case.optimizer: case.name for case in reversed(CASES)}.values()
+GATE_OF_OTHER_VARIANTS = {"cuda": [torch.bfloat16], "eager": [torch.float32, torch.bfloat16]}  # by day
 INTERPRETED_AT_NIGHT = {
     "test_gate": lambda case, dtype: (
         case.name not in FIRST_VARIANTS
@@ -134,8 +135,8 @@ def pytest_collection_modifyitems(items):
         engine = params.pop("engine", None)
         if engine == "triton" and is_late(**params):
             item.add_marker(pytest.mark.nightly)
-        if engine == "cuda" and item.name.startswith("test_gate["):
-            if params["dtype"] != torch.bfloat16 and params["case"].name not in FIRST_VARIANTS:
+        if engine in GATE_OF_OTHER_VARIANTS and item.name.startswith("test_gate["):
+            if params["dtype"] not in GATE_OF_OTHER_VARIANTS[engine] and params["case"].name not in FIRST_VARIANTS:
                 item.add_marker(pytest.mark.nightly)
         if engine in ("cpu", "cuda", "eager") and item.name.startswith("test_gate_of_options"):
             if not _is_for_the_day(engine, **params):
