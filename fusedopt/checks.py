@@ -109,12 +109,13 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
         hyperparameter(hyper, group, where, stepping=stepping)
     if conflict := rule.conflict(group):
         raise ValueError(f"{conflict}{where}")
-    settle(dict(group), where)
+    settled = dict(group)
+    settle(settled, where)
     if group.get(CAUTIOUS) and not rule.is_decoupled(group):
         flag = rule.decoupled()
         how = f"; {flag}=True decouples it" if isinstance(flag, str) else f", which {rule.name!r} does not have"
         raise ValueError(f"{CAUTIOUS}{where} needs decoupled weight decay{how}")
-    stored(group, index)
+    stored(settled, index)
     if group["fused"] and group["foreach"]:
         raise ValueError(f"fused and foreach{where} cannot both be True")
     if group["fused"] and group["differentiable"]:
@@ -122,15 +123,13 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
 
 
 def stored(group: Group, index: int) -> None:
-    """Parameters can be stored as a group asks for it."""
-    settled = dict(group)
-    settle(settled, f" (group {index})")
-    for i, p in enumerate(group["params"]):
-        if reason := storage.illegal(settled, p.dtype):
+    """Parameters can be stored as a group asks for it, whose options are settled."""
+    asked = [key for key in STORAGE if key in group]
+    for i, p in enumerate(group["params"] if asked else ()):
+        if reason := storage.illegal(group, p.dtype):
             raise ValueError(f"{Label(group, index, i, p)}: {reason}")
-    for key in STORAGE:
-        if key in settled and group["differentiable"]:
-            raise ValueError(f"{key}={settled[key]!r} (group {index}) cannot be differentiable")
+    if asked and group["differentiable"]:
+        raise ValueError(f"{asked[0]}={group[asked[0]]!r} (group {index}) cannot be differentiable")
 
 
 def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
@@ -167,10 +166,10 @@ def scope(rule: type[Rule], given: Any) -> str:
     return given
 
 
-def not_averaged(optimizer: Any) -> None:
+def not_averaged(optimizer: Any, what: str = "a step") -> None:
     """The parameters hold their own values."""
     if optimizer._is_averaged:
-        raise RuntimeError("a step inside of averaged(), where the parameters hold their averages")
+        raise RuntimeError(f"{what} inside of averaged(), where the parameters hold their averages")
 
 
 def needs_one_gradient(optimizer: Any) -> None:

@@ -29,8 +29,9 @@ def master_weights(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
 
     Raises:
         TypeError: If it is not an optimizer of this package.
+        RuntimeError: Inside of ``averaged()``.
     """
-    _require(optimizer)
+    _require(optimizer, "master_weights()")
     found = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -62,12 +63,13 @@ def convert_state(
     Raises:
         TypeError: If it is not an optimizer of this package.
         ValueError: If parameters of a group cannot be stored so. Nothing has changed then.
+        RuntimeError: Inside of ``averaged()``.
 
     Example:
         >>> optimizer.load_state_dict(saved_by_torch)
         >>> fusedopt.convert_state(optimizer, state_dtype="8bit", master="split")
     """
-    _require(optimizer)
+    _require(optimizer, "convert_state()")
     wanted = range(len(optimizer.param_groups)) if groups is None else sorted(set(groups))
     asked = {key: value for key, value in ((STATE_DTYPE, state_dtype), (MASTER, master)) if value != "kept"}
     plans: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -78,7 +80,8 @@ def convert_state(
         options.settle(group, f" (group {g})")
         checks.group(optimizer.rule, group, g, stepping=True)
         plans.append((optimizer.param_groups[g], group))
-    labels = dict(zip(_everyone(optimizer), checks.labels(optimizer.param_groups), strict=False))
+    everyone = (p for group in optimizer.param_groups for p in group["params"])
+    labels = dict(zip(everyone, checks.labels(optimizer.param_groups), strict=True))
     converted = {}
     for old, new in plans:
         for p in old["params"]:
@@ -122,10 +125,7 @@ def _converted(
     return made
 
 
-def _everyone(optimizer: FusedOptimizer) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def _require(optimizer: object) -> None:
+def _require(optimizer: object, what: str) -> None:
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an optimizer of this package; see fusedopt.fuse")
+    checks.not_averaged(optimizer, what)

@@ -4,6 +4,7 @@ It is written from the tables of docs/storage.md, and shares no code with what i
 compared with others' elsewhere.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -12,6 +13,13 @@ import torch
 from fusedopt import noise
 
 BLOCK = 256
+STATE_DTYPES = (None, torch.bfloat16, "8bit")
+MASTERS = (None, "fp32", "split", "stochastic")
+LEGAL = {
+    torch.float32: list(itertools.product(STATE_DTYPES, [None])),
+    torch.bfloat16: list(itertools.product(STATE_DTYPES, MASTERS)),
+    torch.float16: list(itertools.product(STATE_DTYPES, [None, "fp32"])),
+}
 
 
 def as_bits(x):
@@ -113,3 +121,32 @@ def read_param(p, state, master):
         low = state["param_low"].contiguous().view(torch.int16).numpy().astype(np.int64)
         return from_bits((upper << 16) + low & 0xFFFFFFFF).astype(np.float64)
     return (state["master"] if master == "fp32" else p).detach().double().numpy()
+
+
+def parameters(dtype):
+    """Of one slice and of many, also such as are no multiples of blocks; strided; with gaps; too small for 8 bits."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    tensors = [
+        randn(4097),  # a tail of one element
+        randn(16, 512),
+        randn(5, 911),
+        randn(12, 30, 4, 4).to(memory_format=torch.channels_last),
+        randn(300, 16).t(),
+        randn(70, 140)[:, ::2],
+        randn(64, 65),
+        randn(31),
+        randn(4095),
+        randn(0, 5),
+    ]
+    return [torch.nn.Parameter(t) for t in tensors]
+
+
+def give_gradients(params, seed, dtype=None):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        tails = torch.randn(p.shape, generator=generator) * torch.randn(p.shape, generator=generator).exp()
+        p.grad = torch.empty_like(p).copy_(tails) if dtype is None else tails.to(dtype)

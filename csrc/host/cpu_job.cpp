@@ -267,28 +267,8 @@ void CpuJob::add_cohort(const CohortKey& key, std::size_t i) {
   rows_[i].kernel->prepare(group.values.data() + 2, after_.data() + scalars, key.new_state,
                            coefficients_.data() + first);
   cohorts_.push_back({group.values[0], group.values[1], group.sign, group.is_decoupled, group.is_cautious,
-                      options_of(group, key, step), first, scalars});
+                      group.step_options(step, key.new_average), first, scalars});
   cohort_keys_.push_back(key);
-}
-
-// step: which of a parameter's steps it is, from 1 on.
-StepOptions CpuJob::options_of(const Group& group, const CohortKey& key, double step) const {
-  StepOptions out;
-  const double* const numbers = group.options();
-  if (!numbers) return out;
-  out.step = step > 0 ? static_cast<std::uint32_t>(step - 1) : 0;
-  if (numbers[kEta] > 0) {
-    out.noise = std::sqrt(numbers[kEta] / std::pow(step, numbers[kGamma]));
-    out.seed = static_cast<std::uint32_t>(numbers[kSeed]);
-  }
-  if (group.average() == Average::kEma) {
-    out.averages = true;
-    out.weight = key.new_average ? 1 : 1 - numbers[kDecayOrPeriod];
-  } else if (group.average() == Average::kSlow) {
-    out.averages = out.puts_back = std::fmod(step, numbers[kDecayOrPeriod]) == 0;
-    out.weight = numbers[kAlpha];
-  }
-  return out;
 }
 
 py::object CpuJob::step(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,

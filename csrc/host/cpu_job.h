@@ -91,7 +91,6 @@ class CpuJob {
   bool join_cohort(std::size_t i, Room room);
   CohortKey key_of(std::size_t i) const;
   bool is_in(std::size_t cohort, const CohortKey& key, std::size_t i) const;
-  StepOptions options_of(const Group& group, const CohortKey& key, double step) const;
   void add_cohort(const CohortKey& key, std::size_t i);
   py::tuple launch(const py::capsule& engine, int threads, int passes, double inverse_scale, double max_norm,
                    bool skip_nonfinite, double squared_norm);

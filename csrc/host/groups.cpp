@@ -2,6 +2,7 @@
 
 #include <pybind11/stl.h>
 
+#include <cmath>
 #include <stdexcept>
 
 #include "host/tensors.h"
@@ -155,6 +156,25 @@ bool Group::read(SourceOf source_of, const void* context) {
   is_decoupled = decoupled;
   sign = maximize ? -1 : 1;
   return true;
+}
+
+StepOptions Group::step_options(double step, bool new_average) const {
+  StepOptions out;
+  const double* const numbers = options();
+  if (!numbers) return out;
+  out.step = step > 0 ? static_cast<std::uint32_t>(step - 1) : 0;
+  if (numbers[kEta] > 0) {
+    out.noise = std::sqrt(numbers[kEta] / std::pow(step, numbers[kGamma]));
+    out.seed = static_cast<std::uint32_t>(numbers[kSeed]);
+  }
+  if (average_ == Average::kEma) {
+    out.averages = true;
+    out.weight = new_average ? 1 : 1 - numbers[kDecayOrPeriod];
+  } else if (average_ == Average::kSlow) {
+    out.averages = out.puts_back = std::fmod(step, numbers[kDecayOrPeriod]) == 0;
+    out.weight = numbers[kAlpha];
+  }
+  return out;
 }
 
 int Group::traverse(visitproc visit, void* arg) const {

@@ -73,6 +73,8 @@ class Group {
   std::vector<std::int64_t> sources;
   bool is_decoupled = false, is_cautious = false;
   double sign = 1;  // -1 to maximize
+  // What the engine does besides the rule in a step, which is a parameter's `step`-th, from 1 on.
+  StepOptions step_options(double step, bool new_average) const;
   const double* options() const { return has_options_ ? values.data() + values.size() - kOptionNumbers : nullptr; }
 
   Average average() const { return average_; }
