@@ -1,5 +1,6 @@
 #include "cpu/codec.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstring>
@@ -7,10 +8,10 @@
 #include <vector>
 
 #include "cpu/blocks.h"
-#include "cpu/halves.h"
 #include "cpu/layout.h"
 #include "cpu/noise.h"
 #include "cpu/quantize.h"
+#include "cpu/runs.h"
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -65,7 +66,7 @@ inline D stored(T x) {
 template <class T, class S>
 inline void decode_run(T* to, const S* from, std::int64_t n) {
   std::int64_t i = 0;
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>) return widen_bf16(to, &from->bits, n);
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<S, bf16>) return widen(to, &from->bits, n);
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<S, f16>) {
     for (; i + 8 <= n; i += 8) {
@@ -80,7 +81,7 @@ inline void decode_run(T* to, const S* from, std::int64_t n) {
 template <class T, class D>
 inline void encode_run(D* to, const T* from, std::int64_t n) {
   std::int64_t i = 0;
-  if constexpr (std::is_same_v<T, float> && std::is_same_v<D, bf16>) return round_bf16(&to->bits, from, n);
+  if constexpr (std::is_same_v<T, float> && std::is_same_v<D, bf16>) return round_nearest(&to->bits, from, n);
 #if defined(__F16C__)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<D, f16>) {
     for (; i + 8 <= n; i += 8) {
@@ -168,29 +169,13 @@ Run<S> partners(const Stored& of, std::int64_t begin, std::int64_t count) {
 // Calls body(at, n, scale) for blocks: the place of each among elements [begin, begin + count), and its scale.
 template <class Body>
 void each_scale(const Stored& of, std::int64_t begin, std::int64_t count, Body body) {
-  const std::int64_t slice = of.row.slice, blocks = (slice + kBlockElements - 1) / kBlockElements;
   float* const scales = static_cast<float*>(of.partner());
-  std::int64_t number = begin / slice, inside = begin % slice;
   for (std::int64_t at = 0; at < count;) {
-    const std::int64_t left = slice - inside < count - at ? slice - inside : count - at;
-    const std::int64_t n = left < kBlockElements ? left : kBlockElements;
-    body(at, static_cast<int>(n), scales[number * blocks + inside / kBlockElements]);
+    const std::int64_t element = begin + at, left = of.row.slice - element % of.row.slice;
+    const std::int64_t n = std::min({left, count - at, kBlockElements});
+    body(at, static_cast<int>(n), scales[block_of(of.row, element)]);
     at += n;
-    inside += n;
-    if (inside == slice) {
-      inside = 0;
-      ++number;
-    }
   }
-}
-
-constexpr std::int64_t kAheadOfOne = kAhead / 4;  // of about as many streams; 1 and 8 are as fast
-
-inline void prefetch(const void* address, std::int64_t begin, std::int64_t count, std::int64_t last,
-                     std::int64_t size) {
-  if (last - begin <= kAheadOfOne / size) return;
-  const char* const from = static_cast<const char*>(address) + begin * size + kAheadOfOne;
-  for (std::int64_t k = 0; k < count * size; k += kLine) __builtin_prefetch(from + k);
 }
 
 template <class T>
@@ -233,8 +218,8 @@ void decode_others(float* values, const Stored& from, std::int64_t begin, std::i
       return join(values, elements<std::uint16_t>(from, begin, count).get(),
                   partners<std::uint16_t>(from, begin, count).get(), count);
     case Codec::master_bf16:
-      return current_master(values, elements<std::uint16_t>(from, begin, count).get(),
-                            partners<float>(from, begin, count).get(), count);
+      return current(values, elements<std::uint16_t>(from, begin, count).get(),
+                     partners<float>(from, begin, count).get(), count);
     case Codec::master_f16:
       return from_half_master(values, elements<f16>(from, begin, count).get(),
                               partners<float>(from, begin, count).get(), count);
@@ -258,7 +243,7 @@ void encode_others(const float* values, const Stored& to, std::int64_t begin, st
     }
     case Codec::master_bf16: {
       auto visible = elements<std::uint16_t>(to, begin, count);
-      round_master(visible.values(), values, count);
+      round_away(visible.values(), values, count);
       visible.put();
       return partners<float>(to, begin, count).put(values);
     }
@@ -272,7 +257,7 @@ void encode_others(const float* values, const Stored& to, std::int64_t begin, st
       auto rounded = elements<std::uint16_t>(to, begin, count);
       alignas(kLine) std::uint32_t words[kTile];
       draw_words_of(words, to, begin, count, step);
-      round_bf16_by(rounded.values(), values, words, count);
+      round_by(rounded.values(), values, words, count);
       return rounded.put();
     }
     default: {
@@ -286,12 +271,6 @@ void encode_others(const float* values, const Stored& to, std::int64_t begin, st
 }
 
 }  // namespace
-
-void prefetch(const Stored& from, std::int64_t begin, std::int64_t count, std::int64_t last) {
-  if (!from.layout()) prefetch(from.address(), begin, count, last, size_of(from.codec()));
-  const std::int64_t size = partner_size(from.codec());
-  if (size && !from.partner_layout()) prefetch(from.partner(), begin, count, last, size);
-}
 
 template <class T>
 void decode(T* values, const Stored& from, std::int64_t begin, std::int64_t count) {

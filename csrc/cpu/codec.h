@@ -20,10 +20,6 @@ struct Stored {
   const Layout* partner_layout() const { return row.layouts ? row.layouts[row.n_operands + operand] : nullptr; }
 };
 
-// Asks for elements of a dense operand that are behind elements [begin, begin + count), unless they are not before
-// `last`: as many, and as far behind as loops over operands in place ask for.
-void prefetch(const Stored& from, std::int64_t begin, std::int64_t count, std::int64_t last);
-
 // Elements [begin, begin + count) of an operand, in its row's order. What has blocks has whole ones there; what is not
 // dense, or has a partner, has kTile elements at most.
 template <class T>

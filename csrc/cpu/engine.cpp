@@ -13,9 +13,8 @@ template <class T>
 double norm_as(const Segment& segment) {
   Tile<T, kGrad, 1> tile(segment.row);
   double sum = 0;
-  each_tile(segment, kTile, [&](std::int64_t begin, std::int64_t count) {
-    sum += sum_squares(tile.fetch(begin, count, segment.end)[0], count);
-  });
+  each_tile(segment, kTile,
+            [&](std::int64_t begin, std::int64_t count) { sum += sum_squares(tile.fetch(begin, count)[0], count); });
   return sum;
 }
 

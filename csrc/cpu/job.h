@@ -89,6 +89,12 @@ inline std::int64_t whole_blocks(const Row& row, std::int64_t element) {
   return row.slice ? element - element % row.slice % kBlockElements : element;
 }
 
+// In which block an element lies; those of a slice follow one another.
+inline std::int64_t block_of(const Row& row, std::int64_t element) {
+  const std::int64_t of_slice = (row.slice + kBlockElements - 1) / kBlockElements;
+  return element / row.slice * of_slice + element % row.slice / kBlockElements;
+}
+
 // Where a share begins; it ends where the next one does.
 struct Share {
   std::int32_t row;

@@ -14,52 +14,52 @@ constexpr int kWhole = static_cast<int>(kBlockElements);
 constexpr std::int32_t kInfinite = 0x7f800000, kMagnitude = 0x7fffffff;
 constexpr float kRounder = 12582912.0f;  // 1.5 * 2^23: a float plus this has the nearest integer in its lowest bits
 
-inline Floats magnitude(Floats x) { return reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) & kMagnitude); }
-
-template <bool Signed>
-void dequantize_block(float* values, const std::uint8_t* codes, float root) {
-  for (int i = 0; i < kWhole; i += kWords) {
-    const Ints q = reinterpret_cast<Ints>(widen(codes + i)) - (Signed ? 128 : 0);
-    const Floats u = __builtin_convertvector(q, Floats) * root;
-    store(values + i, u * (Signed ? magnitude(u) : u));
-  }
-}
+inline Ints larger(Ints a, Ints b) { return a > b ? a : b; }
 
 // The largest magnitude, as bits: NaN is above infinity.
 std::int32_t largest(const float* values) {
-  Ints most = {};
-  for (int i = 0; i < kWhole; i += kWords) {
-    const Ints bits = load<Ints>(values + i) & kMagnitude;
-    most = bits > most ? bits : most;
+  Ints most[4] = {};
+  for (int i = 0; i < kWhole; i += 4 * kWords) {
+    for (int k = 0; k < 4; ++k) most[k] = larger(most[k], load<Ints>(values + i + k * kWords) & kMagnitude);
   }
-  std::int32_t all = 0;
-  for (int k = 0; k < kWords; ++k) all = most[k] > all ? most[k] : all;
-  return all;
+  Ints all = larger(larger(most[0], most[1]), larger(most[2], most[3]));
+#if defined(__AVX512BW__)
+  return _mm512_reduce_max_epi32(reinterpret_cast<__m512i>(all));
+#else
+  std::int32_t one = 0;
+  for (int k = 0; k < kWords; ++k) one = all[k] > one ? all[k] : one;
+  return one;
+#endif
 }
 
+// Two vectors' roots: one by the processor's divider, the other, to the last place or so, while that is at it.
+inline Two<Floats> roots(const Two<Floats>& x) {
 #if defined(__AVX512BW__)
-// To the last place or so: half the time of the processor's own.
-inline Floats root_of(Floats x) {
-  const auto y = reinterpret_cast<Floats>(_mm512_maskz_rsqrt14_ps(-1, reinterpret_cast<__m512>(x)));
-  const Floats root = x * y;
-  return x > 0 ? root + (x - root * root) * (0.5f * y) : x;
-}
+  const auto y = reinterpret_cast<Floats>(_mm512_maskz_rsqrt14_ps(-1, reinterpret_cast<__m512>(x.b)));
+  const Floats root = x.b * y, nearer = root + (x.b - root * root) * (0.5f * y);
+  return {square_root(x.a), x.b > 0 ? nearer : x.b};
 #else
-inline Floats root_of(Floats x) { return square_root(x); }
+  return {square_root(x.a), square_root(x.b)};
 #endif
+}
+
+template <bool Signed>
+inline Words code(Floats x, Floats root, float factor) {
+  const Floats q = root * factor;
+  if constexpr (Signed) {
+    return words(floats(words(q) | (words(x) & 0x80000000u)) + (kRounder + 128));
+  } else {
+    const Floats rounded = q + kRounder, least = x != 0 ? Floats{} + (kRounder + 1) : Floats{} + kRounder;
+    return words(rounded > least ? rounded : least);
+  }
+}
 
 template <bool Signed>
 void quantize_block(std::uint8_t* codes, const float* values, float factor) {
-  for (int i = 0; i < kWhole; i += kWords) {
-    const Floats x = load<Floats>(values + i), q = root_of(magnitude(x)) * factor;
-    if constexpr (Signed) {
-      const Words sign = reinterpret_cast<Words>(x) & 0x80000000u;
-      const Floats signed_q = reinterpret_cast<Floats>(reinterpret_cast<Words>(q) | sign);
-      store_bytes(codes + i, reinterpret_cast<Words>(signed_q + kRounder) + 128u);
-    } else {
-      const Floats least = x != 0 ? Floats{} + (kRounder + 1) : Floats{} + kRounder, rounded = q + kRounder;
-      store_bytes(codes + i, reinterpret_cast<Words>(rounded > least ? rounded : least));
-    }
+  for (int i = 0; i < kWhole; i += kPair) {
+    const auto x = load_two<Floats>(values + i), root = roots({magnitude(x.a), magnitude(x.b)});
+    store_bytes(codes + i, code<Signed>(x.a, root.a, factor));
+    store_bytes(codes + i + kWords, code<Signed>(x.b, root.b, factor));
   }
 }
 
@@ -67,14 +67,14 @@ void quantize_block(std::uint8_t* codes, const float* values, float factor) {
 
 // Blocks that are shorter have zeros behind them.
 void dequantize(float* values, const std::uint8_t* codes, float scale, Codec codec, int n) {
-  const float root = std::sqrt(scale) / levels(codec);
-  const auto run = codec == Codec::q8_signed ? dequantize_block<true> : dequantize_block<false>;
-  if (n == kWhole) return run(values, codes, root);
   std::uint8_t padded[kWhole] = {};
   float found[kWhole];
-  std::memcpy(padded, codes, static_cast<std::size_t>(n));
-  run(found, padded, root);
-  std::memcpy(values, found, sizeof(float) * static_cast<std::size_t>(n));
+  const bool is_whole = n == kWhole;
+  if (!is_whole) std::memcpy(padded, codes, static_cast<std::size_t>(n));
+  const Dequantize block(scale, codec);
+  for (int i = 0; i < kWhole; i += kWords)
+    store((is_whole ? values : found) + i, block((is_whole ? codes : padded) + i));
+  if (!is_whole) std::memcpy(values, found, sizeof(float) * static_cast<std::size_t>(n));
 }
 
 float quantize(std::uint8_t* codes, const float* values, Codec codec, int n) {

@@ -1,11 +1,29 @@
 // Blocks of 8-bit codes, see fusedopt/codecs.py.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "core/operands.h"
+#include "cpu/vectors.h"
 
 namespace fusedopt::cpu {
+
+// Vectors of a block's values: u |u|, where u is a multiple of the step.
+class Dequantize {
+ public:
+  Dequantize() = default;
+  Dequantize(float scale, Codec codec)
+      : step_(std::sqrt(scale) / levels(codec)), zero_(codec == Codec::q8_signed ? 128 : 0) {}
+  Floats operator()(const std::uint8_t* codes) const {
+    const Floats u = __builtin_convertvector(reinterpret_cast<Ints>(widen(codes)) - zero_, Floats) * step_;
+    return u * magnitude(u);
+  }
+
+ private:
+  float step_ = 0;
+  std::int32_t zero_ = 0;
+};
 
 // The values of a block's codes.
 void dequantize(float* values, const std::uint8_t* codes, float scale, Codec codec, int n);

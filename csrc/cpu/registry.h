@@ -1,12 +1,14 @@
 // Kernels of the rules that are compiled into this engine build, found by name and states.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <vector>
 
 #include "cpu/average.h"
 #include "cpu/elements.h"
 #include "cpu/noise.h"
+#include "cpu/packed.h"
 #include "cpu/tile.h"
 
 namespace fusedopt::cpu {
@@ -14,6 +16,12 @@ namespace fusedopt::cpu {
 inline std::vector<Kernel>& kernels() {
   static std::vector<Kernel> all;
   return all;
+}
+
+template <class Rule>
+EngineScalars<double> engine_scalars_of(double factor, const Cohort& cohort) {
+  return engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled,
+                              cohort.is_cautious);
 }
 
 // Calls body(elements, count, last) for each tile of a segment, of which the first N operands are fetched in the
@@ -25,9 +33,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
   const Row& row = segment.row;
   const StepOptions& options = cohort.options;
   const bool draws = row.drawing && options.noise != 0, averages = writes && options.averages;
-  EngineScalars<T> e = engine_scalars<Rule>(factor * cohort.sign, cohort.lr, cohort.weight_decay, cohort.is_decoupled,
-                                            cohort.is_cautious)
-                           .template as<T>();
+  EngineScalars<T> e = engine_scalars_of<Rule>(factor, cohort).template as<T>();
   const T gradient_factor = e.gradient_factor;
   std::optional<Noise> noise;
   if (draws) {
@@ -41,7 +47,7 @@ void each_tile_as(const Segment& segment, double factor, const Cohort& cohort, c
   if (draws || averages) size = row.slice ? kBlockElements : kShortTile;
   each_tile(segment, size, [&](std::int64_t begin, std::int64_t count) {
     const std::int64_t last = tile.is_in_place() ? segment.last - begin : 0;  // what else is to come is asked for
-    T* const* const values = tile.fetch(begin, count, segment.last);
+    T* const* const values = tile.fetch(begin, count);
     Elements<Rule, T, N> elements(values, e, c);
     alignas(kLine) T noisy[kBlockElements];
     if (noise) {
@@ -62,10 +68,9 @@ void each_tile_of(const Segment& segment, double factor, const Cohort& cohort, c
   call(segment, factor, cohort, coefficients, writes, body);
 }
 
-// The body of the pass that steps.
 template <class Rule>
-void update(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
-            [[maybe_unused]] double* epilogue) {
+void update_by_tiles(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients,
+                     [[maybe_unused]] double* epilogue) {
   each_tile_of<Rule, kOperands<Rule>>(segment, factor, cohort, coefficients, /*writes=*/true,
                                       [&](const auto& elements, std::int64_t n, std::int64_t last) {
                                         if constexpr (kEpilogue<Rule> > 0) {
@@ -74,6 +79,35 @@ void update(const Segment& segment, double factor, const Cohort& cohort, const d
                                           step(elements, n, last);
                                         }
                                       });
+}
+
+// Blocks in registers, and what is between them by tiles.
+template <class Rule, States S>
+void update_packed(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients) {
+  const Row& row = segment.row;
+  const auto e = engine_scalars_of<Rule>(factor, cohort).template as<float>();
+  const auto c = cast_coefficients<Rule, float>(coefficients);
+  for (std::int64_t begin = segment.begin; begin < segment.end;) {
+    const std::int64_t left = row.slice > 0 ? row.slice - begin % row.slice : segment.end - begin;
+    const std::int64_t end = std::min(begin + left, segment.end);
+    for (; end - begin >= kBlockElements; begin += kBlockElements) {
+      step_block<Rule, S>(row, begin, e, c, cohort.options.step);
+    }
+    if (begin < end) update_by_tiles<Rule>({row, begin, end, segment.last}, factor, cohort, coefficients, nullptr);
+    begin = end;
+  }
+}
+
+// The body of the pass that steps.
+template <class Rule>
+void update(const Segment& segment, double factor, const Cohort& cohort, const double* coefficients, double* epilogue) {
+  if constexpr (kEpilogue<Rule> == 0 && kOperands<Rule> > kFirstState && kBytes > 16) {  // short vectors gain nothing
+    const bool draws = segment.row.drawing && cohort.options.noise != 0;
+    const States states = draws || cohort.options.averages ? States::others : packed_states(segment.row);
+    if (states == States::halves) return update_packed<Rule, States::halves>(segment, factor, cohort, coefficients);
+    if (states == States::codes) return update_packed<Rule, States::codes>(segment, factor, cohort, coefficients);
+  }
+  update_by_tiles<Rule>(segment, factor, cohort, coefficients, epilogue);
 }
 
 // That of the pass that measures.

@@ -27,12 +27,12 @@ class Tile {
   // How many elements to fetch at a time.
   std::int64_t size() const { return all_in_place_ ? kAnySize : kBlockElements; }
 
-  // The values of elements [begin, begin + count), operand by operand. Others are to come, up to `last`.
-  T* const* fetch(std::int64_t begin, std::int64_t count, std::int64_t last) {
+  // The values of elements [begin, begin + count), operand by operand. Nothing is asked for ahead: processors do that
+  // better, where a step is bound by computation.
+  T* const* fetch(std::int64_t begin, std::int64_t count) {
     for (int k = 0; k < n_; ++k) {
       values_[k] = static_cast<T*>(row_.addresses[First + k]) + begin;
       if (all_in_place_) continue;
-      prefetch(stored(k), begin, count, last);
       if (in_place(k)) continue;
       values_[k] = buffers_ + k * kTile;
       decode(values_[k], stored(k), begin, count);

@@ -19,12 +19,22 @@ constexpr int kBytes = 32;
 constexpr int kBytes = 16;
 #endif
 constexpr int kWords = kBytes / 4;  // of a vector
+constexpr int kPair = 2 * kWords;   // of two, and halves of one
 
 using Floats [[gnu::vector_size(kBytes)]] = float;
 using Ints [[gnu::vector_size(kBytes)]] = std::int32_t;
 using Words [[gnu::vector_size(kBytes)]] = std::uint32_t;
-using Halves [[gnu::vector_size(kBytes / 2)]] = std::uint16_t;
+using Halves [[gnu::vector_size(kBytes)]] = std::uint16_t;
 using Codes [[gnu::vector_size(kBytes / 4)]] = std::uint8_t;
+
+// Two vectors, one after the other.
+template <class Vector>
+struct Two {
+  Vector a, b;
+};
+
+inline Words words(Floats x) { return reinterpret_cast<Words>(x); }
+inline Floats floats(Words x) { return reinterpret_cast<Floats>(x); }
 
 template <class Vector, class T>
 inline Vector load(const T* from) {
@@ -34,9 +44,22 @@ inline Vector load(const T* from) {
 }
 
 template <class Vector, class T>
+inline Two<Vector> load_two(const T* from) {
+  return {load<Vector>(from), load<Vector>(from + kWords)};
+}
+
+template <class Vector, class T>
 inline void store(T* to, Vector vector) {
   __builtin_memcpy(to, &vector, sizeof(Vector));
 }
+
+template <class Vector, class T>
+inline void store(T* to, const Two<Vector>& two) {
+  store(to, two.a);
+  store(to + kWords, two.b);
+}
+
+inline Floats magnitude(Floats x) { return floats(words(x) & 0x7fffffffu); }
 
 inline Floats square_root(Floats x) {
 #if defined(__AVX512BW__)
@@ -51,11 +74,19 @@ inline Floats square_root(Floats x) {
 #endif
 }
 
-inline Words widen(const std::uint16_t* from) {
+inline bool has_nan(const Two<Floats>& x) {
 #if defined(__AVX512BW__)
-  return reinterpret_cast<Words>(_mm512_maskz_cvtepu16_epi32(-1, load<__m256i>(from)));
+  return _mm512_cmp_ps_mask(reinterpret_cast<__m512>(x.a), reinterpret_cast<__m512>(x.b), _CMP_UNORD_Q) != 0;
+#elif defined(__AVX2__)
+  const auto unordered = _mm256_cmp_ps(reinterpret_cast<__m256>(x.a), reinterpret_cast<__m256>(x.b), _CMP_UNORD_Q);
+  return _mm256_movemask_ps(unordered) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_ps(_mm_cmpunord_ps(reinterpret_cast<__m128>(x.a), reinterpret_cast<__m128>(x.b))) != 0;
 #else
-  return __builtin_convertvector(load<Halves>(from), Words);
+  for (int k = 0; k < kWords; ++k) {
+    if (x.a[k] != x.a[k] || x.b[k] != x.b[k]) return true;
+  }
+  return false;
 #endif
 }
 
@@ -71,44 +102,54 @@ inline Words widen(const std::uint8_t* from) {
 #endif
 }
 
-#if defined(__AVX512BW__)
-template <int First>
-inline void store_halves(std::uint16_t* to, Words a, Words b) {
-  using Lanes [[gnu::vector_size(kBytes)]] = std::uint16_t;
-  const auto lanes = [&]<int... k>(std::integer_sequence<int, k...>) {
-    return __builtin_shufflevector(reinterpret_cast<Lanes>(a), reinterpret_cast<Lanes>(b), (2 * k + First)...);
+// Words of such halves.
+inline Two<Words> interleave(Halves upper, Halves lower) {
+  const auto from = [&]<int First, int... k>(std::integer_sequence<int, First>, std::integer_sequence<int, k...>) {
+    return reinterpret_cast<Words>(__builtin_shufflevector(lower, upper, (First + k / 2 + k % 2 * kPair)...));
   };
-  store(to, lanes(std::make_integer_sequence<int, 2 * kWords>()));
+  constexpr auto all = std::make_integer_sequence<int, kPair>();
+  return {from(std::integer_sequence<int, 0>(), all), from(std::integer_sequence<int, kWords>(), all)};
 }
-#endif
 
-// The upper halves of two vectors' words, one after another.
-inline void store_upper(std::uint16_t* to, Words a, Words b) {
+// Words of which they are the upper halves.
+inline Two<Words> widen(Halves upper) {
 #if defined(__AVX512BW__)
-  store_halves<1>(to, a, b);
-#elif defined(__AVX2__)
-  const auto packed = _mm256_packus_epi32(reinterpret_cast<__m256i>(a >> 16), reinterpret_cast<__m256i>(b >> 16));
-  store(to, _mm256_permute4x64_epi64(packed, 0xd8));
+  const auto from = [&]<int First, int... k>(std::integer_sequence<int, First>, std::integer_sequence<int, k...>) {
+    constexpr Halves order = {(First + k / 2)...};
+    const auto picked =
+        _mm512_maskz_permutexvar_epi16(0xaaaaaaaau, reinterpret_cast<__m512i>(order), reinterpret_cast<__m512i>(upper));
+    return reinterpret_cast<Words>(picked);
+  };
+  constexpr auto all = std::make_integer_sequence<int, kPair>();
+  return {from(std::integer_sequence<int, 0>(), all), from(std::integer_sequence<int, kWords>(), all)};
 #else
-  store(to, __builtin_convertvector(a >> 16, Halves));
-  store(to + kWords, __builtin_convertvector(b >> 16, Halves));
+  return interleave(upper, Halves{});
 #endif
 }
 
-// The lower ones.
-inline void store_lower(std::uint16_t* to, Words a, Words b) {
-#if defined(__AVX512BW__)
-  store_halves<0>(to, a, b);
-#elif defined(__AVX2__)
+#if defined(__AVX512BW__) || !defined(__AVX2__)
+template <int First>
+inline Halves every_other(const Two<Words>& x) {
+  const auto picked = [&]<int... k>(std::integer_sequence<int, k...>) {
+    return __builtin_shufflevector(reinterpret_cast<Halves>(x.a), reinterpret_cast<Halves>(x.b), (2 * k + First)...);
+  };
+  return picked(std::make_integer_sequence<int, kPair>());
+}
+inline Halves upper_halves(const Two<Words>& x) { return every_other<1>(x); }
+inline Halves lower_halves(const Two<Words>& x) { return every_other<0>(x); }
+#else
+inline Halves packed(__m256i a, __m256i b) {
+  return reinterpret_cast<Halves>(_mm256_permute4x64_epi64(_mm256_packus_epi32(a, b), 0xd8));
+}
+inline Halves upper_halves(const Two<Words>& x) {
+  return packed(reinterpret_cast<__m256i>(x.a >> 16), reinterpret_cast<__m256i>(x.b >> 16));
+}
+inline Halves lower_halves(const Two<Words>& x) {
   const __m256i zero = _mm256_setzero_si256();
-  const auto packed = _mm256_packus_epi32(_mm256_blend_epi16(reinterpret_cast<__m256i>(a), zero, 0xaa),
-                                          _mm256_blend_epi16(reinterpret_cast<__m256i>(b), zero, 0xaa));
-  store(to, _mm256_permute4x64_epi64(packed, 0xd8));
-#else
-  store(to, __builtin_convertvector(a, Halves));
-  store(to + kWords, __builtin_convertvector(b, Halves));
-#endif
+  return packed(_mm256_blend_epi16(reinterpret_cast<__m256i>(x.a), zero, 0xaa),
+                _mm256_blend_epi16(reinterpret_cast<__m256i>(x.b), zero, 0xaa));
 }
+#endif
 
 // The lowest bytes of a vector's words.
 inline void store_bytes(std::uint8_t* to, Words x) {
