@@ -182,6 +182,22 @@ def test_hostile_blocks(engine, what):
         assert all(f.all() for f in finite)
 
 
+@pytest.mark.parametrize("master", [None, "split", "fp32"])
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16], ids=name_of)
+def test_nan_of_all_bits_is_not_rounded_to_a_number(engine, master, grad_dtype):
+    param = torch.nn.Parameter(torch.ones(600, dtype=torch.bfloat16))
+    param.grad_dtype = None
+    param.grad = torch.ones(600, dtype=grad_dtype)
+    options = {"master": master} if master else {}
+    optimizer = fusedopt.AdamW([param], state_dtype=torch.bfloat16, engine=engine, **options)
+    ones = torch.int32 if grad_dtype == torch.float32 else torch.int16
+    param.grad.view(ones)[300] = -1
+    for _ in range(2):
+        optimizer.step()
+    for tensor in (param.detach(), optimizer.state[param]["exp_avg"], optimizer.state[param]["exp_avg_sq"]):
+        assert tensor.isnan().nonzero().tolist() == [[300]]
+
+
 # ------------------------------------------------------------------------------------------------------------ masters
 
 
