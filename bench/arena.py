@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -17,8 +17,9 @@ import torch
 from fusedopt.bench import limits, memory, quiet, suites
 from fusedopt.bench.peers import Groups, Peer
 from fusedopt.bench.rows import LIMIT, Row
+from fusedopt.bench.stored import Stored
 from fusedopt.bench.timing import DISTURBED, NOISY, Stopwatch, Timings, interleave
-from fusedopt.bench.workload import Footprint, Step, Tensors, Workload, step_of
+from fusedopt.bench.workload import DTYPES, Footprint, Step, TensorBytes, Tensors, Workload, step_of
 from fusedopt.engines import eager
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ class Contender:
         build: Makes the optimizer of param groups.
         peer: Who it is; None for ours.
         option: What selects it on the command line.
+        stored: How ours stores less than its rule has; None if in full.
     """
 
     variant: str
@@ -48,19 +50,22 @@ class Contender:
     build: Callable[[Groups], torch.optim.Optimizer]
     peer: Peer | None
     option: tuple[str, ...]
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True)
 class Running:
-    """A contender's optimizer on the tensors of a workload.
+    """A contender's optimizer on tensors of a workload.
 
     Attributes:
         contender: Who.
+        tensors: Which.
         optimizer: Its optimizer, which has states.
         step: What its users call for a step.
     """
 
     contender: Contender
+    tensors: Tensors
     optimizer: torch.optim.Optimizer
     step: Step
 
@@ -101,9 +106,9 @@ class Arena:
     ) -> None:
         self._bench, self._workload, self._sweep = bench, workload, sweep
         self._device = torch.device(workload.device)
-        self._tensors = Tensors(workload)
-        self._watch = Stopwatch(self._device, workload.cache, self._tensors.renew)
-        self._footprint, self._bytes = footprint, footprint.tensor_bytes(workload)
+        self._tensors: dict[Workload, Tensors] = {}  # of each dtype
+        self._watch = Stopwatch(self._device, workload.cache, self._renew)
+        self._footprint = footprint
         self._moved = footprint.moved(workload)
         self._limits = limits.limits(workload.kind, self._moved, len(footprint.states), workload.case.measured)
         self._ours = self._built(contenders)
@@ -126,13 +131,32 @@ class Arena:
             self._bench.report(f"building {contender.variant}")
             try:
                 with quiet.quiet():
-                    optimizer = contender.build(self._tensors.groups())
-                    step = step_of(optimizer, self._tensors.params, self._workload)
+                    tensors = self._tensors_of(contender)
+                    optimizer = contender.build(tensors.groups())
+                    step = step_of(optimizer, tensors.params, self._workload)
                     step()
-                built.append(Running(contender, optimizer, step))
+                built.append(Running(contender, tensors, optimizer, step))
             except FAILURES as error:
                 self._leave_out(contender, error)
         return built
+
+    def _workload_of(self, contender: Contender) -> Workload:
+        """Its tensors' types are its own."""
+        return replace(self._workload, dtype=contender.stored.dtype) if contender.stored else self._workload
+
+    def _tensors_of(self, contender: Contender) -> Tensors:
+        workload = self._workload_of(contender)
+        if workload not in self._tensors:
+            self._tensors[workload] = Tensors(workload)
+        return self._tensors[workload]
+
+    def _bytes_of(self, contender: Contender) -> TensorBytes:
+        param = DTYPES[self._workload_of(contender).dtype].itemsize
+        return replace(self._footprint, param=param).tensor_bytes(self._workload)
+
+    def _renew(self) -> None:
+        for tensors in self._tensors.values():
+            tensors.renew()
 
     def _leave_out(self, contender: Contender, error: BaseException) -> None:
         about = f"{contender.variant} {contender.version}, {self._workload.title()}"
@@ -160,7 +184,7 @@ class Arena:
         if first:
             option = running[0].contender.option
             rows += [self._row(name, limit.how, timings, option, self._moved) for name, limit in self._limits.items()]
-        if not all(torch.isfinite(p.grad).all() for p in self._tensors.params):
+        if not all(torch.isfinite(p.grad).all() for t in self._tensors.values() for p in t.params):
             self._bench.note(f"{self._workload.title()}: somebody left gradients that are not finite")
         return rows
 
@@ -221,14 +245,18 @@ class Arena:
         """A row with what is not a matter of time: launches, memory, host work, and whether the update is the same."""
         contender, peer = one.contender, one.contender.peer
         state_bytes, kind = memory.states(one.optimizer)
-        moved = self._bytes.moved + 2 * state_bytes + self._footprint.measured(self._workload)
+        moved = self._bytes_of(contender).moved + 2 * state_bytes + self._footprint.measured(self._workload)
         row = self._row(contender.variant, contender.version, timings, contender.option, moved)
-        row.same_update = peer is None or peer.differs is None
         row.note, row.storage = (peer.differs, peer.storage) if peer else (None, "full")
+        if contender.stored is not None:
+            row.note, row.storage = contender.stored.about, contender.stored.name
+        row.same_update = row.note is None
         row.states = kind if state_bytes else None
         if row.note is None and state_bytes < self._workload.suite.numel * sum(self._footprint.states):
             row.note = f"its states are {kind}"
-        row.bytes_per_parameter = (self._bytes.resident + state_bytes) / max(1, self._workload.suite.numel)
+        row.bytes_per_parameter = (self._bytes_of(contender).resident + state_bytes) / max(
+            1, self._workload.suite.numel
+        )
         row.peak_memory = self._found(contender, "memory", lambda: memory.peak(one.step, self._device))
         row.launches, row.device_time = self._found(contender, "launches", lambda: self._profiled(one)) or (None, None)
         row.host = self._found(contender, "host", lambda: self._host(one))
@@ -259,7 +287,7 @@ class Arena:
             found = kernels(events)
             return (len(found), sum(seconds for _, seconds in found)) if found else (None, None)
         if peer is not None:
-            return operators(events) + peer.calls * len(self._tensors.params), None
+            return operators(events) + peer.calls * len(one.tensors.params), None
         return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans), None
 
     def _synchronize(self) -> None:
@@ -272,11 +300,11 @@ class Arena:
         On a GPU, until the call returns. On a CPU, those of a step that has next to nothing to move; None for what is
         compiled, which would have to be compiled again for such tensors.
         """
-        step, tensors = one.step, self._tensors
+        step, tensors = one.step, one.tensors
         if self._device.type == "cpu":
             if one.contender.peer and one.contender.peer.compiles:
                 return None
-            tensors = Tensors(self._workload, single=True)
+            tensors = Tensors(self._workload_of(one.contender), single=True)
             step = step_of(one.contender.build(tensors.groups()), tensors.params, self._workload)
         for _ in range(2):
             step()

@@ -87,7 +87,7 @@ def _peers(asked: list[str] | None) -> tuple[str, ...]:
 def _is_standard(args: argparse.Namespace) -> bool:
     """Whether nothing in particular was asked for."""
     asked = (args.suite, args.optimizer, args.sweep, args.dtype, args.clip, args.groups, args.cache, args.storage)
-    asked += (args.gradients,)
+    asked += (args.gradients, args.stored)
     return not args.amp and all(option is None for option in asked)
 
 
@@ -108,7 +108,7 @@ def _entries(args: argparse.Namespace, device: torch.device) -> list[Entry]:
         raise report.CommandError("--amp with --dtype fp16: torch's GradScaler does not unscale fp16 gradients")
     options = {"dtype": dtype, "device": str(device), "clip": args.clip, "amp": args.amp, "cache": args.cache or "cold"}
     options["gradients"] = args.gradients or "kept"
-    storages, entries = tuple(args.storage or ["full"]), []
+    storages, stored, entries = tuple(args.storage or ["full"]), tuple(args.stored or ()), []
     cases = [optimizers.CASES[name] for name in args.optimizer or ["AdamW"]]
     if args.suite or not args.sweep:
         for suite in args.suite or [suites.find("gpt2")]:
@@ -117,14 +117,15 @@ def _entries(args: argparse.Namespace, device: torch.device) -> list[Entry]:
             except ValueError as error:
                 raise report.CommandError(f"--groups {args.groups}: {error}") from error
             for case in cases:
-                entries.append(Entry(workload.Workload(grouped, case, **options), wanted, storages))
+                entries.append(Entry(workload.Workload(grouped, case, **options), wanted, storages, stored))
     for sweep in args.sweep or ():
         if args.groups is not None:
             raise report.CommandError("--groups and --sweep: a sweep has groups of its own")
         few = None if args.peer is None else wanted
         for case in cases:
             for entry in standard.swept(sweep, str(device), case.name, dtype, few):
-                entries.append(replace(entry, workload=replace(entry.workload, **options), storages=storages))
+                one = replace(entry.workload, **options)
+                entries.append(replace(entry, workload=one, storages=storages, stored=stored))
     return entries
 
 
@@ -174,7 +175,7 @@ def _run_all(bench: Bench, entries: list[Entry], result: Result, path: Path | No
         task = bar.add_task("", total=len(entries))
         for entry in entries:
             about = f"{entry.workload.case.name} {entry.workload.suite.name}"
-            bench.wanted, bench.storages = entry.peers, entry.storages
+            bench.wanted, bench.storages, bench.stored = entry.peers, entry.storages, entry.stored
             bench.report = lambda text, about=about: bar.update(task, description=f"{about}: {text}")
             try:
                 result.rows += bench.run(entry.workload, entry.sweep)

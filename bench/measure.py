@@ -14,6 +14,7 @@ from fusedopt.bench.arena import FAILURES, Arena, Contender, summary
 from fusedopt.bench.check import objection
 from fusedopt.bench.peers import Peer
 from fusedopt.bench.rows import OURS, Row
+from fusedopt.bench.stored import STORED, Stored
 from fusedopt.bench.timing import FLUSHED
 from fusedopt.bench.workload import Footprint, Workload, ours
 
@@ -31,6 +32,7 @@ class Bench:
         engines: Ours, by engine; the first is what others are compared with.
         wanted: Names of peers.
         storages: Those of theirs that take part.
+        stored: Keys of ``STORED``: ours with fewer bits, beside ours in full.
         repeats: Timed rounds.
         report: Told what is being done, for a progress bar.
         notes: What was left out, and why.
@@ -40,6 +42,7 @@ class Bench:
     engines: tuple[str, ...]
     wanted: tuple[str, ...]
     storages: tuple[str, ...] = ("full",)
+    stored: tuple[str, ...] = ()
     repeats: int = 15
     report: Report = lambda text: None
     notes: list[str] = field(default_factory=list)
@@ -58,14 +61,15 @@ class Bench:
             workload: What is stepped.
             sweep: What to call it a point of.
         """
-        contenders = [self._ours(workload, engine) for engine in self.engines]
+        stored = [STORED[name] for name in self.stored]
+        contenders = [self._ours(workload, engine, how) for how in (None, *stored) for engine in self.engines]
         others = list(self._peers(workload))
         footprint = Footprint.of(workload)
         states, tensors = workload.suite.numel * sum(footprint.states), footprint.tensor_bytes(workload).resident
         moved, n_states = footprint.moved(workload), len(footprint.states)
         streams = limits.resident_bytes(workload.kind, moved, n_states, workload.case.measured)
         # At its peak a peer's step may take as much again as parameters and gradients; but one peer at a time.
-        base = FLUSHED.get(workload.kind, 0) + 2 * tensors + streams
+        base = FLUSHED.get(workload.kind, 0) + (2 + bool(stored)) * tensors + streams
         room = memory.room(torch.device(workload.device))
         spare = math.inf if room is None else USABLE * room - base
         if spare < states:
@@ -100,14 +104,15 @@ class Bench:
             left -= needs
         return batches, alone
 
-    def _ours(self, workload: Workload, engine: str) -> Contender:
+    def _ours(self, workload: Workload, engine: str, stored: Stored | None) -> Contender:
+        option = tuple(word for name in dict.fromkeys((self.engines[0], engine)) for word in ("--engine", name))
         return Contender(
-            OURS + engine,
+            OURS + engine + (f"-{stored.name}" if stored else ""),
             fusedopt.__version__,
-            lambda groups: ours(workload, groups, engine),
+            lambda groups: ours(workload, groups, engine, stored.options if stored else None),
             None,
-            tuple(word for name in dict.fromkeys((self.engines[0], engine)) for word in ("--engine", name))
-            + ("--peer", "none"),
+            option + (("--stored", stored.name) if stored else ()) + ("--peer", "none"),
+            stored,
         )
 
     def _peers(self, workload: Workload) -> Iterator[Contender]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusedopt import engines
-from fusedopt.bench import compare, optimizers, peers, ranks, standard, suites, tune, workload
+from fusedopt.bench import compare, optimizers, peers, ranks, standard, stored, suites, tune, workload
 
 EPILOG = """\
 Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         choices=standard.STORAGES,
         help="repeatable: peers that keep states so (default: full)",
+    )
+    parser.add_argument(
+        "--stored", action="append", choices=stored.STORED, help="repeatable: ours with fewer bits, beside ours in full"
     )
     parser.add_argument("--sweep", action="append", choices=standard.SWEEPS, help="repeatable: how the cost grows")
     names = ["all", "none", *peers.known()]

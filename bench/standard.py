@@ -21,6 +21,7 @@ GROUPS = (1, 10, 100, 1000)
 GROUPED = "1000x1000"
 
 STORAGES = ("full", "8bit", "4bit")
+NARROW = ("split-bf16", "split-8bit")
 
 ALL = tuple(peers.known())
 QUICK = tuple(name for name in ALL if name != "torch-compile")  # which takes half a minute for 150 tensors
@@ -38,18 +39,20 @@ class Entry:
         workload: What is stepped.
         peers: Who takes part.
         storages: Of their states.
+        stored: Ours with fewer bits that take part too.
         sweep: What it is a point of.
     """
 
     workload: Workload
     peers: tuple[str, ...]
     storages: tuple[str, ...] = ("full",)
+    stored: tuple[str, ...] = ()
     sweep: str | None = None
 
 
 def _entry(device: str, suite: str, case: str, wanted: tuple[str, ...], **more: Any) -> Entry:
-    storages, sweep = more.pop("storages", ("full",)), more.pop("sweep", None)
-    return Entry(Workload(suites.find(suite), CASES[case], device=device, **more), wanted, storages, sweep)
+    how = {name: more.pop(name) for name in ("storages", "stored", "sweep") if name in more}
+    return Entry(Workload(suites.find(suite), CASES[case], device=device, **more), wanted, **how)
 
 
 def standard(device: str) -> list[Entry]:
@@ -63,9 +66,9 @@ def standard(device: str) -> list[Entry]:
     rules = sorted(CASES, key=lambda name: name != "AdamW")
     if on_cpu:
         entries = [_entry(device, "resnet50", case, SELECTED) for case in rules]
-        entries.append(_entry(device, "gpt2", "AdamW", (*MULTI_TENSOR, "deepspeed-cpu")))
+        entries.append(_entry(device, "gpt2", "AdamW", (*MULTI_TENSOR, "deepspeed-cpu"), stored=NARROW))
     else:
-        entries = [_entry(device, "gpt2", case, QUICK) for case in rules]
+        entries = [_entry(device, "gpt2", case, QUICK, stored=NARROW if case == "AdamW" else ()) for case in rules]
     entries += [
         _entry(device, "gpt2", "AdamW", few, clip=1.0),
         _entry(device, "gpt2", "AdamW", few, clip=1.0, amp=True),
@@ -77,7 +80,7 @@ def standard(device: str) -> list[Entry]:
     for sweep in SWEEPS:
         entries += swept(sweep, device)
     entries += [
-        _entry(device, "16x1048576", "AdamW", ALL, storages=STORAGES),
+        _entry(device, "16x1048576", "AdamW", ALL, storages=STORAGES, stored=NARROW),
         _entry(device, "moe", "AdamW", few),
         _entry(device, f"llama3-8b:{layers}", "AdamW", few),
         _entry(device, "vit-b16", "AdamW", few),

@@ -141,11 +141,13 @@ def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:
     return made
 
 
-def ours(workload: Workload, groups: list[dict[str, Any]], engine: str) -> fusedopt.FusedOptimizer:
-    """Our optimizer, which clips by itself."""
+def ours(
+    workload: Workload, groups: list[dict[str, Any]], engine: str, stored: dict[str, Any] | None = None
+) -> fusedopt.FusedOptimizer:
+    """Our optimizer, which clips by itself; ``stored`` says in how many bits."""
     case = workload.case
     make = getattr(fusedopt, case.optimizer)
-    optimizer = make(groups, **case.options, max_grad_norm=workload.clip, engine=engine)
+    optimizer = make(groups, **case.options, **stored or {}, max_grad_norm=workload.clip, engine=engine)
     if case.told:
         _tell(optimizer, case.told)
     return optimizer

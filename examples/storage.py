@@ -11,7 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ def held_out_loss(model: GPT, optimizer: fusedopt.AdamW, text: Text, batches: in
     return total / batches
 
 
-def train(text: Text, name: str, seed: int, steps: int, every: int, tick: Any) -> dict[str, Any]:
+def train(text: Text, name: str, seed: int, steps: int, every: int) -> dict[str, Any]:
     """Held-out losses every few steps, and how many bytes are held for each parameter."""
     dtype, storage = STORAGES[name]
     torch.manual_seed(seed)
@@ -77,7 +80,6 @@ def train(text: Text, name: str, seed: int, steps: int, every: int, tick: Any) -
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
         optimizer.step()
-        tick()
         if step % every == 0:
             losses.append(held_out_loss(model, optimizer, text))
     held = sum(
@@ -103,23 +105,33 @@ def draw(path: Path, runs: dict[str, list[dict[str, Any]]], every: int) -> None:
 def main() -> None:
     """Train, print and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--every", type=int, default=50, help="steps from one evaluation to the next")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="each of one thread")
     parser.add_argument("--output", type=Path, default=Path("storage.png"))
-    parser.add_argument("--json", type=Path, help="where to write all losses")
+    parser.add_argument("--json", type=Path, help="where to write all losses, and to go on from those that are there")
     args = parser.parse_args()
+    done = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     text = Text()
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in STORAGES}
-    with Progress() as progress:
-        task = progress.add_task("training", total=args.seeds * len(STORAGES) * args.steps)
-        for seed in range(args.seeds):
-            for name in STORAGES:
-                run = train(text, name, seed, args.steps, args.every, lambda: progress.advance(task))
-                runs[name].append(run)
-                print(f"seed {seed}, {name}: {run['losses'][-1]:.4f}", flush=True)
-                if args.json:
-                    args.json.write_text(json.dumps(runs))
+    with (
+        ProcessPoolExecutor(args.processes, get_context("spawn"), torch.set_num_threads, (1,)) as pool,
+        Progress() as progress,
+    ):
+        jobs = {
+            pool.submit(train, text, name, seed, args.steps, args.every): f"{name}, seed {seed}"
+            for seed in range(args.seeds)
+            for name in STORAGES
+            if f"{name}, seed {seed}" not in done
+        }
+        task = progress.add_task("training", total=len(jobs))
+        for job in as_completed(jobs):
+            done[jobs[job]] = job.result()
+            progress.advance(task)
+            print(f"{jobs[job]}: {done[jobs[job]]['losses'][-1]:.4f}", flush=True)
+            if args.json:
+                args.json.write_text(json.dumps(done))
+    runs = {name: [done[f"{name}, seed {seed}"] for seed in range(args.seeds)] for name in STORAGES}
     print("\n| storage | bytes per parameter | held-out loss: mean | seeds |\n|---|---|---|---|")
     for name, of_seeds in runs.items():
         ends = [run["losses"][-1] for run in of_seeds]

@@ -1,0 +1,56 @@
+"""Ours with fewer bits: parameters and states as users of large models store them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A storage of our optimizers.
+
+    Attributes:
+        name: What ``--stored`` and reports call it.
+        about: For reports.
+        dtype: Of parameters and gradients, a key of ``workload.DTYPES``.
+        options: Constructor arguments.
+    """
+
+    name: str
+    about: str
+    dtype: str
+    options: dict[str, Any] = field(hash=False)
+
+
+STORED = {
+    stored.name: stored
+    for stored in (
+        Stored("8bit", "states of 8 bits", "fp32", {"state_dtype": "8bit"}),
+        Stored("bf16", "bf16 parameters, no masters", "bf16", {}),
+        Stored("bf16-masters", "bf16 parameters, fp32 masters", "bf16", {"master": "fp32"}),
+        Stored("split", "bf16 parameters, split", "bf16", {"master": "split"}),
+        Stored(
+            "split-bf16",
+            "bf16 parameters, split, bf16 states",
+            "bf16",
+            {"master": "split", "state_dtype": BF16},
+        ),
+        Stored(
+            "split-8bit",
+            "bf16 parameters, split, states of 8 bits",
+            "bf16",
+            {"master": "split", "state_dtype": "8bit"},
+        ),
+        Stored(
+            "stochastic-bf16",
+            "bf16 parameters, rounded stochastically, bf16 states",
+            "bf16",
+            {"master": "stochastic", "state_dtype": BF16},
+        ),
+    )
+}
