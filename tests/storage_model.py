@@ -119,8 +119,17 @@ def read_param(p, state, master):
     if master == "split":
         _, upper = bf16(p)
         low = state["param_low"].contiguous().view(torch.int16).numpy().astype(np.int64)
-        return from_bits((upper << 16) + low & 0xFFFFFFFF).astype(np.float64)
-    return (state["master"] if master == "fp32" else p).detach().double().numpy()
+        joined = from_bits((upper << 16) + low & 0xFFFFFFFF)
+        return np.where(np.isnan(joined), from_bits(upper << 16), joined).astype(np.float64)
+    own = p.detach().float()
+    if master == "fp32":  # unless something else has written the parameter since
+        kept = state["master"]
+        if p.dtype == torch.float16:
+            is_its = kept.half() == p.detach()
+        else:
+            is_its = torch.from_numpy(half_away(kept.numpy()) == bf16(p)[1])
+        own = torch.where(is_its, kept, own)
+    return own.double().numpy()
 
 
 def parameters(dtype):
