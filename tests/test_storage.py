@@ -38,10 +38,11 @@ def test_steps_are_those_of_the_slow_model(engine, dtype, state_dtype, master):
         assert optimizer.state[p]["exp_avg"].shape == p.shape
 
 
+@pytest.mark.parametrize("steps", [20, pytest.param(100, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize(("state_dtype", "master"), [("8bit", "split"), (torch.bfloat16, "stochastic")])
-def test_a_hundred_steps_keep_to_the_model(engine, state_dtype, master):
+def test_many_steps_keep_to_the_model(engine, state_dtype, master, steps):
     torch.manual_seed(0)
-    steps = 100 if engine != "triton" else 20
+    steps = 100 if engine != "triton" else steps
     params = [torch.nn.Parameter(torch.randn(shape).bfloat16()) for shape in ((4097,), (17, 300))]
     optimizer = fusedopt.AdamW(params, **HYPER, state_dtype=state_dtype, master=master, engine=engine)
     for t in range(steps):

@@ -153,12 +153,13 @@ class Program:
         self.optimizer.state.pop(self.at(i), None)
 
 
-@pytest.fixture(
-    params=[(engine, n) for engine, n in (("cpu", 300), ("cuda", 60), ("eager", 60)) if engine in AVAILABLE]
-)
+EXAMPLES = {"cpu": 300, "cuda": 60, "eager": 60}
+
+
+@pytest.fixture(params=[engine for engine in EXAMPLES if engine in AVAILABLE])
 def found(request):
     """An engine, and how many programs it runs."""
-    return request.param
+    return request.param, EXAMPLES[request.param]
 
 
 def check(engine, examples):

@@ -13,6 +13,8 @@ from storage_model import LEGAL, MASTERS, STATE_DTYPES, give_gradients, paramete
 
 import fusedopt
 from fusedopt import host, operands
+from fusedopt.bench import memory
+from fusedopt.engines import cpu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64, torch.bfloat16])
@@ -259,3 +261,39 @@ def test_parameters_that_hold_averages_are_no_masters():
             with pytest.raises(RuntimeError, match=r"\(\) inside of averaged"):
                 call(optimizer)
     assert_same(snapshot(optimizer), before)
+
+
+STORAGES = [storage for storage in LEGAL[torch.bfloat16] if storage != (None, None)]
+
+
+@pytest.mark.parametrize(("state_dtype", "master"), STORAGES)
+def test_steps_in_the_backward_pass(engine, state_dtype, master):
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(torch.nn.Sequential(torch.nn.Linear(80, 64), torch.nn.Linear(64, 70)).bfloat16())
+        options = {"state_dtype": state_dtype, "master": master, "engine": engine}
+        optimizers.append(fusedopt.AdamW(models[-1].parameters(), lr=0.01, **options))
+    fusedopt.step_in_backward(optimizers[0])
+    for t in range(3):
+        for module, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(t)
+            module(torch.randn(4, 80).bfloat16()).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(*map(snapshot, optimizers))
+
+
+@pytest.mark.skipif(cpu.available() is not None, reason="needs the CPU engine")
+@pytest.mark.parametrize(("state_dtype", "master"), STORAGES)
+@pytest.mark.parametrize("name", ["AdamW", "LAMB"])
+def test_a_step_takes_no_memory_for_itself(name, state_dtype, master):
+    p = torch.nn.Parameter(torch.randn(2**11, 2**11).bfloat16())
+    p.grad = torch.randn_like(p)
+    optimizer = getattr(fusedopt, name)([p], engine="cpu", state_dtype=state_dtype, master=master, max_grad_norm=1.0)
+    for _ in range(2):
+        optimizer.step()
+    taken = memory.peak(optimizer.step, torch.device("cpu"))
+    if taken is None:
+        pytest.skip("this system does not tell")
+    assert taken < p.numel() / 4  # not even a byte for every fourth element
