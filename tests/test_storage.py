@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import storage_model as model
 import torch
-from helpers import assert_same, bits, snapshot
+from helpers import ALL, assert_same, bits, snapshot
 from storage_model import LEGAL, give_gradients, parameters
 from storage_truth import Truth, check_step
 
@@ -97,6 +97,24 @@ def test_nan_of_all_bits_is_not_rounded_to_a_number(engine, master, grad_dtype):
         optimizer.step()
     for tensor in (param.detach(), optimizer.state[param]["exp_avg"], optimizer.state[param]["exp_avg_sq"]):
         assert tensor.isnan().nonzero().tolist() == [[300]]
+
+
+@pytest.mark.parametrize("state_dtype", ["8bit", torch.bfloat16], ids=name_of)
+@pytest.mark.parametrize("name", ALL)
+def test_gradients_of_either_type_step_alike(engine, name, state_dtype):
+    """To the last bit, whatever way an engine takes where all are narrow."""
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((9, 700), (4097,))]
+        optimizer = getattr(fusedopt, name)(params, lr=0.01, state_dtype=state_dtype, engine=engine)
+        for _ in range(2 if engine == "triton" else 4):
+            for p in params:
+                p.grad_dtype = None
+                p.grad = torch.randn(p.shape).bfloat16().to(dtype)
+            optimizer.step()
+        found.append(snapshot(optimizer))
+    assert_same(*found)
 
 
 # ------------------------------------------------------------------------------------------------------------ masters

@@ -7,7 +7,8 @@ States packed_states(const Row& row) {
     const bool fits = states == States::codes ? has_blocks(row.codecs[k]) : row.codecs[k] == Codec::bf16;
     return fits && !(row.layouts && row.layouts[k]);
   };
-  if (!is(kGrad, States::halves) || (row.slice > 0 && row.slice < kBlockElements)) return States::others;
+  const bool is_wide = row.codecs[kParam] == Codec::f64;
+  if (is_wide || !is(kGrad, States::halves) || (row.slice > 0 && row.slice < kBlockElements)) return States::others;
   for (const States states : {States::halves, States::codes}) {
     int n = kFirstState;
     while (n < row.n_operands && is(n, states)) ++n;

@@ -12,7 +12,7 @@ namespace fusedopt::cpu {
 enum class States { halves, codes, others };
 
 // How a row's states are stored, if it can be stepped so: its gradient is bfloat16, its states are all alike, and both
-// are dense.
+// are dense; and it is computed in float.
 States packed_states(const Row& row);
 
 // kPair elements of a state from one on, which lies in a block of codes.

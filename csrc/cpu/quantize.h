@@ -9,7 +9,8 @@
 
 namespace fusedopt::cpu {
 
-// Vectors of a block's values: u |u|, where u is a multiple of the step.
+// Vectors of a block's values: u |u|, where u is a multiple of the step. As the sign comes last, what follows cannot be
+// contracted with the product, and a value is the same wherever it is used.
 class Dequantize {
  public:
   Dequantize() = default;
@@ -17,7 +18,7 @@ class Dequantize {
       : step_(std::sqrt(scale) / levels(codec)), zero_(codec == Codec::q8_signed ? 128 : 0) {}
   Floats operator()(const std::uint8_t* codes) const {
     const Floats u = __builtin_convertvector(reinterpret_cast<Ints>(widen(codes)) - zero_, Floats) * step_;
-    return u * magnitude(u);
+    return floats(words(u * u) | (words(u) & 0x80000000u));
   }
 
  private:
