@@ -31,8 +31,8 @@ CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
 # Of the engine, besides rules and the module.
 CPU_SOURCES = ("average", "codec", "engine", "noise", "packed", "quantize", "runs", "stream", "sums")
-# Faster sqrt and branches, but never -ffast-math: a NaN must propagate. Loops stay whole, so that GCC keeps in registers
-# what a strip of elements has between decoding and encoding.
+# Faster sqrt and branches, but never -ffast-math: a NaN must propagate. Loops stay whole, so that GCC keeps in
+# registers what an element has between decoding and encoding.
 ENGINE_FLAGS = "-O3 -fno-math-errno -fno-trapping-math -fno-unswitch-loops"
 
 
