@@ -91,7 +91,6 @@ OPTIONS_INTERPRETED_BY_DAY = (
     "LARS, noise",
 )
 FIRST_VARIANTS = {case.optimizer: case.name for case in reversed(CASES)}.values()
-GATE_OF_OTHER_VARIANTS = {"cuda": [torch.bfloat16], "eager": [torch.float32, torch.bfloat16]}  # by day
 INTERPRETED_AT_NIGHT = {
     "test_gate": lambda case, dtype: (
         case.name not in FIRST_VARIANTS
@@ -118,7 +117,7 @@ INTERPRETED_AT_NIGHT = {
     "test_one_vector_switches_when_its_rate_settles": lambda scope: scope != "group",
     "test_resumes_bit_for_bit_on_either_side_of_the_switch": lambda after: after != 2,
     "test_steps_end_at_unit_length": lambda name, kind: name != "LAMB",
-    "test_steps_are_those_of_step": lambda name: name in ("AdamP", "SGDP"),
+    "test_steps_are_those_of_step": lambda name: name not in ("Adagrad", "AdamW", "LAMB", "SGD", "SWATS"),
     "test_steps_are_those_of_the_slow_model": lambda dtype, state_dtype, master: (
         "8bit" not in (state_dtype, master) and master != "stochastic"
     ),
@@ -127,19 +126,34 @@ INTERPRETED_AT_NIGHT = {
     "test_every_optimizer_takes_every_storage": lambda name: name not in ("AdamW", "LAMB", "SGD"),
     "test_the_step_of_the_description": lambda norm, granularity, more: norm != "l2" or bool(more),
 }
+# Of other engines: types of elements and numbers of ranks that another one goes through by day.
+AT_NIGHT = {
+    "triton": INTERPRETED_AT_NIGHT,
+    "cuda": {
+        "test_gate": lambda case, dtype: (
+            case.name not in FIRST_VARIANTS or dtype not in (torch.float32, torch.bfloat16)
+        ),
+        "test_resume_is_bit_exact": lambda case: case.name not in FIRST_VARIANTS,
+        "test_steps_are_those_of_one_process": lambda kind, world: world > 2,
+        "test_sums_are_those_of_one_process": lambda kind, world: world > 2,
+    },
+    "eager": {
+        "test_gate": lambda case, dtype: case.name not in FIRST_VARIANTS and dtype != torch.float32,
+        "test_steps_are_those_of_one_process": lambda kind, world: world > 2,
+        "test_sums_are_those_of_one_process": lambda kind, world: world > 2,
+    },
+    "cpu": {"test_sums_are_those_of_one_process": lambda kind, world: world > 2 and kind != "two dimensions"},
+}
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     for item in items:
-        is_late = INTERPRETED_AT_NIGHT.get(item.name.split("[")[0])
-        params = dict(item.callspec.params) if is_late else {}
+        params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         engine = params.pop("engine", None)
-        if engine == "triton" and is_late(**params):
+        is_late = AT_NIGHT.get(engine, {}).get(item.name.split("[")[0])
+        if is_late and is_late(**params):
             item.add_marker(pytest.mark.nightly)
-        if engine in GATE_OF_OTHER_VARIANTS and item.name.startswith("test_gate["):
-            if params["dtype"] not in GATE_OF_OTHER_VARIANTS[engine] and params["case"].name not in FIRST_VARIANTS:
-                item.add_marker(pytest.mark.nightly)
         if engine in ("cpu", "cuda", "eager") and item.name.startswith("test_gate_of_options"):
             if not _is_for_the_day(engine, **params):
                 item.add_marker(pytest.mark.nightly)

@@ -84,9 +84,9 @@ def compare_all(kind, engine, names, clips):
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tensor parallel", "two dimensions", "mixed"])
-@pytest.mark.parametrize("of", ENGINES)
-def test_steps_are_those_of_one_process(ranks, of, kind, world):
-    ranks.run(world, compare_all, kind, of, list(OPTIMIZERS), [None, 0.5])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_steps_are_those_of_one_process(ranks, engine, kind, world):
+    ranks.run(world, compare_all, kind, engine, list(OPTIMIZERS), [None, 0.5])
 
 
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="needs Triton's interpreter")
