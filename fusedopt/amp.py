@@ -20,7 +20,7 @@ class TakesScaling:
     """A part of FusedOptimizer."""
 
     _scaler: weakref.ref[Any] | None
-    _handles_amp: bool
+    handles_amp: bool
     _in_backward: Any
     _skipped: int
     _norm: float | Tensor | None
@@ -59,11 +59,11 @@ class TakesScaling:
             raise RuntimeError("a GradScaler needs all gradients at once, and this optimizer steps in backward")
         asking = sys._getframe(1).f_locals.get("self")
         self._scaler = weakref.ref(asking) if isinstance(asking, torch.amp.GradScaler) else None
-        return self._handles_amp
+        return self.handles_amp
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, yes: bool) -> None:
-        self._handles_amp = yes
+        self.handles_amp = yes
 
     def _refuses(self, scaling: Scaling, ranks: Ranks, measures: bool) -> bool:
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""

@@ -19,6 +19,7 @@ def fuse(
     max_grad_norm: float | None = None,
     skip_nonfinite: bool = False,
     process_group: ProcessGroup | None = None,
+    handles_amp: bool = True,
     engine: str = "auto",
 ) -> FusedOptimizer:
     """Turn a live optimizer into its fused counterpart, state included.
@@ -31,6 +32,7 @@ def fuse(
         max_grad_norm: See :class:`fusedopt.FusedOptimizer`.
         skip_nonfinite: See there.
         process_group: See there.
+        handles_amp: See there.
         engine: See there.
 
     Returns:
@@ -58,6 +60,7 @@ def fuse(
         max_grad_norm=max_grad_norm,
         skip_nonfinite=skip_nonfinite,
         process_group=process_group,
+        handles_amp=handles_amp,
         engine=engine,
     )
     for live, checked in zip(optimizer.param_groups, fused.param_groups, strict=True):

@@ -26,7 +26,7 @@ from fusedopt.sums import Joint
 ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-_OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "engine")
+_OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "handles_amp", "engine")
 _OF_SOME = ("scope", "rule")  # that not every subclass takes
 
 
@@ -61,6 +61,9 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
             where tensors do not show it: those of pipeline stages, FSDP1 or ZeRO. Their norms are added up, and a step
             is clipped, skipped or scaled back on all of them or on none. DTensors show of themselves how they are
             sharded.
+        handles_amp: Whether a GradScaler hands its scale and what it found to ``step()``, which unscales, checks and
+            skips in its one pass, as torch's ``fused=True`` does. False: the scaler does all that by itself, two passes
+            more, and does not call ``step()`` where it skips.
         scope: Over what the rule's sums are taken, see fusedopt/rule.py; of rules that leave it open.
         rule: Steps in place of the class's own, one of its ``rules``.
         engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
@@ -137,24 +140,25 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
         scope: str | None = None,
         rule: type[Rule] | None = None,
     ) -> None:
         if rule is not None:
             self.rule = rule
-        checks.options(max_grad_norm, skip_nonfinite, process_group)
+        checks.options(max_grad_norm, skip_nonfinite, process_group, handles_amp)
         self.scope = checks.scope(self.rule, scope)
         engines.require(engine)
         self.max_grad_norm = max_grad_norm
         self.skip_nonfinite = skip_nonfinite
         self.process_group = process_group
+        self.handles_amp = handles_amp
         self.engine = engine
         self._skipped = 0
         self._norm: float | Tensor | None = None
         self._kept = Plans()
         self._scaler: weakref.ref[Any] | None = None
-        self._handles_amp = True
         self._statuses: dict[tuple[torch.device, int], Any] = {}
         self._retained: list[Any] = []
         self._lock, self._forks = threading.RLock(), forks()
@@ -204,7 +208,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
             with torch.enable_grad():
                 loss = closure()
         self._before_step()
-        checks.options(self.max_grad_norm, self.skip_nonfinite, self.process_group)
+        checks.options(self.max_grad_norm, self.skip_nonfinite, self.process_group, self.handles_amp)
         if self._forks != forks():  # the thread that had the lock may not be here
             self._lock, self._forks = threading.RLock(), forks()
         if self._lock._is_owned():  # pyright: ignore[reportAttributeAccessIssue]
@@ -359,8 +363,8 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
             options.settle(group, f" (group {g})")
         self._kept = Plans()
         self.__dict__.setdefault("_scaler", None)
-        self.__dict__.setdefault("_handles_amp", True)
         self.__dict__.setdefault("process_group", None)
+        self.__dict__.setdefault("handles_amp", True)
         self.__dict__.setdefault("scope", self.rule.scopes[0])
         self.__dict__.setdefault("_lock", threading.RLock())
         self.__dict__.setdefault("_forks", forks())

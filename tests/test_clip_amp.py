@@ -1,5 +1,7 @@
 """Clipping, unscaling and skipping, against torch's own."""
 
+import copy
+
 import pytest
 import torch
 from conftest import AVAILABLE
@@ -175,14 +177,15 @@ def test_nonfinite_gradients_without_skip_do_as_torch(engine):
         torch.testing.assert_close(ours[0], theirs[0], equal_nan=True)
 
 
+@pytest.mark.parametrize("handles_amp", [True, False])
 @pytest.mark.parametrize("unscale", [False, True])
 @pytest.mark.parametrize("name", TORCH)
-def test_grad_scaler(engine, name, unscale):
+def test_grad_scaler(engine, name, unscale, handles_amp):
     """Ours under a GradScaler, at both of its stages, against torch's for-loop under another."""
     ours = params((31,), (6, 5))
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     clip = 0.7
-    a = getattr(fusedopt, name)(ours, max_grad_norm=clip, engine=engine)
+    a = getattr(fusedopt, name)(ours, max_grad_norm=clip, handles_amp=handles_amp, engine=engine)
     b = getattr(torch.optim, name)(theirs, foreach=False)
     scalers = [torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3) for _ in range(2)]
     for t in range(8):
@@ -207,12 +210,40 @@ def test_grad_scaler(engine, name, unscale):
             scaler.update()
         if t == 4:
             assert_same(snapshot(a), before)
-            assert a.skipped_steps == 1
+            assert a.skipped_steps == handles_amp  # the scaler did not call step()
         else:
             torch.testing.assert_close(a.grad_norm, norm)
     for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
     assert not hasattr(a, "grad_scale") and not hasattr(a, "found_inf")
+
+
+def test_who_unscales():
+    """Where the scaler does, gradients are unscaled in place, and a step that it skips is not called."""
+    for handles_amp in (True, False):
+        ps = params((5,))
+        optimizer = fusedopt.SGD(ps, handles_amp=handles_amp)
+        assert optimizer._step_supports_amp_scaling is handles_amp
+        scaler, calls = torch.amp.GradScaler("cpu", init_scale=8.0), []
+        optimizer.register_step_pre_hook(lambda *given, calls=calls: calls.append(given))
+        for value in (1.0, INF):
+            scaler.scale(ps[0].sum() * value).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert ps[0].grad[0].item() in ((8.0, INF) if handles_amp else (1.0, INF))
+            ps[0].grad = None
+        assert len(calls) == (2 if handles_amp else 1) and scaler.get_scale() == 4.0
+
+
+def test_it_may_be_said_later_and_is_kept():
+    optimizer = fusedopt.SGD(params((5,)))
+    optimizer.handles_amp = False
+    assert not copy.deepcopy(optimizer)._step_supports_amp_scaling
+    optimizer._step_supports_amp_scaling = True  # as some programs set it
+    assert optimizer.handles_amp
+    optimizer.handles_amp = None
+    with pytest.raises(TypeError, match="handles_amp"):
+        optimizer.step()
 
 
 def test_scaled_half_precision_gradients(engine):

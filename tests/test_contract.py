@@ -16,7 +16,7 @@ from fusedopt import layout, optimizers
 from fusedopt.engines import cpu, cuda
 from fusedopt.passes import Pass
 
-OWN = ["max_grad_norm", "skip_nonfinite", "engine"]
+OWN = ["max_grad_norm", "skip_nonfinite", "handles_amp", "engine"]
 
 
 def signature(cls):
@@ -37,7 +37,7 @@ def test_common_arguments(name):
     ours = signature(getattr(fusedopt, name))
     for argument in [*OWN, "maximize", "foreach", "fused", "capturable", "differentiable"]:
         assert argument in ours
-    assert [ours[a].default for a in OWN] == [None, False, "auto"]
+    assert [ours[a].default for a in OWN] == [None, False, True, "auto"]
 
 
 @pytest.mark.parametrize("name", TORCH)

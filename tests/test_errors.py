@@ -50,6 +50,7 @@ BAD = [
     ({"max_grad_norm": NAN}, "max_grad_norm"),
     ({"max_grad_norm": 0}, "max_grad_norm"),
     ({"skip_nonfinite": "yes"}, "skip_nonfinite"),
+    ({"handles_amp": "no"}, "handles_amp"),
     ({"engine": "gpu"}, "engine"),
     ({"fused": True, "foreach": True}, "fused"),
     ({"fused": True, "differentiable": True}, "fused"),
@@ -68,7 +69,7 @@ def test_bad_argument(name, options, named):
     with pytest.raises((ValueError, TypeError), match=named):
         getattr(fusedopt, name)(params((3,)), **options)
     ps = params((3,), (2,))
-    if not options.keys() & {"max_grad_norm", "skip_nonfinite", "engine"}:
+    if not options.keys() & {"max_grad_norm", "skip_nonfinite", "handles_amp", "engine"}:
         with pytest.raises((ValueError, TypeError), match=named):
             getattr(fusedopt, name)([{"params": ps[:1]}, {"params": ps[1:], **options}])
 

@@ -113,7 +113,7 @@ class Adam(FusedOptimizer):
         bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
             betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -153,6 +153,7 @@ class Adam(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(by_correction(locals())))
@@ -171,7 +172,7 @@ class AdamW(FusedOptimizer):
         bias_correction: "power" divides by ``1 - beta**t``, as torch does; "product" by one minus the product of the
             betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -210,6 +211,7 @@ class AdamW(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(by_correction(locals()), decoupled_weight_decay=True))

@@ -159,7 +159,7 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         scope: What shares a memory: "group", "tensor", or "all" parameters.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -195,6 +195,7 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))
@@ -219,7 +220,7 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         beta_max: The largest memory, in [0, 1).
         scope: What shares a memory: "tensor", "group", or "all" parameters.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -258,6 +259,7 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

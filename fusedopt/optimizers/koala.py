@@ -142,7 +142,7 @@ class KoalaV(MeasuresLoss):
         weight_decay: L2 coefficient; it is part of the loss that is measured.
         match_reference: Step along g in place of h, as the authors' code does.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -179,6 +179,7 @@ class KoalaV(MeasuresLoss):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))
@@ -204,7 +205,7 @@ class KoalaM(MeasuresLoss):
         r: The variance of the measurement; "online" for ``0.9 r + 0.1 mean(loss^2)`` over the samples, from 1 on.
         weight_decay: L2 coefficient; it is part of the loss that is measured.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -247,6 +248,7 @@ class KoalaM(MeasuresLoss):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         own = arguments(locals())

@@ -79,7 +79,7 @@ class LAMB(FusedOptimizer):
         weight_decay: Decay coefficient; the decay is part of the step whose length is adapted.
         always_adapt: Adapt the step's length in groups without decay, too.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -116,6 +116,7 @@ class LAMB(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -200,7 +200,7 @@ class NSGD(FusedOptimizer):
         log: Divide by ``max(log P, eps)``.
         collector: An :class:`fusedopt.InputPowers`, in place of ``norm`` and ``granularity``.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -243,6 +243,7 @@ class NSGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         if collector is not None and not isinstance(collector, InputPowers):

@@ -170,7 +170,7 @@ class AdamP(FusedOptimizer):
         wd_ratio: Of the decay of what is projected.
         nesterov: Take ``b1 m + (1 - b1) g`` for the first moment.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -207,6 +207,7 @@ class AdamP(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))
@@ -230,7 +231,7 @@ class SGDP(FusedOptimizer):
         delta: How near to orthogonal the gradient has to be.
         wd_ratio: Of the decay of what is projected.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -268,6 +269,7 @@ class SGDP(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -61,7 +61,7 @@ class RAdam(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -98,6 +98,7 @@ class RAdam(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -56,7 +56,7 @@ class Rprop(FusedOptimizer):
         etas: By what step sizes shrink, in (0, 1), and grow, more than 1.
         step_sizes: The smallest and the largest step size.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -91,6 +91,7 @@ class Rprop(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))

@@ -55,7 +55,7 @@ class SGD(FusedOptimizer):
         nesterov: Nesterov momentum; needs momentum, and no dampening.
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, engine: See
+            cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             :class:`fusedopt.FusedOptimizer`.
 
     Raises:
@@ -93,6 +93,7 @@ class SGD(FusedOptimizer):
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals()))
