@@ -1,6 +1,7 @@
 """What several tests need."""
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 import fusedopt
 from fusedopt.engines import cuda, triton
@@ -24,6 +25,19 @@ def variants(rule):
 def fewer(engine, count):
     """A tenth of the steps or tensors where every operation of a kernel is interpreted."""
     return max(count // 10, 3) if engine == "triton" else count
+
+
+def programs_of(examples, *phases):
+    """Settings of random programs: the same ones every time, however long they take."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        print_blob=False,
+        phases=[Phase.generate, *phases],
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 def decay(name, weight_decay=0.1):

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import product
 
 import pytest
+import small_bench
 import torch
 
 import fusedopt
@@ -21,17 +22,7 @@ from fusedopt.cli import main
 from fusedopt.engines import cpu
 
 needs_cpu_engine = pytest.mark.skipif(cpu.available() is not None, reason=f"needs the CPU engine: {cpu.available()}")
-ENGINE = "eager" if cpu.available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Flushing and drawing values take longest where tensors are this small."""
-    monkeypatch.setattr(workload, "POOL", 2**12 + 1)
-    monkeypatch.setattr(timing, "FLUSHED", {"cpu": 2**12, "cuda": 2**12})
-    monkeypatch.setattr(measure, "FLUSHED", timing.FLUSHED)
-    monkeypatch.setattr(arena, "MOST_TIMES", 1)
-    monkeypatch.setattr(arena, "HOST_ROUNDS", 1)
+quick, ENGINE = small_bench.quick, small_bench.ENGINE
 
 
 def tiny(case="AdamW", suite="3x100", **more):

@@ -3,15 +3,15 @@
 import shlex
 
 import pytest
+import small_bench
 
-from fusedopt.bench import arena, measure, suites, timing, workload
+from fusedopt.bench import measure, suites, workload
 from fusedopt.bench.measure import Bench
 from fusedopt.bench.optimizers import CASES
 from fusedopt.bench.stored import STORED
 from fusedopt.bench.workload import Workload
-from fusedopt.engines import cpu
 
-ENGINE = "eager" if cpu.available() else "cpu"
+quick, ENGINE = small_bench.quick, small_bench.ENGINE
 SCALE = 4 / 256  # bytes of an element's share of its block's
 
 # Bytes of an element: of its parameter and gradient, and of what else is held.
@@ -24,16 +24,6 @@ BYTES = {
     "split-8bit": (4, 2 + 2 + 2 * SCALE),
     "stochastic-bf16": (4, 4),
 }
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Flushing and drawing values take longest where tensors are this small."""
-    monkeypatch.setattr(workload, "POOL", 2**12 + 1)
-    monkeypatch.setattr(timing, "FLUSHED", {"cpu": 2**12, "cuda": 2**12})
-    monkeypatch.setattr(measure, "FLUSHED", timing.FLUSHED)
-    monkeypatch.setattr(arena, "MOST_TIMES", 1)
-    monkeypatch.setattr(arena, "HOST_ROUNDS", 1)
 
 
 def test_rows_of_fewer_bits():

@@ -6,7 +6,8 @@ from pathlib import Path
 import properties
 import pytest
 from conftest import AVAILABLE
-from hypothesis import HealthCheck, Phase, given, settings
+from helpers import programs_of
+from hypothesis import given
 
 FOUND = json.loads((Path(__file__).parent / "properties" / "found.json").read_text())
 SCANS = [("cpu", "c++", 100), ("cuda", "c++", 40), ("cuda", "python", 40), ("eager", "c++", 40)]
@@ -21,15 +22,7 @@ def scan(request, monkeypatch):
 
 
 def check(engine, examples, many=0):
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        print_blob=False,
-        phases=[Phase.generate],  # the failure names its program, and fuzz.py shrinks that
-        suppress_health_check=list(HealthCheck),
-    )
+    @programs_of(examples)  # the failure names its program, and fuzz.py shrinks that
     @given(properties.programs(many))
     def programs(program):
         properties.run(program, engine)

@@ -8,8 +8,8 @@ import pytest
 import storage_model as model
 import torch
 from conftest import AVAILABLE
-from helpers import assert_same
-from hypothesis import HealthCheck, Phase, given, settings
+from helpers import assert_same, programs_of
+from hypothesis import Phase, given
 from hypothesis import strategies as st
 from storage_truth import Truth, check_step
 
@@ -163,15 +163,7 @@ def found(request):
 
 
 def check(engine, examples):
-    @settings(
-        max_examples=examples,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        print_blob=False,
-        phases=[Phase.generate, Phase.shrink],
-        suppress_health_check=list(HealthCheck),
-    )
+    @programs_of(examples, Phase.shrink)
     @given(programs())
     def run(program):
         try:
