@@ -26,18 +26,17 @@ from fusedopt.sums import Joint
 ProcessGroup = Any  # torch.distributed's, which not every build of torch has
 ParamsT = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-_OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "handles_amp", "engine")
-_OF_SOME = ("scope", "rule")  # that not every subclass takes
+_OWN = ("max_grad_norm", "skip_nonfinite", "process_group", "handles_amp", "engine", "scope", "rule")
 
 
 def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
     """What a subclass's ``__init__`` was given, as arguments of FusedOptimizer's.
 
     Args:
-        given: Its ``locals()``, before anything else is among them.
+        given: Its ``locals()``, before anything else is among them. What it does not take has its default.
         fixed: Options of the groups that it does not take.
     """
-    own = {name: given[name] for name in (*_OWN, *_OF_SOME) if name in _OWN or name in given}
+    own = {name: given[name] for name in _OWN if name in given}
     options = {name: value for name, value in given.items() if name not in ("self", "params", "__class__", *own)}
     return {"defaults": {**options, **fixed}, **own}
 
@@ -372,6 +371,6 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
         self.__dict__.setdefault("_retained", [])
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in (*_OWN, *_OF_SOME) if name in self.__dict__}
+        own = {name: self.__dict__[name] for name in _OWN if name in self.__dict__}
         norm = None if self._norm is None else float(self._norm)
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}

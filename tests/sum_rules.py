@@ -151,6 +151,7 @@ def _optimizer(of):
             max_grad_norm=None,
             skip_nonfinite=False,
             process_group=None,
+            handles_amp=True,
             engine="auto",
             scope=None,
         ):
