@@ -23,7 +23,7 @@ class TakesScaling:
     handles_amp: bool
     _in_backward: Any
     _skipped: int
-    _norm: float | Tensor | None
+    _tell_norm: Callable[[float | None], None]
     _joint: Callable[[list[Any], Ranks], tuple[Ranks | None, Joint | None]]
 
     def _scaling(self) -> Scaling:
@@ -69,7 +69,7 @@ class TakesScaling:
         """Whether a GradScaler found gradients that are not finite; devices whose plans stand look at it themselves."""
         if scaling.refuses:
             self._skipped += 1
-            self._norm = math.inf if measures else None
+            self._tell_norm(math.inf if measures else None)
             if measures and ranks.are_many:
                 ranks.sum([])  # others may measure, to see on their devices that they do not step
             if joint := self._joint([], ranks)[1]:

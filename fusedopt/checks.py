@@ -147,14 +147,20 @@ def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
 
 def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any, handles_amp: Any) -> None:
     """Arguments of the optimizer as a whole."""
-    if max_grad_norm is not None and not (number(max_grad_norm, "max_grad_norm", "") > 0):
-        raise ValueError(f"max_grad_norm is {max_grad_norm!r}; it must be positive, or None for no clipping")
+    if max_grad_norm is not None:
+        max_norm(max_grad_norm, "max_grad_norm", ", or None for no clipping")
     if not isinstance(skip_nonfinite, bool):
         raise TypeError(f"skip_nonfinite is {skip_nonfinite!r}; it must be True or False")
     if not isinstance(handles_amp, bool):
         raise TypeError(f"handles_amp is {handles_amp!r}; it must be True or False")
     if process_group is not None and not isinstance(process_group, getattr(torch.distributed, "ProcessGroup", ())):
         raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup, or None")
+
+
+def max_norm(value: Any, name: str, otherwise: str = "") -> None:
+    """A norm to which gradients are clipped."""
+    if not number(value, name, "") > 0:
+        raise ValueError(f"{name} is {value!r}; it must be positive{otherwise}")
 
 
 def scope(rule: type[Rule], given: Any) -> str:

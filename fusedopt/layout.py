@@ -109,6 +109,7 @@ class StatusNumber(IntEnum):
 
     SQUARED_NORM = 0  # of the gradients as they are
     NORM = 1  # after unscaling
+    NARROW_NORM = 2  # the same, a float32 in the first half
 
 
 class StatusCount(IntEnum):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -15,6 +14,7 @@ from fusedopt import checks, engines, options, planner, rescaling
 from fusedopt.amp import TakesScaling
 from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import KeepsState
+from fusedopt.clipping import Clips
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
@@ -41,7 +41,7 @@ def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
     return {"defaults": {**options, **fixed}, **own}
 
 
-class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimizer):
+class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim.Optimizer):
     """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
@@ -88,9 +88,9 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
             negative (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). Decay must be decoupled.
 
     Attributes:
-        grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling,
-            as a 0-dim tensor; None unless clipping or ``skip_nonfinite`` asked for it. Not finite after a step that
-            a GradScaler refused.
+        grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling, as a 0-dim
+            tensor on the first parameter's device: the same one, which every step fills; clone it to keep a number.
+            None unless clipping or ``skip_nonfinite`` ask for it. Not finite after a step that a GradScaler refused.
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
     On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
@@ -155,7 +155,6 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
         self.handles_amp = handles_amp
         self.engine = engine
         self._skipped = 0
-        self._norm: float | Tensor | None = None
         self._kept = Plans()
         self._scaler: weakref.ref[Any] | None = None
         self._statuses: dict[tuple[torch.device, int], Any] = {}
@@ -222,8 +221,7 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
 
     def _step(self, scaling: Scaling) -> None:
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
-        max_norm = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
-        measures = self.max_grad_norm is not None or self.skip_nonfinite
+        max_norm, measures = self._max_norm(), self._measures()
         adds_up, rescales = measures or self.rule.has_sums(), rescaling.is_asked(self)
         planned = self._kept.find(self.param_groups)
         if planned is None or not planned.is_for(adds_up, self.process_group):
@@ -259,13 +257,14 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
                 if is_asynchronous and self._refuses(scaling, ranks, measures):
                     return
                 plans = planner.plan(self, new_state, measures, ranks)
+                self._check_place_of_norm()
                 outcome = launch(plans, *request, *self._joint(plans, ranks), wait=bool(new_state))
                 if outcome is None:
                     raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
                 if plans:
                     self._kept.keep(Planned(self.param_groups, plans, ranks, adds_up))
             norm, skipped = outcome
-            self._norm = norm if measures else None
+            self._tell_norm(norm if measures else None)
             if skipped:
                 self._skipped += not any(plan.asynchronous for plan in plans)
                 self._forget(new_state)
@@ -314,17 +313,6 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
                 self.state.pop(p, None)
 
     @property
-    def grad_norm(self) -> Tensor | None:
-        """The gradients' global L2 norm in the last step, before clipping and after unscaling."""
-        if self._norm is None:
-            return None
-        params = [p for group in self.param_groups for p in group["params"]]
-        wide = any(p.dtype in (torch.float64, torch.complex128) for p in params)
-        device = params[0].device if params else None
-        dtype = torch.float64 if wide else torch.float32
-        return torch.as_tensor(self._norm).detach().to(device, dtype, copy=True)
-
-    @property
     def skipped_steps(self) -> int:
         """How many steps were skipped. Waits for the device."""
         return self._skipped + max((int(v.skipped_steps) for v in self._statuses.values()), default=0)
@@ -369,8 +357,10 @@ class FusedOptimizer(TakesScaling, KeepsAverages, KeepsState, torch.optim.Optimi
         self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_statuses", {})
         self.__dict__.setdefault("_retained", [])
+        self._norm = None
+        self._tell_norm(self.__dict__.pop("_kept_norm", None))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in _OWN if name in self.__dict__}
-        norm = None if self._norm is None else float(self._norm)
-        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}
+        norm = float(self._norm) if self._norm is not None and self._has_norm else None
+        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_kept_norm": norm}

@@ -22,7 +22,7 @@ from fusedopt.triton_kernels.walk import (
 DECOUPLED, SIGN, CAUTIOUS = (tl.constexpr(int(flag)) for flag in GroupFlag)
 N_FLAGS = tl.constexpr(len(GroupFlag))
 NUMBERS = tl.constexpr(len(OptionNumber))
-SQUARED_NORM, NORM = (tl.constexpr(int(number)) for number in StatusNumber)
+SQUARED_NORM, NORM, NARROW_NORM = (tl.constexpr(int(number)) for number in StatusNumber)
 
 
 @triton.constexpr_function

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fusedopt.triton_kernels.adding import add_up, store_sums, tell, zeros
 from fusedopt.triton_kernels.cohort import (
+    NARROW_NORM,
     NORM,
     cohort_of,
     count_of,
@@ -254,6 +255,7 @@ def step(
             claimed = following
     if is_last(counts):
         tl.store(numbers + NORM, norm)
+        tl.store((numbers + NARROW_NORM).to(tl.pointer_type(tl.float32)), norm.to(tl.float32))
         tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
         if (skipped == 0) & ((N_SCALARS > 0) | (OPTIONS == "engine")):

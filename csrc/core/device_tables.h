@@ -17,7 +17,7 @@ FUSEDOPT_WORDS(RowWord, row_words, kNumel, kSignature, kLayout, kGroup, kCounter
 FUSEDOPT_WORDS(StepWord, step_words, kMaxNorm, kMeasured, kSkipNonfinite, kGrads);
 FUSEDOPT_WORDS(GroupFlag, group_flags, kDecoupled, kSign, kCautious);
 FUSEDOPT_WORDS(OptionNumber, option_numbers, kDecayOrPeriod, kAlpha, kEta, kGamma, kSeed);
-FUSEDOPT_WORDS(StatusNumber, status_numbers, kSquaredNorm, kNorm);
+FUSEDOPT_WORDS(StatusNumber, status_numbers, kSquaredNorm, kNorm, kNarrowNorm);
 FUSEDOPT_WORDS(StatusCount, status_counts, kDone, kSkippedSteps, kSkipped, kSharesMeasured, kSharesUpdated,
                kSharesSummed);
 FUSEDOPT_WORDS(SumsWord, sums_words, kFirstSegment, kSegmentLength, kScope, kFirstShare, kLastShare);

@@ -55,6 +55,7 @@ __device__ __forceinline__ void tell_step(const Arguments<Words>& a, const Decis
   const Tables& t = a.tables;
   if (threadIdx.x == 0) {
     t.numbers[kNorm] = d.norm;
+    *reinterpret_cast<float*>(t.numbers + kNarrowNorm) = static_cast<float>(d.norm);
     t.counts[kSkippedSteps] += d.skipped;
     t.counts[kSkipped] = d.skipped;
   }
