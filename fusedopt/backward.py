@@ -149,7 +149,7 @@ class _Lone:
         if planned is None or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
             return False
         (plan,) = planned.plans
-        return plan.indivisible and plan.step_and_free()
+        return plan.indivisible and plan.step_and_free(self._optimizer.increments_versions)
 
     def _number(self) -> None:
         """Which parameter of the optimizer it is."""

@@ -46,6 +46,7 @@ _FUNCTIONS = {
     "gradient": "_ZNK3c1010TensorImpl4gradEv",
     "has_function_mode": "_ZN2at4impl27torch_function_mode_enabledEv",
 }
+_BUMP_VERSION = "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE"
 _DTYPES = {
     dtype: str(dtype).removeprefix("torch.")
     for dtype in (*FLOATING, torch.complex64, torch.complex128, torch.complex32, torch.uint8)
@@ -142,6 +143,7 @@ def _bind(host: Any) -> str:
             "grad": torch._C.TensorBase.grad,
             "dispatch": memory.NO_DISPATCH,
             "number": lambda value: checks.number(value, "", ""),
+            "increment_version": torch.autograd.graph.increment_version,
         }
     )
     wanted = os.environ.get("FUSEDOPT_HOST", "abi")
@@ -155,6 +157,8 @@ def bind_abi(host: Any) -> bool:
         addresses = {
             name: ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value for name, symbol in _FUNCTIONS.items()
         }
+        if hasattr(library, _BUMP_VERSION):
+            addresses["bump_version"] = ctypes.cast(getattr(library, _BUMP_VERSION), ctypes.c_void_p).value
         numbers = {name: getattr(library, f"aoti_torch_dtype_{name}")() for name in _DTYPES.values()}
         numbers["strided"] = library.aoti_torch_layout_strided()
         numbers["cpu"] = library.aoti_torch_device_type_cpu()

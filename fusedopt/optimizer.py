@@ -15,6 +15,7 @@ from fusedopt.amp import TakesScaling
 from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import KeepsState
 from fusedopt.clipping import Clips
+from fusedopt.compiling import leave_alone
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
@@ -60,9 +61,9 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
             where tensors do not show it: those of pipeline stages, FSDP1 or ZeRO. Their norms are added up, and a step
             is clipped, skipped or scaled back on all of them or on none. DTensors show of themselves how they are
             sharded.
-        handles_amp: Whether a GradScaler hands its scale and what it found to ``step()``, which unscales, checks and
-            skips in its one pass, as torch's ``fused=True`` does. False: the scaler does all that by itself, two passes
-            more, and does not call ``step()`` where it skips.
+        handles_amp: Whether a GradScaler hands its scale and what it found to ``step()``, which unscales and skips by
+            itself, as torch's ``fused=True`` does. False: the scaler unscales, in the pass over the gradients in which
+            it looks at them anyway, waits for what it found, and does not call ``step()`` where it skips.
         scope: Over what the rule's sums are taken, see fusedopt/rule.py; of rules that leave it open.
         rule: Steps in place of the class's own, one of its ``rules``.
         engine: ``"auto"`` takes the fastest engine for each parameter; or the name of one, which then
@@ -91,6 +92,8 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         grad_norm: The gradients' global L2 norm in the last step, before clipping and after unscaling, as a 0-dim
             tensor on the first parameter's device: the same one, which every step fills; clone it to keep a number.
             None unless clipping or ``skip_nonfinite`` ask for it. Not finite after a step that a GradScaler refused.
+        increments_versions: Whether autograd is told that parameters were written, so that going backward through a
+            graph from before the step is an error, as with torch's optimizers. False saves some nanoseconds a tensor.
         skipped_steps: How many steps were skipped, by ``skip_nonfinite`` or by a GradScaler.
 
     On a GPU nothing here waits for the device but reading ``skipped_steps`` and the value of ``grad_norm``, the first
@@ -107,8 +110,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
     States of bfloat16 and float16 parameters are float32, unless ``state_dtype`` asks for less, or they were loaded as
     something else. How much memory each way to store them takes is said in docs/storage.md.
 
-    Engines other than eager write parameters without autograd seeing it: version counters do not move, so
-    that going backward through a graph from before the step is not reported as an error.
+    ``torch.compile`` leaves ``step()`` as it is: a compiled training step has one graph break there.
 
     Threads that step one optimizer wait for one another. In a forked child, as DataLoader's workers are, a step runs
     on one thread. A step that a signal handler interrupts has happened as a whole, or not at all.
@@ -129,6 +131,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
     rule: type[Rule]
     rules: ClassVar[tuple[type[Rule], ...]] = ()  # others that an argument can choose
     steps_together: str = ""  # why parameters cannot be stepped one by one, if they cannot
+    increments_versions: bool = True
     _in_backward: Any = None  # see fusedopt/backward.py
     _numbers: list[int] | None = None  # of the parameters in another optimizer that this is a part of
 
@@ -161,6 +164,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         self._retained: list[Any] = []
         self._lock, self._forks = threading.RLock(), forks()
         super().__init__(params, defaults)  # type: ignore[arg-type]
+        leave_alone(FusedOptimizer, "_step_with")
 
     # ---------------------------------------------------------------- groups
 
@@ -201,6 +205,9 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
             RuntimeError: If a gradient is sparse, or of another device, dtype or shape than its
                 parameter. Nothing has changed then.
         """
+        return self._step_with(closure)
+
+    def _step_with(self, closure: Callable[[], Any] | None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -268,7 +275,11 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
             if skipped:
                 self._skipped += not any(plan.asynchronous for plan in plans)
                 self._forget(new_state)
-            elif rescales:
+                return
+            if self.increments_versions:
+                for plan in plans:
+                    plan.increment_versions()
+            if rescales:
                 rescaling.after_step(self, new_state)
         except BaseException:
             if new_state:
@@ -346,6 +357,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        leave_alone(FusedOptimizer, "_step_with")
         for g, group in enumerate(self.param_groups):
             options.settle(group, f" (group {g})")
         self._kept = Plans()
@@ -361,6 +373,6 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         self._tell_norm(self.__dict__.pop("_kept_norm", None))
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: self.__dict__[name] for name in _OWN if name in self.__dict__}
+        own = {name: self.__dict__[name] for name in (*_OWN, "increments_versions") if name in self.__dict__}
         norm = float(self._norm) if self._norm is not None and self._has_norm else None
         return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_kept_norm": norm}

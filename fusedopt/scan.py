@@ -105,6 +105,11 @@ class Scan:
         self._new_state -= stepped
         self._new_average -= stepped
 
+    def increment_versions(self) -> None:
+        """Tell autograd that the parameters with gradients were written."""
+        rows = zip(self._rows, self._gradients, strict=True)
+        torch.autograd.graph.increment_version([row.p for row, g in rows if row and g is not None])
+
     def release(self) -> None:
         """Let go of this step's gradients."""
         self._gradients, self._at = [], []

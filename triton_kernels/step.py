@@ -39,6 +39,7 @@ from fusedopt.triton_kernels.tile import (
 )
 from fusedopt.triton_kernels.walk import (
     GRADS,
+    MEASURED,
     SHARES_UPDATED,
     SKIPPED,
     SKIPPED_STEPS,
@@ -254,8 +255,9 @@ def step(
                         count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
             claimed = following
     if is_last(counts):
-        tl.store(numbers + NORM, norm)
-        tl.store((numbers + NARROW_NORM).to(tl.pointer_type(tl.float32)), norm.to(tl.float32))
+        measured = tl.load(step_table + MEASURED) != 0
+        tl.store(numbers + NORM, norm, mask=measured)
+        tl.store((numbers + NARROW_NORM).to(tl.pointer_type(tl.float32)), norm.to(tl.float32), mask=measured)
         tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
         tl.store(counts + SKIPPED, skipped.to(tl.int32))
         if (skipped == 0) & ((N_SCALARS > 0) | (OPTIONS == "engine")):

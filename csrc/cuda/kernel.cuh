@@ -54,8 +54,10 @@ template <class Rule, int Words>
 __device__ __forceinline__ void tell_step(const Arguments<Words>& a, const Decision& d) {
   const Tables& t = a.tables;
   if (threadIdx.x == 0) {
-    t.numbers[kNorm] = d.norm;
-    *reinterpret_cast<float*>(t.numbers + kNarrowNorm) = static_cast<float>(d.norm);
+    if (step_word(a, kMeasured)) {
+      t.numbers[kNorm] = d.norm;
+      *reinterpret_cast<float*>(t.numbers + kNarrowNorm) = static_cast<float>(d.norm);
+    }
     t.counts[kSkippedSteps] += d.skipped;
     t.counts[kSkipped] = d.skipped;
   }

@@ -84,6 +84,8 @@ struct Abi {
   bool (*is_neg)(Handle);
   Handle (*get_gradient)(const void* impl);
   bool (*has_function_mode)();
+  // Of autograd's, which throws for inference tensors; null where libtorch has none.
+  void (*bump_version)(Handle) = nullptr;
   std::int32_t strided, cpu;  // its numbers for a layout and a device, of which there is one
 
   // Where the address of its storage stands in what a handle points to, in bytes, if that was found; what follows it

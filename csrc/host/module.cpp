@@ -68,6 +68,7 @@ py::class_<T> add_class(py::module_& m, const char* name) {
   py::class_<T> c(m, name, py::custom_type_setup(collected));
   c.def("scan", &T::scan, py::arg("threads"));
   c.def("release", &T::release);
+  c.def("increment_versions", [](const T& self) { self.roster().increment_versions(); });
   c.def("rebind", &T::rebind, py::arg("param_groups"));
   c.def("check", &T::check, py::arg("threads"));
   c.def("facts", [](const T& self) { return self.roster().facts(); });

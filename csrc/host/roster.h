@@ -68,6 +68,8 @@ class Roster {
   void release();
   // Takes the step's gradients from their parameters.
   void free_gradients();
+  // Tells autograd that the parameters with gradients were written.
+  void increment_versions() const;
   // The same groups stand in another list now.
   void rebind(py::object param_groups) { param_groups_ = std::move(param_groups); }
 

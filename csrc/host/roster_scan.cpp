@@ -327,6 +327,14 @@ void Roster::free_gradients() {
   }
 }
 
+void Roster::increment_versions() const {
+  py::list others;
+  for (std::size_t i = 0; i < gradients_.size(); ++i) {
+    if (gradients_[i] && !torch.increment_version(briefs_[i].param)) others.append(py::handle(briefs_[i].param));
+  }
+  if (!others.empty()) torch.increment_versions(others);
+}
+
 void Roster::forget_addresses() {
   std::fill(addresses_.begin(), addresses_.end(), nullptr);
   if (step_dims_.empty()) return;

@@ -68,6 +68,7 @@ void Torch::bind(const py::dict& names) {
   grad_descriptor_ = keep("grad");
   dispatch_ = keep("dispatch");
   number_ = keep("number");
+  increment_version_ = keep("increment_version");
   if (!Py_TYPE(grad_descriptor_)->tp_descr_get) throw std::runtime_error("Tensor.grad is not a descriptor");
 }
 
@@ -96,6 +97,7 @@ bool Torch::bind_abi(const py::dict& addresses, const py::dict& numbers, const p
   look_up(addresses, "gradient", &abi.get_gradient);
   look_up(addresses, "has_function_mode", &abi.has_function_mode);
   look_up(addresses, "aoti_torch_is_defined", &abi.get_is_defined);
+  if (addresses.contains("bump_version")) look_up(addresses, "bump_version", &abi.bump_version);
   abi.strided = numbers["strided"].cast<std::int32_t>();
   abi.cpu = numbers["cpu"].cast<std::int32_t>();
   const auto enter = [&](const char* name, Type type) { types_[numbers[name].cast<std::size_t>() % kNumbers] = type; };

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <exception>
 #include <optional>
 #include <string>
 
@@ -20,7 +21,8 @@ namespace py = pybind11;
 class Torch {
  public:
   // Names of `names`: tensor_type, parameter_type, grad (the descriptor), dispatch (what a class without dispatch of
-  // its own has for __torch_dispatch__), exchange_api (a capsule), number (float of a hyperparameter, or an exception).
+  // its own has for __torch_dispatch__), exchange_api (a capsule), number (float of a hyperparameter, or an exception),
+  // increment_version (torch's, of a list of tensors).
   void bind(const py::dict& names);
   // Addresses of the functions of the ABI and of `is_conj` and `is_neg`, and its numbers for dtypes and layouts.
   // Returns whether the handles in `probes` are where they are expected; nothing is called before that is known.
@@ -43,6 +45,18 @@ class Torch {
   PyObject* resolved(PyObject* gradient, bool is_complex) const;
   // A number, as hyperparameters are; false with a Python error. May run Python.
   bool number(PyObject* value, double* out) const;
+
+  // Tells autograd that a tensor was written. False where the ABI cannot.
+  bool increment_version(PyObject* tensor) const {
+    if (!abi_ || !abi_->bump_version) return false;
+    try {
+      abi_->bump_version(handle(tensor));
+    } catch (const std::exception&) {  // made in inference mode, it has no version
+    }
+    return true;
+  }
+  // The same, in Python.
+  void increment_versions(const py::list& tensors) const { py::handle(increment_version_)(tensors); }
 
   bool is_tensor(PyObject* object) const { return is_plain(object) || PyObject_TypeCheck(object, tensor_type_); }
   bool is_plain(PyObject* tensor) const {
@@ -97,6 +111,7 @@ class Torch {
   PyObject* grad_descriptor_ = nullptr;
   PyObject* dispatch_ = nullptr;
   PyObject* number_ = nullptr;
+  PyObject* increment_version_ = nullptr;
 };
 
 extern Torch torch;

@@ -147,17 +147,21 @@ class Plan:
         outcome = self._job.step(self._engine, torch.get_num_threads(), passes, inverse, max_norm, skip_nonfinite)
         return outcome and (outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
 
-    def step_and_free(self) -> bool:
+    def step_and_free(self, increments_versions: bool) -> bool:
         """Scan, update, and take the gradients from their parameters, in one; False as of scan, and nothing is done."""
         if self._is_replaced() or (host.CHECKED and not self.scan()):
             return False
         try:
-            return (
-                self._job.step(self._engine, torch.get_num_threads(), self.passes, 1.0, math.inf, False, True)
-                is not None
-            )
+            done = self._job.step(self._engine, torch.get_num_threads(), self.passes, 1.0, math.inf, False, True)
+            if done and increments_versions:
+                self._job.increment_versions()
+            return done is not None
         finally:
             self._job.release()
+
+    def increment_versions(self) -> None:
+        """Tell autograd what was written."""
+        self._job.increment_versions()
 
     def check(self) -> None:
         """Raise if a tensor is not what it was in the scan."""

@@ -111,6 +111,10 @@ class DevicePlan:
         self._room -= 1
         return self._room >= 0
 
+    def increment_versions(self) -> None:
+        """Tell autograd what was written, if the step was not skipped."""
+        self._scan.increment_versions()
+
     def check(self) -> None:
         """Raise if a tensor is not what it was in the scan."""
         self._scan.check(torch.get_num_threads())

@@ -103,6 +103,9 @@ class Plan:
     def rebind(self, groups: list[dict[str, Any]]) -> None:
         """The groups stand in another list: whatever the optimizer has is looked at anyway."""
 
+    def increment_versions(self) -> None:
+        """Torch told autograd of what it wrote."""
+
     def check(self) -> None:
         """Nothing has to be what it was: torch looks at every tensor when it steps it."""
 
