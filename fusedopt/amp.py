@@ -23,7 +23,7 @@ class TakesScaling:
     handles_amp: bool
     _in_backward: Any
     _skipped: int
-    _tell_norm: Callable[[float | None], None]
+    _tell_norm: Callable[[float | Tensor | None], None]
     _joint: Callable[[list[Any], Ranks], tuple[Ranks | None, Joint | None]]
 
     def _scaling(self) -> Scaling:

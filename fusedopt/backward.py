@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks
+from fusedopt.clipping import Measured
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, threads_that_exist
 from fusedopt.optimizer import FusedOptimizer
@@ -115,7 +116,7 @@ class _Lone:
         self._own = own = object.__new__(type(optimizer))
         own.__dict__.update(optimizer.__dict__)
         own.param_groups, own.state = [self._alone], defaultdict(dict)
-        own._kept, own._statuses, own._retained, own._norm, own._in_backward = Plans(), {}, [], None, None
+        own._kept, own._statuses, own._retained, own._measured, own._in_backward = Plans(), {}, [], Measured(), None
         self._state: dict[str, Any] | None = None
         self._number()
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks
+
+
+@dataclass(slots=True)
+class Measured:
+    """What an optimizer knows of its gradients' norm. One for all wrappers, which have attributes of their own."""
+
+    norm: Tensor | None = None  # where it is told, once somebody asked for it
+    is_told: bool = False  # whether the last step measured it
+    next_limit: float | None = None  # to which the next step alone clips
 
 
 class Clips:
@@ -19,21 +29,19 @@ class Clips:
     skip_nonfinite: bool
     status: Any
     _in_backward: Any
-    _norm: Tensor | None = None  # where it is told, once somebody asked for it
-    _has_norm: bool = False  # whether the last step measured it
-    _next_max_norm: float | None = None  # of the next step alone
+    _measured: Measured
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The gradients' global L2 norm in the last step, before clipping and after unscaling."""
-        if not (self._has_norm or self._measures()):
+        if not (self._measured.is_told or self._measures()):
             return None
-        if self._norm is None:
-            self._norm = self._place_of_norm()
-        return self._norm
+        if self._measured.norm is None:
+            self._measured.norm = self._place_of_norm()
+        return self._measured.norm
 
     def clip_next_step(self, max_norm: float) -> Tensor:
-        """Clip the gradients in the next step, and in no other; ``clip_grad_norm_`` of all parameters, but for free.
+        """Clip the gradients in the next step, and in no other: ``clip_grad_norm_`` of all parameters, without a pass.
 
         Args:
             max_norm: Positive; infinity measures the norm only. Where ``max_grad_norm`` is less, that holds.
@@ -49,42 +57,44 @@ class Clips:
         checks.max_norm(max_norm, "max_norm")
         if self._in_backward:
             raise RuntimeError("clipping needs all gradients at once, and this optimizer steps in backward")
-        self._next_max_norm = float(max_norm)
+        self._measured.next_limit = float(max_norm)
         norm = self.grad_norm
         assert norm is not None
         return norm
 
     def _measures(self) -> bool:
         """Whether the next step measures gradients."""
-        return self.max_grad_norm is not None or self._next_max_norm is not None or self.skip_nonfinite
+        return self.max_grad_norm is not None or self._measured.next_limit is not None or self.skip_nonfinite
 
     def _max_norm(self) -> float:
         """To what the next step clips."""
-        limits = (self.max_grad_norm, self._next_max_norm)
+        limits = (self.max_grad_norm, self._measured.next_limit)
         return min((float(limit) for limit in limits if limit is not None), default=math.inf)
 
     def _tell_norm(self, norm: float | Tensor | None) -> None:
         """A step is over, and had a norm if it measured one."""
-        self._has_norm, self._next_max_norm = norm is not None, None
+        measured = self._measured
+        measured.is_told, measured.next_limit = norm is not None, None
         if norm is None:
             return
-        if self._norm is None:
-            self._norm = self._place_of_norm()
+        if measured.norm is None:
+            measured.norm = self._place_of_norm()
         if not isinstance(norm, Tensor):
-            self._norm.fill_(norm)
+            measured.norm.fill_(norm)
         elif norm is not self.status(self._device(), 0).norm:  # whose launch has written it
-            self._norm.copy_(norm, non_blocking=True)
+            measured.norm.copy_(norm, non_blocking=True)
 
     def _check_place_of_norm(self) -> None:
         """Parameters may be on another device than they were, or of another precision."""
-        if (last := self._norm) is not None:
-            self._norm = self._place_of_norm()
-            if self._norm is not last:
-                self._norm.copy_(last, non_blocking=True)
+        if (last := self._measured.norm) is not None:
+            self._measured.norm = now = self._place_of_norm()
+            if now is not last:
+                now.copy_(last, non_blocking=True)
 
     def _place_of_norm(self) -> Tensor:
         if (device := self._device()).type == "mps":  # which has no float64, and no engine that tells it anything
-            return torch.zeros((), device=device) if self._norm is None else self._norm
+            last = self._measured.norm
+            return torch.zeros((), device=device) if last is None or last.device.type != "mps" else last
         wide = any(p.dtype in checks.WIDE for group in self.param_groups for p in group["params"])
         status = self.status(device, 0)
         return status.norm if wide else status.narrow_norm

@@ -14,7 +14,7 @@ from fusedopt import checks, engines, options, planner, rescaling
 from fusedopt.amp import TakesScaling
 from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import KeepsState
-from fusedopt.clipping import Clips
+from fusedopt.clipping import Clips, Measured
 from fusedopt.compiling import leave_alone
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
@@ -158,6 +158,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         self.handles_amp = handles_amp
         self.engine = engine
         self._skipped = 0
+        self._measured = Measured()
         self._kept = Plans()
         self._scaler: weakref.ref[Any] | None = None
         self._statuses: dict[tuple[torch.device, int], Any] = {}
@@ -369,10 +370,11 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_statuses", {})
         self.__dict__.setdefault("_retained", [])
-        self._norm = None
-        self._tell_norm(self.__dict__.pop("_kept_norm", None))
+        self._measured = Measured()
+        self._tell_norm(self.__dict__.pop("_norm", None))
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in (*_OWN, "increments_versions") if name in self.__dict__}
-        norm = float(self._norm) if self._norm is not None and self._has_norm else None
-        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_kept_norm": norm}
+        measured = self._measured
+        norm = float(measured.norm) if measured.norm is not None and measured.is_told else None
+        return {**super().__getstate__(), **own, "_skipped": self.skipped_steps, "_norm": norm}
