@@ -69,12 +69,12 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 # Built without isolation, so that the build's own requirements are the pinned ones too.
-# timm is an oracle of the tests; its torchvision is not needed. Where nvcc is, the CUDA engine gets code for the GPUs
+# timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants. Where nvcc is, the CUDA engine gets code for the GPUs
 # that the tests look at, in two minutes instead of four; `pip install .` builds for all.
 $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
-	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test]"
-	$(PIP) --no-deps timm
+	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test,clients]"
+	$(PIP) --no-deps timm torchtitan docstring_parser spmd_types typeguard tyro
 	touch $@
 
 # Others' optimizers, beside the torch that is there.

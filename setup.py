@@ -275,6 +275,7 @@ if __name__ == "__main__":
             "fusedopt.verification",
             "fusedopt.cli",
             "fusedopt.inspection",
+            "fusedopt.integrations",
             "fusedopt.triton_kernels",
             "fusedopt.triton_kernels.rules",
             "fusedopt.bench",

@@ -1,5 +1,8 @@
 """What several tests need."""
 
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
@@ -20,6 +23,15 @@ def variants(rule):
     for key in rule.switches():
         settings = [{**s, key: on} for s in settings for on in (False, True)]
     return {tuple(s.name for s in rule.active_states(setting)) for setting in settings}
+
+
+def clients_path():
+    """Folders of what stands in for torchvision, which has no build for every torch, where that is not installed."""
+    try:
+        version("torchvision")
+    except PackageNotFoundError:
+        return [str(Path(__file__).parent / "stand_ins")]
+    return []
 
 
 def fewer(engine, count):
