@@ -32,6 +32,7 @@ from fusedopt.bench import (
     standard,
     suites,
     table,
+    trainer,
     tune,
     workload,
 )
@@ -45,9 +46,8 @@ from fusedopt.cli import report
 def run(args: argparse.Namespace) -> int:
     """Measure, compare, report or tune."""
     try:
-        return {None: _measure, "compare": _compare, "report": _report, "tune": tune.run, "ranks": ranks.run}[
-            args.bench_command
-        ](args)
+        commands = {None: _measure, "compare": _compare, "report": _report, "tune": tune.run, "ranks": ranks.run}
+        return (commands | {"trainer": trainer.run})[args.bench_command](args)
     except ResultError as error:
         raise report.CommandError(str(error)) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fusedopt import engines
-from fusedopt.bench import compare, optimizers, peers, ranks, standard, stored, suites, tune, workload
+from fusedopt.bench import compare, optimizers, peers, ranks, standard, stored, suites, trainer, tune, workload
 
 EPILOG = """\
 Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plot", type=Path, metavar="DIR", help="also draw plots into a folder")
 
-    commands = parser.add_subparsers(dest="bench_command", metavar="compare | report | tune | ranks", title="commands")
+    commands = parser.add_subparsers(
+        dest="bench_command", metavar="compare | report | tune | ranks | trainer", title="commands"
+    )
     pair = commands.add_parser("compare", help="two results side by side", description="Two results side by side.")
     pair.add_argument("before", type=Path, metavar="A.json")
     pair.add_argument("after", type=Path, metavar="B.json")
@@ -104,6 +106,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sharded.add_argument("--cache", choices=workload.CACHES, default=argparse.SUPPRESS, help="(default: cold)")
     sharded.add_argument(
         "--rounds", type=_positive, default=ranks.ROUNDS, metavar="N", help="timed rounds (default: %(default)s)"
+    )
+    loop = commands.add_parser("trainer", help="in transformers' loop", description="Steps in transformers' Trainer.")
+    loop.add_argument("--json", type=Path, default=argparse.SUPPRESS, metavar="FILE", help="also write it to FILE")
+    loop.add_argument("--layers", type=_positive, default=12, metavar="N", help="of GPT-2 (default: %(default)s)")
+    loop.add_argument("--width", type=_positive, default=768, metavar="N", help="(default: %(default)s)")
+    loop.add_argument(
+        "--rounds", type=_positive, default=trainer.ROUNDS, metavar="N", help="timed rounds (default: %(default)s)"
     )
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
     page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")
