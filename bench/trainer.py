@@ -1,7 +1,7 @@
 """``fusedopt bench trainer``: what transformers' Trainer takes to measure, clip and step, beside torch's own optimizer.
 
-Each variant is a Trainer with a GPT-2 of its own, which takes turns with the others in one process. Timed is what Trainer
-calls between the backward pass and the schedule: its clipping, or its measuring alone, and the optimizer's step.
+Each variant is a Trainer with a GPT-2 of its own; they take turns in one process. Timed is what Trainer calls between
+the backward pass and the schedule: its clipping, or its measuring alone, and the optimizer's step.
 
 JSON::
 

@@ -109,6 +109,7 @@ def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) ->
         own = {k: deepcopy(v) for k, v in saved.items() if k != "params"}
         loaded = {**group, **own, "params": group["params"]}
         options.settle(loaded, f" (group {i})")
+        options.settle_numbers(rule, loaded)
         checks.group(rule, loaded, i, stepping=True)
         groups.append(loaded)
     return groups

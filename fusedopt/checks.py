@@ -140,8 +140,8 @@ def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
         if id(p) in places:
             g, first = places[id(p)]
             raise ValueError(
-                f"parameter {i} (shape {tuple(getattr(p, 'shape', ()))}) of group {len(groups)} is also "
-                f"parameter {first} of group {g}; a parameter may stand in one group"
+                f"some parameters appear in more than one parameter group: parameter {i} (shape "
+                f"{tuple(getattr(p, 'shape', ()))}) of group {len(groups)} is also parameter {first} of group {g}"
             )
 
 
@@ -196,13 +196,23 @@ def needs_one_gradient(optimizer: Any) -> None:
         )
 
 
-def gradient(p: Tensor, g: Tensor, name: object, optimizer: str) -> None:
+def gradient(rule: type[Rule], p: Tensor, g: Tensor, group: Group, name: object, optimizer: str) -> None:
     """A gradient fits its parameter, and both have their memory."""
+    if group["fused"] and p.device.type == "meta":
+        raise RuntimeError(f"{name}: `fused=True` requires all the params to be on devices with memory, not {p.device}")
     if p.dtype not in FLOATING + COMPLEX:
         raise TypeError(f"{name}: {optimizer} steps floating point and complex parameters only")
     if memory.is_dtensor(g) or memory.is_dtensor(p):
         placement(p, g, f"{name}: the gradient", RuntimeError)
-    if g.layout != torch.strided:
+    if g.layout == torch.sparse_coo and rule.sparse:
+        if number(group["weight_decay"], "weight_decay", ""):
+            raise RuntimeError(
+                f"{name}: the gradient is sparse, and weight_decay={group['weight_decay']} moves everything"
+            )
+        indices, sizes = g._indices(), torch.tensor(g.shape[: g.sparse_dim()], device=g.device)[:, None]
+        if indices.numel() and not ((indices >= 0) & (indices < sizes)).all():
+            raise RuntimeError(f"{name}: the gradient is sparse, and has indices outside of its shape {tuple(g.shape)}")
+    elif g.layout != torch.strided:
         kind = "sparse" if g.is_sparse else str(g.layout)
         raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
     if g.device != p.device:

@@ -185,6 +185,7 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         super().add_param_group(param_group)
         try:
             options.settle(self.param_groups[-1], f" (group {len(self.param_groups) - 1})")
+            options.settle_numbers(self.rule, self.param_groups[-1])
             checks.group(self.rule, param_group, len(self.param_groups) - 1)
             engines.check_group(self.engine, param_group, self.rule, self.scope)
         except Exception:
@@ -370,8 +371,9 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
         self.__dict__.setdefault("_forks", forks())
         self.__dict__.setdefault("_statuses", {})
         self.__dict__.setdefault("_retained", [])
-        self._measured = Measured()
-        self._tell_norm(self.__dict__.pop("_norm", None))
+        self.__dict__.setdefault("_measured", Measured())
+        if (norm := self.__dict__.pop("_norm", None)) is not None:
+            self._tell_norm(norm)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in (*_OWN, "increments_versions") if name in self.__dict__}

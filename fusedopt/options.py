@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -169,6 +170,16 @@ def settle(group: dict[str, Any], where: str) -> None:
         else:
             group.pop(key, None)
     settle_rescale(group, where)
+
+
+def settle_numbers(rule: type[Rule], group: dict[str, Any]) -> None:
+    """Pairs that are tensors or arrays become tuples of their elements; arrays of one number lose their dimensions."""
+    for hyper in (*rule.engine_hyper(), *rule.hyper, *rule.settings):
+        value = group.get(hyper.key)
+        if hyper.index >= 0 and isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
+            group[hyper.key] = tuple(value)
+        elif isinstance(value, np.ndarray) and value.ndim and value.size == 1:
+            group[hyper.key] = value.reshape(())
 
 
 def _state_dtype(group: Group, where: str) -> Any:

@@ -31,6 +31,7 @@ def plan(optimizer: Any, new_state: NewState, measures: bool, ranks: Ranks) -> l
     adds_up = measures or optimizer.rule.has_sums()
     for g, group in enumerate(optimizer.param_groups):
         options.settle(group, f" (group {g})")
+        options.settle_numbers(optimizer.rule, group)
     if adds_up:
         ranks.refuse_overlap()
     checks.tensors_are_whole(optimizer)

@@ -134,6 +134,7 @@ class Rule(ABC):
             advanced by themselves, hyperparameters and what ``finish`` is told of the scope alone.
         decay: COUPLED, DECOUPLED, RULE, or the group's flag that says whether weight decay is decoupled.
         step_scale: Whether the engine subtracts ``lr * d`` or ``d``; the same in C++ and Triton.
+        sparse: Whether gradients may be sparse; see ``rests``.
     """
 
     name: ClassVar[str]
@@ -147,6 +148,7 @@ class Rule(ABC):
     scopes: ClassVar[tuple[str, ...]] = ("tensor",)
     epilogue: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+    sparse: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -205,6 +207,11 @@ class Rule(ABC):
     def conflict(cls, group: Group) -> str | None:
         """What is wrong with a group's options taken together; None if nothing."""
         return None
+
+    @classmethod
+    def rests(cls, group: Group) -> bool:
+        """Whether elements without decay whose gradient is 0 stay as they are, and their states too."""
+        return False
 
     @classmethod
     def active_states(cls, group: Group) -> tuple[State, ...]:

@@ -71,7 +71,12 @@ def _scalar(value: Any) -> Tensor:
 
 
 def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:
-    """A state from elsewhere, what must be exact as wide as float32: torch's is as wide as the parameter."""
+    """A state from elsewhere, what must be exact as wide as float32: torch's is as wide as the parameter.
+
+    Torch's momentum of sparse gradients is sparse; here it is not.
+    """
+    if rule.sparse:
+        state = {k: v.to_dense() if isinstance(v, Tensor) and v.is_sparse else v for k, v in state.items()}
     exact = {s.name for s in (*rule.states, *options.STATES.values()) if s.exact}
     halves = {k: v for k, v in state.items() if k in exact and isinstance(v, Tensor) and v.dtype in HALVES}
     return {**state, **{key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in halves.items()}}

@@ -18,7 +18,7 @@ def parameter(
 ) -> None:
     """A parameter's gradient and state, as far as it has them, can be stepped with."""
     if p.grad is not None:
-        checks.gradient(p, p.grad, name, optimizer)
+        checks.gradient(rule, p, p.grad, group, name, optimizer)
         if group["differentiable"]:
             checks.differentiable(p, name)
     if state:

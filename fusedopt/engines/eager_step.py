@@ -52,13 +52,17 @@ class Step:
         self.compute = torch.float64 if p.dtype in (torch.float64, torch.complex128) else torch.float32
         names = [spec.name for spec in self._rule.active_states(group)]
         self._operands: dict[str, Operand] = {}
+        self._slices: tuple[Tensor, ...] | None = None
         if self.is_differentiable:  # only a DTensor itself has an autograd graph, and this may keep what it reads
             self._value = real(p).to(self.compute, copy=True)
-            g = real(p.grad).to(self.compute)
+            g = real(p.grad.to_dense() if p.grad.is_sparse else p.grad).to(self.compute)
             self._old = {name: real(self._state[name]).to(self.compute) for name in names}
         else:
             self._operands = self._find_operands()
-            g = real(memory.local(p.grad)).to(self.compute)
+            g = memory.local(p.grad)
+            if g.is_sparse and self._rests():
+                g = self._narrow_to(g)
+            g = real(g.to_dense() if g.is_sparse else g).to(self.compute)
             self._value = decode(self._operands["param"], self.compute)
             self._old = {name: decode(self._operands[name], self.compute) for name in names}
         g = g * gradient_factor
@@ -73,12 +77,29 @@ class Step:
         stored.append(storage.param_operand(self.p, self._group, self._state))
         return {operand.name: operand for operand in stored}
 
+    def _rests(self) -> bool:
+        """Whether what has no gradient stays as it is, and is stored element by element."""
+        moved = self._group.get(options.NOISE) or options.average_state(self._group)
+        codecs = [operand.codec for operand in self._operands.values()]
+        return not moved and self._rule.rests(self._group) and all(c.block == 1 and not c.draws for c in codecs)
+
+    def _narrow_to(self, g: Tensor) -> Tensor:
+        """Leave in the operands the slices that a sparse gradient has. Returns what it has there."""
+        g = g.coalesce()
+        self._slices, self._wholes = tuple(g.indices()), self._operands
+        self._operands = {
+            name: Operand(name, whole.codec, tuple(t[self._slices] for t in whole.tensors))
+            for name, whole in self._wholes.items()
+        }
+        return g.values()
+
     def _noise(self) -> Tensor:
         eta, gamma, seed = self._group[options.NOISE]
         tensor, stream, _, _ = noise.place(self._optimizer, self._number, self.p)
         drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, (seed, stream))
         return (math.sqrt(float(eta) * self.s.step ** -float(gamma)) * drawn).to(self.compute).to(self.p.device)
 
+    @torch.no_grad()
     def _put(self, name: str, values: Tensor) -> None:
         """Round values into an operand."""
         operand, words = self._operands[name], None
@@ -86,6 +107,9 @@ class Step:
             step = int(self.s.step) - 1
             words = noise.rounding(self._optimizer, self._number, self.p, self._group, name, step)
         encode(operand, values, words)
+        if self._slices is not None:
+            for whole, part in zip(self._wholes[name].tensors, operand.tensors, strict=True):
+                whole[self._slices] = part
 
     def measure(self) -> tuple[Tensor, ...]:
         """What the rule measures."""

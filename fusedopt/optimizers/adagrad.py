@@ -21,6 +21,11 @@ class AdagradRule(Rule):
     states = (State("sum", init="initial_accumulator_value", signed=False),)
     scalars = {"step": 0.0}
     decay = COUPLED
+    sparse = True
+
+    @classmethod
+    def rests(cls, group):
+        return True
 
     @staticmethod
     def prepare(h, s, new_state):
@@ -37,6 +42,8 @@ class Adagrad(FusedOptimizer):
 
     ``S <- S + g^2``, ``p <- p - lr / (1 + (t-1) lr_decay) g / (sqrt(S) + eps)``. As in torch, the state
     exists from construction.
+
+    Gradients may be sparse, without weight decay, on engine eager: a step reads and writes the slices that they have.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.

@@ -20,6 +20,11 @@ class SGDRule(Rule):
     name = "sgd"
     hyper = MOMENTUM
     states = (State("momentum_buffer", when="momentum"),)
+    sparse = True
+
+    @classmethod
+    def rests(cls, group):
+        return not group["momentum"]
 
     @classmethod
     def conflict(cls, group):
@@ -45,6 +50,9 @@ class SGD(FusedOptimizer):
 
     ``b <- momentum b + (1-dampening) g`` (first step: ``b <- g``), ``p <- p - lr b``; with ``nesterov``
     ``p <- p - lr (g + momentum b)``; without momentum ``p <- p - lr g``.
+
+    Gradients may be sparse, without weight decay, on engine eager: without momentum a step reads and writes the slices
+    that they have; with it, all of the parameter, as that of the same dense gradient does.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
