@@ -204,8 +204,8 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
             What the closure returned.
 
         Raises:
-            RuntimeError: If a gradient is sparse, or of another device, dtype or shape than its
-                parameter. Nothing has changed then.
+            RuntimeError: If a gradient is sparse (SGD and Adagrad take such), or of another device, dtype or shape
+                than its parameter. Nothing has changed then.
         """
         return self._step_with(closure)
 

@@ -75,7 +75,10 @@ def train_fsdp2(name, clip, hybrid):
             if clip and optimizer is not a:
                 norm = nn.utils.clip_grad_norm_(module.parameters(), clip)
                 norm = whole(norm)
+            versions = [p._version for p in module.parameters()]
             optimizer.step()
+            moved = [p._version > was for p, was in zip(module.parameters(), versions, strict=True)]
+            assert all(moved) or not isinstance(optimizer, fusedopt.FusedOptimizer)  # torch's fused ones forget it
         if clip:
             close(a.grad_norm, norm, 1e-5)
     for p, q, r in zip(*(m.parameters() for m in (ours, sharded, alone)), strict=True):

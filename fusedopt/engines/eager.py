@@ -104,7 +104,9 @@ class Plan:
         """The groups stand in another list: whatever the optimizer has is looked at anyway."""
 
     def increment_versions(self) -> None:
-        """Torch told autograd of what it wrote."""
+        """Torch told autograd of what it wrote, but for DTensors, of which it wrote the parts."""
+        stepped = (p for p, _ in self.optimizer.members(self.stepped_members) if memory.is_dtensor(p))
+        torch.autograd.graph.increment_version(list(stepped))
 
     def check(self) -> None:
         """Nothing has to be what it was: torch looks at every tensor when it steps it."""
