@@ -248,9 +248,9 @@ class Arena:
         moved = self._bytes_of(contender).moved + 2 * state_bytes + self._footprint.measured(self._workload)
         row = self._row(contender.variant, contender.version, timings, contender.option, moved)
         row.note, row.storage = (peer.differs, peer.storage) if peer else (None, "full")
-        if contender.stored is not None:
-            row.note, row.storage = contender.stored.about, contender.stored.name
         row.same_update = row.note is None
+        if stored := contender.stored:
+            row.note, row.storage, row.same_update = stored.about, stored.name, stored.is_same_update
         row.states = kind if state_bytes else None
         if row.note is None and state_bytes < self._workload.suite.numel * sum(self._footprint.states):
             row.note = f"its states are {kind}"

@@ -109,7 +109,7 @@ class Bench:
         return Contender(
             OURS + engine + (f"-{stored.name}" if stored else ""),
             fusedopt.__version__,
-            lambda groups: ours(workload, groups, engine, stored.options if stored else None),
+            lambda groups: ours(workload, groups, engine, stored),
             None,
             option + (("--stored", stored.name) if stored else ()) + ("--peer", "none"),
             stored,

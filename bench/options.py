@@ -40,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="repeatable: peers that keep states so (default: full)",
     )
     parser.add_argument(
-        "--stored", action="append", choices=stored.STORED, help="repeatable: ours with fewer bits, beside ours in full"
+        "--stored",
+        action="append",
+        choices=stored.STORED,
+        help="repeatable: ours with fewer bits, or silent towards autograd, beside ours",
     )
     parser.add_argument("--sweep", action="append", choices=standard.SWEEPS, help="repeatable: how the cost grows")
     names = ["all", "none", *peers.known()]

@@ -1,4 +1,4 @@
-"""Ours with fewer bits: parameters and states as users of large models store them."""
+"""Ours in other ways: parameters and states as users of large models store them, and what telling autograd costs."""
 
 from __future__ import annotations
 
@@ -19,17 +19,25 @@ class Stored:
         about: For reports.
         dtype: Of parameters and gradients, a key of ``workload.DTYPES``.
         options: Constructor arguments.
+        attributes: What is set besides.
     """
 
     name: str
     about: str
     dtype: str
     options: dict[str, Any] = field(hash=False)
+    attributes: dict[str, Any] = field(hash=False, default_factory=dict)
+
+    @property
+    def is_same_update(self) -> bool:
+        """Whether it computes what ours in full does, of numbers of as many bits."""
+        return bool(self.attributes)
 
 
 STORED = {
     stored.name: stored
     for stored in (
+        Stored("silent", "autograd not told of steps", "fp32", {}, {"increments_versions": False}),
         Stored("8bit", "states of 8 bits", "fp32", {"state_dtype": "8bit"}),
         Stored("bf16", "bf16 parameters, no masters", "bf16", {}),
         Stored("bf16-masters", "bf16 parameters, fp32 masters", "bf16", {"master": "fp32"}),

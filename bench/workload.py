@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.bench.optimizers import Case
+from fusedopt.bench.stored import Stored
 from fusedopt.bench.suites import Suite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -142,12 +143,15 @@ def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:
 
 
 def ours(
-    workload: Workload, groups: list[dict[str, Any]], engine: str, stored: dict[str, Any] | None = None
+    workload: Workload, groups: list[dict[str, Any]], engine: str, stored: Stored | None = None
 ) -> fusedopt.FusedOptimizer:
     """Our optimizer, which clips by itself; ``stored`` says in how many bits."""
     case = workload.case
     make = getattr(fusedopt, case.optimizer)
-    optimizer = make(groups, **case.options, **stored or {}, max_grad_norm=workload.clip, engine=engine)
+    more = stored.options if stored else {}
+    optimizer = make(groups, **case.options, **more, max_grad_norm=workload.clip, engine=engine)
+    for name, value in (stored.attributes if stored else {}).items():
+        setattr(optimizer, name, value)
     if case.told:
         _tell(optimizer, case.told)
     return optimizer
