@@ -70,6 +70,7 @@ const Abi kAbi{
     [](Abi::Handle t) { return at(t).is_negated; },
     [](const void*) { return Abi::Handle{}; },
     [] { return false; },
+    nullptr,
     0,
     0,
 };
