@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize fuzz torch-versions nightly bench lint check gpu clean
+.PHONY: demo test sanitize fuzz torch-versions nightly bench lint docs check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
@@ -54,7 +54,12 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-check: lint test
+# The site, in site/: a warning is an error.
+docs: $(VENV)/.docs
+	$(BIN)/python docs/generate.py build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+check: lint docs test
 
 # On a machine with a GPU: builds in place with that machine's own Python and torch, without network, in nine minutes
 # at most. All results are in OUT/results.tgz, in short in OUT/SUMMARY.md. What is not done by default takes a second
@@ -82,11 +87,15 @@ $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) "fusedopt[bench]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) "fusedopt[docs]"
+	touch $@
+
 # Brings pyright a node to run on.
 $(VENV)/.lint: $(VENV)/.installed
 	$(PIP) "fusedopt[lint]" "pyright[nodejs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .hypothesis .ruff_cache fusedopt/*.so fusedopt/_build_report.json
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .hypothesis .ruff_cache fusedopt/*.so fusedopt/_build_report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

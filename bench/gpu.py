@@ -167,7 +167,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 class Visit:
-    """A visit under way, of a machine as :func:`machine` describes it."""
+    """A visit under way, of a machine as ``machine`` describes it."""
 
     def __init__(self, out: Path, here: dict[str, Any]) -> None:
         self.out, self.here, self.commit, self.began = out, here, commit(), time.monotonic()

@@ -16,7 +16,7 @@ from typing import TextIO
 def quiet() -> Iterator[None]:
     """Send what is written to stdout and stderr, by C++ and compilers too, to nowhere, and ignore warnings.
 
-    Consoles that are to go on writing need a descriptor of their own: see :func:`own_stderr`.
+    Consoles that are to go on writing need a descriptor of their own: see ``own_stderr``.
     """
     sys.stdout.flush(), sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]

@@ -27,7 +27,7 @@ class Row:
 
     Attributes:
         suite, tensors, numel, groups: What was stepped: a suite's name, tensors, elements and param groups.
-        optimizer, dtype, device, clip, amp, cache, gradients: How; see :class:`~fusedopt.bench.workload.Workload`.
+        optimizer, dtype, device, clip, amp, cache, gradients: How; see ``fusedopt.bench.workload.Workload``.
         variant: Who did the step: ``fusedopt-`` and an engine, a peer, ``limit``, or on GPUs ``device-copy``.
         version: Of its package; how a limit touches memory.
         storage: How it keeps its states: ``full``, ``8bit`` or ``4bit``.

@@ -16,7 +16,7 @@ class Suite:
     """Shapes that one optimizer steps together.
 
     Attributes:
-        name: What :func:`find` finds it by.
+        name: What ``find`` finds it by.
         groups: The shapes of every param group.
     """
 

@@ -89,7 +89,7 @@ class Stopwatch:
 
     Args:
         device: Where the step does its work.
-        cache: ``cold`` or ``warm``; see :class:`~fusedopt.bench.workload.Workload`.
+        cache: ``cold`` or ``warm``; see ``fusedopt.bench.workload.Workload``.
         renew: Makes anew what each step needs so.
         hold: Cycles for which a GPU is kept from starting a step, so that no host work is in its time.
         beside: On a GPU, what else it does meanwhile: begun before the step is held, so that it is under way.

@@ -43,6 +43,7 @@ STORAGES: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
     (torch.bfloat16, {"master": "stochastic", "state_dtype": torch.bfloat16}),
 )
 NUMEL = 256 * 64
+PUBLIC = {"FusedOptimizer", *FUNCTIONS, *OPTIONS}
 
 
 def short(value: Any) -> str:
@@ -51,9 +52,15 @@ def short(value: Any) -> str:
 
 
 def markdown(text: str) -> str:
-    """Of a docstring: code in single quotes, references as links."""
-    text = re.sub(r":\w+:`fusedopt\.(\w+)`", r"[`\1`](api.md#fusedopt.\1)", text)
-    return re.sub(r"``(.+?)``", r"`\1`", text, flags=re.DOTALL)
+    """Of a docstring: code in single quotes, public names as links."""
+
+    def code(match: re.Match[str]) -> str:
+        name = match[1].removeprefix("fusedopt.")
+        if name in OPTIMIZERS:
+            return f"[`{name}`]({name.lower()}.md)"
+        return f"[`{name}`](api.md#fusedopt.{name})" if name in PUBLIC else f"`{match[1]}`"
+
+    return re.sub(r"``(.+?)``", code, text, flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -115,13 +122,16 @@ def arguments_table(kind: Any, said: Docstring) -> list[str]:
     lines = ["| argument | default | meaning |", "|---|---|---|"]
     for name, parameter in inspect.signature(kind).parameters.items():
         meaning = said.arguments.get(name)
-        if meaning is None or meaning.startswith("See :class:"):
+        if meaning is None or meaning.startswith("See ``fusedopt."):
             continue
         default = "" if parameter.default is inspect.Parameter.empty else short(parameter.default)
         lines.append(f"| `{name}` | {default} | {markdown(meaning)} |".replace("|t|", "&#124;t&#124;"))
-    common = [name for name, meaning in said.arguments.items() if meaning.startswith("See :class:")]
+    common = [name for name, meaning in said.arguments.items() if meaning.startswith("See ``fusedopt.")]
     if common:
-        lines += ["", f"And, as every class has them ([meaning](api.md#fusedopt.FusedOptimizer)): `{'`, `'.join(common)}`."]
+        lines += [
+            "",
+            f"And, as every class has them ([meaning](api.md#fusedopt.FusedOptimizer)): `{'`, `'.join(common)}`.",
+        ]
     return lines
 
 
@@ -148,7 +158,7 @@ def optimizer_page(name: str, kind: Any) -> str:
         "equal to": ", ".join(f"`{oracle}`" for oracle in equals(name)) or "the authors' equations",
         "states": states_of(kind),
         "engines": ", ".join(f"`{engine}`" for engine in engines_of(kind)),
-        "reference": said.reference,
+        "reference": markdown(said.reference),
     }
     if name in GUIDES:
         facts["more"] = f"[what it is for, and how it is used](../optimizers/{GUIDES[name]}.md)"
@@ -167,7 +177,9 @@ def optimizers_page() -> str:
     for name, kind in OPTIMIZERS.items():
         oracles = ", ".join(equals(name)) or "the authors' equations"
         held = f"{held_bytes(kind, torch.float32, {}) - 4:.3g}"
-        lines.append(f"| [{name}]({name.lower()}.md) | {oracles} | {states_of(kind)} | {held} | {', '.join(engines_of(kind))} |")
+        lines.append(
+            f"| [{name}]({name.lower()}.md) | {oracles} | {states_of(kind)} | {held} | {', '.join(engines_of(kind))} |"
+        )
     lines += ["", "Bytes are those of the states per parameter, with the arguments' defaults."]
     return "\n".join(lines) + "\n"
 
@@ -223,8 +235,7 @@ def main(out: Path) -> None:
     pages |= {"optimizers": optimizers_page(), "api": api_page(), "support": support_page()}
     for name, text in pages.items():
         (reference / f"{name}.md").write_text(text)
-    listed = {*FUNCTIONS, *OPTIONS, *OPTIMIZERS, "FusedOptimizer", "__version__"}
-    if missing := set(fusedopt.__all__) - listed:
+    if missing := set(fusedopt.__all__) - {*PUBLIC, *OPTIMIZERS, "__version__"}:
         raise SystemExit(f"no page has {', '.join(sorted(missing))}")
 
 

@@ -14,7 +14,7 @@ from fusedopt.interrupts import held_back
 
 
 class KeepsAverages:
-    """What an optimizer does with the averages that its steps keep, see ``average`` of :class:`FusedOptimizer`."""
+    """What an optimizer does with the averages that its steps keep, see ``average`` of ``FusedOptimizer``."""
 
     param_groups: list[dict[str, Any]]
     state: Any

@@ -19,7 +19,7 @@ from fusedopt.plans import Plans
 
 
 class StepInBackward:
-    """What :func:`step_in_backward` returns.
+    """What ``step_in_backward`` returns.
 
     Args:
         optimizer: The optimizer.

@@ -30,7 +30,7 @@ class KeepsState:
         Args:
             dequantized: For programs that know states of float32 alone: ``state_dtype`` and ``master`` are left out,
                 and what states of fewer bits hold is given as float32. Parameters are as they are; for what masters
-                hold see :func:`fusedopt.master_weights`.
+                hold see ``fusedopt.master_weights``.
         """
         saved = super().state_dict()  # pyright: ignore[reportAttributeAccessIssue]
         if "param_groups" in saved:  # a hook may have made something else of it
@@ -121,7 +121,7 @@ def loaded_state(rule: type[Rule], state_dict: dict[str, Any], groups: Groups) -
     Args:
         rule: The optimizer's.
         state_dict: What was saved.
-        groups: What :func:`loaded_groups` made of its groups.
+        groups: What ``loaded_groups`` made of its groups.
 
     Raises:
         ValueError: If a state does not fit its parameter.

@@ -29,7 +29,7 @@ def fuse(
 
     Args:
         optimizer: Of torch.optim, lion-pytorch, adabound, adamp or timm; of a class that fusedopt has too.
-        max_grad_norm: See :class:`fusedopt.FusedOptimizer`.
+        max_grad_norm: See ``fusedopt.FusedOptimizer``.
         skip_nonfinite: See there.
         process_group: See there.
         handles_amp: See there.

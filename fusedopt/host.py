@@ -223,7 +223,7 @@ def group_spec(
         group: The group.
         kernel: Its kernel.
         hyper: Names of the kernel's hyperparameters.
-        numbers: Where the engine's own are, see :func:`fusedopt.options.numbers`.
+        numbers: Where the engine's own are, see ``fusedopt.options.numbers``.
     """
     by_name = {h.name: h for h in rule.hyper}
     most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")

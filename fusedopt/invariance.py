@@ -35,7 +35,7 @@ def scale_invariant_groups(model: nn.Module, *, tracer: fx.Tracer | None = None)
     no bias. Layers that share a weight must all be followed so.
 
     Args:
-        model: To be traced by :class:`torch.fx.Tracer`.
+        model: To be traced by ``torch.fx.Tracer``.
         tracer: Another tracer, with other modules as leaves.
 
     Returns:

@@ -3,7 +3,7 @@
 =============  ==========================  =============================================================================
 table          dtype, shape                what it holds
 =============  ==========================  =============================================================================
-``rows``       int64 (n_rows, width)       what stands as long as a plan, see :class:`RowWord`
+``rows``       int64 (n_rows, width)       what stands as long as a plan, see ``RowWord``
 ``tiles``      int64 (n_rows + 1)          the number of tiles before each row; at the end, of all
 ``shares``     int64 (n_shares + 1, 2)     the first tile of each share, and its row; at the end, the number of tiles
                                            and the last row
@@ -12,10 +12,10 @@ table          dtype, shape                what it holds
 ``layouts``    int64                       of each strided row the number of dimensions, the words of each, and of each,
                                            innermost first, its size and the strides of every operand, of partners that
                                            have the row's shape, and, where anything is drawn, of the logical index
-``step_table`` int64                       what changes from step to step: :class:`StepWord`, a gradient's word for each
+``step_table`` int64                       what changes from step to step: ``StepWord``, a gradient's word for each
                                            row, and a record for each group
 ``partials``   float64 (n_shares)          sums of the gradients' squares
-``row_sums``   int64 (n_rows + 1, 5)       where a row's sums go, see :class:`SumsWord`; the last has only the
+``row_sums``   int64 (n_rows + 1, 5)       where a row's sums go, see ``SumsWord``; the last has only the
                                            number of segments
 ``slots``      float64 (n_slots, n_sums)   what each share adds up of each segment; see below
 ``numbers``    float64, `StatusNumber`     what a launch tells of the step

@@ -68,7 +68,7 @@ def words(elements: Tensor, tensor: int, step: int, key: tuple[int, int]) -> Wor
 
 
 def word(elements: Tensor, tensor: int, step: int, key: tuple[int, int]) -> Tensor:
-    """Each element's own word; see :func:`words`."""
+    """Each element's own word; see ``words``."""
     a, b, c, d = words(elements, tensor, step, key)
     is_upper, is_odd = (elements & 2) != 0, (elements & 1) != 0
     return torch.where(is_upper, torch.where(is_odd, d, c), torch.where(is_odd, b, a))

@@ -43,7 +43,7 @@ def arguments(given: dict[str, Any], **fixed: Any) -> dict[str, Any]:
 
 
 class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim.Optimizer):
-    """Base of all fusedopt optimizers; a drop-in :class:`torch.optim.Optimizer`.
+    """Base of all fusedopt optimizers; a drop-in ``torch.optim.Optimizer``.
 
     The whole step (unscale, clip by global norm, weight decay, moments, bias correction, write) is one
     launch for all tensors of all param groups on a device. Gradients are left as they are.
@@ -75,16 +75,16 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
             is one. As in torch, both being true is an error.
         capturable: Accepted; steps can always be captured where the engine is a GPU's.
         differentiable: Run the eager rule under autograd, so that gradients flow through the step.
-        average: :class:`fusedopt.EMA` or :class:`fusedopt.Lookahead`, an average of the parameters that the step keeps
-            in their state; None for none. See :meth:`averaged` and :meth:`average_of`.
-        gradient_noise: :class:`fusedopt.GradientNoise` that is added to the gradients; None for none.
+        average: ``fusedopt.EMA`` or ``fusedopt.Lookahead``, an average of the parameters that the step keeps
+            in their state; None for none. See ``averaged`` and ``average_of``.
+        gradient_noise: ``fusedopt.GradientNoise`` that is added to the gradients; None for none.
         state_dtype: None (float32, or as wide as wider parameters), ``torch.bfloat16`` or ``"8bit"``: how the rule's
             states are stored. See docs/storage.md, also for ``master``.
         master: Of bfloat16 parameters ``"fp32"``, ``"split"`` (16 bits more, which with the parameter are its float32
             master) or ``"stochastic"`` (rounded at random); of float16 ones ``"fp32"``; None for none.
         rescale: A key of groups alone: put the parameters to unit length after the step, by "channel" (a slice of
             dimension 0), "tensor", or "all" tensors that say so as one, in every ``rescale_every``-th step, unless lr
-            is 0; see :func:`fusedopt.scale_invariant_groups`.
+            is 0; see ``fusedopt.scale_invariant_groups``.
         cautious_weight_decay: Decay only where the step goes towards zero, too: where update times parameter is not
             negative (Chen et al., "Cautious Weight Decay", arXiv 2510.12402). Decay must be decoupled.
 

@@ -48,7 +48,7 @@ class EMA(namedtuple("EMA", ("decay",))):
     """An exponential moving average of the parameters.
 
     After a parameter's first step it is the parameter, then ``ema <- decay ema + (1 - decay) p`` after each step, as in
-    :class:`torch.optim.swa_utils.AveragedModel` with ``get_ema_multi_avg_fn(decay)``. The state is called ``ema``.
+    ``torch.optim.swa_utils.AveragedModel`` with ``get_ema_multi_avg_fn(decay)``. The state is called ``ema``.
 
     Args:
         decay: In [0, 1].

@@ -127,7 +127,7 @@ class Joint:
         self._join_scopes(plans)
 
     def concluded(self, plans: Sequence[Any], run: Callable[[Pass], Any]) -> None:
-        """Do the pass after it; see :meth:`measured`."""
+        """Do the pass after it; see ``measured``."""
         if self._rule.epilogue:
             self._join_epilogue(plans)
             run(Pass.EPILOGUE)

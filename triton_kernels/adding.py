@@ -2,7 +2,7 @@
 
 ``sums`` are a plan's tables: ``row_sums``, ``slots`` and ``epilogue_slots``, see fusedopt/layout.py, and ``segments``,
 ``wholes`` and ``largest``, see fusedopt/sums.py. A segment whose tiles are all in one share has its sums in
-``segments`` at once; of others each share's part is in a slot, until :func:`tell` or the kernel ``fold`` adds them up.
+``segments`` at once; of others each share's part is in a slot, until ``tell`` or the kernel ``fold`` adds them up.
 """
 
 import triton

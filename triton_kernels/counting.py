@@ -44,7 +44,7 @@ def _own_steps(rows, row, mask, WIDTH: tl.constexpr):
 
 @triton.jit
 def count_steps(rows, tiles, first, last, begin, end, steps, WIDTH: tl.constexpr):
-    """Counts what the engine counts in a cohort's rows that are whole in the share; see :func:`count_cohort`."""
+    """Counts what the engine counts in a cohort's rows that are whole in the share; see ``count_cohort``."""
     tl.debug_barrier()
     lanes = tl.arange(0, 128)
     for at in range(first, last + 1, 128):

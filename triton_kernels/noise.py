@@ -56,7 +56,7 @@ def random_words(drawn, stream, at, SIGNATURES: tl.constexpr, K: tl.constexpr, S
     Args:
         drawn: The row's words, and the number of steps before in halves.
         stream: To be added to the row's.
-        at: Where they are, see :func:`tile.locate`.
+        at: Where they are, see ``tile.locate``.
         SIGNATURES: See signatures.py.
         K: The row's.
         SIZE: How many.
@@ -123,7 +123,7 @@ def noise(words, at, drawn, SIGNATURES: tl.constexpr, K: tl.constexpr, SIZE: tl.
 
     Args:
         words: The row's.
-        at: Where they are, see :func:`tile.locate`.
+        at: Where they are, see ``tile.locate``.
         drawn: The deviation, and seed and step in halves.
         SIGNATURES: See signatures.py.
         K: The row's.

@@ -216,7 +216,7 @@ def moved(addresses, origin, SIGNATURES: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def whole_row(words, layouts, grad, SIGNATURES: tl.constexpr, K: tl.constexpr):
-    """A row as the one segment that it has; see :func:`segment_of`."""
+    """A row as the one segment that it has; see ``segment_of``."""
     numel = tl.load(words + NUMEL)
     return words, layouts, 0, numel, addresses_of(words, grad, SIGNATURES, K)
 

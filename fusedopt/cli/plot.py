@@ -19,7 +19,7 @@ def draw(path: Path, runs: dict[str, Any], difference: float) -> None:
 
     Args:
         path: The file.
-        runs: The runs "torch" and "fusedopt" of :mod:`fusedopt.cli.training`.
+        runs: The runs "torch" and "fusedopt" of ``fusedopt.cli.training``.
         difference: The largest difference between their losses.
 
     Raises:

@@ -1,6 +1,6 @@
 """The tables of a plan in the memory of a device, which fusedopt/layout.py describes.
 
-Those of :class:`Rows` stand as long as the plan; the step table is composed on the host in every scan and sent when it
+Those of ``Rows`` stand as long as the plan; the step table is composed on the host in every scan and sent when it
 differs from what the device has.
 """
 

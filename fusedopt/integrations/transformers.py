@@ -12,7 +12,7 @@ __all__ = ["FusedClipping", "fuse_clipping"]
 class FusedClipping:
     """A base of Trainers, before Trainer itself or one of trl's, that clip in the step of a fused optimizer.
 
-    The ``grad_norm`` that is logged is the step's own. See :func:`fuse_clipping`, which does the same to the
+    The ``grad_norm`` that is logged is the step's own. See ``fuse_clipping``, which does the same to the
     accelerator of a Trainer that exists.
 
     Example:

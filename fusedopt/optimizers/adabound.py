@@ -75,7 +75,7 @@ class AdaBound(FusedOptimizer):
         decoupled_weight_decay: Decay as AdamW does, ``p <- (1 - lr weight_decay) p``, instead.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

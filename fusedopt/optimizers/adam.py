@@ -114,7 +114,7 @@ class Adam(FusedOptimizer):
             betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -173,7 +173,7 @@ class AdamW(FusedOptimizer):
             betas of all steps, which is right where they change.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

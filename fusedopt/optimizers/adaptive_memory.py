@@ -159,7 +159,7 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         scope: What shares a memory: "group", "tensor", or "all" parameters.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -206,7 +206,7 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
 
     ``v <- beta2 v + (1-beta2) g^2``, ``P = (1 - beta_max prod(b)) (sqrt(v / (1-beta2^t)) + eps)`` with the memories of
     the steps before, ``d <- ((1 - b) g + (lam P + b) d) / (1 + lam P)``, ``p <- (1 - lr weight_decay) p - lr d / P``.
-    The memory b is ``beta_max`` in the first step; then :class:`AMAdamWRule` has its equation. With ``lam`` = 0 and a
+    The memory b is ``beta_max`` in the first step; then ``AMAdamWRule`` has its equation. With ``lam`` = 0 and a
     memory that stays at ``beta_max`` it is AdamW. This is reconstructed from the model and from public descriptions of
     it; the paper's body was not consulted.
 
@@ -221,7 +221,7 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         scope: What shares a memory: "tensor", "group", or "all" parameters.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

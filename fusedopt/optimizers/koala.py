@@ -31,7 +31,7 @@ class MeasuresLoss(FusedOptimizer):
         super().__init__(params, **more)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; see :meth:`fusedopt.FusedOptimizer.add_param_group`."""
+        """Add a group of parameters; see ``fusedopt.FusedOptimizer.add_param_group``."""
         if isinstance(param_group, dict):
             if param_group.get("r", self.defaults["r"]) == ONLINE:
                 param_group.update(r=1.0, online=True)
@@ -62,7 +62,7 @@ class MeasuresLoss(FusedOptimizer):
         Raises:
             ValueError: If there is no loss.
             TypeError: If it is no number.
-            RuntimeError: As :meth:`fusedopt.FusedOptimizer.step`.
+            RuntimeError: As ``fusedopt.FusedOptimizer.step``.
         """
         returned = None
         if closure is not None:
@@ -109,7 +109,7 @@ class MeasuresLoss(FusedOptimizer):
             group.update(loss=of_groups[0], loss_square=of_groups[1], measured=loss is not None)
 
     def state_dict(self, *, dequantized: bool = False) -> dict[str, Any]:
-        """The state; see :meth:`fusedopt.FusedOptimizer.state_dict`."""
+        """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
         saved = super().state_dict(dequantized=dequantized)
         for group in saved.get("param_groups", ()):
             for key in self._of_steps:
@@ -142,7 +142,7 @@ class KoalaV(MeasuresLoss):
         weight_decay: L2 coefficient; it is part of the loss that is measured.
         match_reference: Step along g in place of h, as the authors' code does.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -191,7 +191,7 @@ class KoalaM(MeasuresLoss):
     ``predict()`` before each forward pass moves the parameters along their velocities, ``p <- p + u``, ``u <- a u``, so
     that the gradients are those of where they are expected; with a closure, the step does so by itself. The step then
     corrects both, ``p <- p - lr P00 k h``, ``u <- u - lr P10 k h``, with ``h = g + weight_decay p`` and
-    ``k = (loss + weight_decay |p|^2 / 2) / (P00 |h|^2 + r)`` of a tensor; :class:`KoalaMRule` has the covariance P.
+    ``k = (loss + weight_decay |p|^2 / 2) / (P00 |h|^2 + r)`` of a tensor; ``KoalaMRule`` has the covariance P.
     Where the parameters drift from their average ``e <- 0.9 e + 0.1 p``, their variance grows by more.
 
     Args:
@@ -205,7 +205,7 @@ class KoalaM(MeasuresLoss):
         r: The variance of the measurement; "online" for ``0.9 r + 0.1 mean(loss^2)`` over the samples, from 1 on.
         weight_decay: L2 coefficient; it is part of the loss that is measured.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

@@ -53,7 +53,7 @@ class NAdamW(FusedOptimizer):
         weight_decay: Decay coefficient, multiplied by ``lr``.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

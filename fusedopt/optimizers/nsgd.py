@@ -194,13 +194,13 @@ class NSGD(FusedOptimizer):
         weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
         nesterov: Nesterov momentum; needs momentum, and no dampening.
         eps: Added to the power; with ``log``, the least that a step is divided by.
-        norm: "l2" or "l1"; see :class:`fusedopt.InputPowers`.
+        norm: "l2" or "l1"; see ``fusedopt.InputPowers``.
         granularity: "layer" or "in_channel".
         power_beta: Divide by a running average of the power, ``beta P + (1 - beta) P_t``, whose bias is corrected.
         log: Divide by ``max(log P, eps)``.
-        collector: An :class:`fusedopt.InputPowers`, in place of ``norm`` and ``granularity``.
+        collector: An ``fusedopt.InputPowers``, in place of ``norm`` and ``granularity``.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -259,7 +259,7 @@ class NSGD(FusedOptimizer):
         self.steps_together = "the powers are taken from the hooks by step()" if collector else ""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of parameters; see :meth:`fusedopt.FusedOptimizer.add_param_group`."""
+        """Add a group of parameters; see ``fusedopt.FusedOptimizer.add_param_group``."""
         if isinstance(param_group, dict):
             beta = param_group.get("power_beta", self.defaults["power_beta"])
             if beta is not None and not 0 <= checks.number(beta, "power_beta", "") < 1:

@@ -73,7 +73,7 @@ class Projecting(Rule):
 
 
 class AdamPRule(Projecting):
-    """Adam's ratio, projected as :class:`Projecting` says; with Nesterov of ``b1 m + (1 - b1) g``."""
+    """Adam's ratio, projected as ``Projecting`` says; with Nesterov of ``b1 m + (1 - b1) g``."""
 
     name = "adamp"
     hyper = (*BETAS, EPS, WEIGHT_DECAY, *PROJECTION, Hyper("nesterov", high=1.0))
@@ -107,7 +107,7 @@ class AdamPRule(Projecting):
 
 
 class SGDPRule(Projecting):
-    """``b <- mu b + (1-tau) g``, ``d = g + mu b`` with Nesterov, else b, projected as :class:`Projecting` says.
+    """``b <- mu b + (1-tau) g``, ``d = g + mu b`` with Nesterov, else b, projected as ``Projecting`` says.
 
     Without Nesterov what is projected is the buffer itself.
     """
@@ -170,7 +170,7 @@ class AdamP(FusedOptimizer):
         wd_ratio: Of the decay of what is projected.
         nesterov: Take ``b1 m + (1 - b1) g`` for the first moment.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
@@ -217,7 +217,7 @@ class SGDP(FusedOptimizer):
     """SGD with momentum that leaves out of a step what only lengthens weights whose length does not matter.
 
     ``b <- momentum b + (1 - dampening) g``, and the step d is b, with ``nesterov`` ``g + momentum b``. It is projected
-    as :class:`AdamP` does, without ``nesterov`` in the buffer, too, as the authors' package does; then
+    as ``AdamP`` does, without ``nesterov`` in the buffer, too, as the authors' package does; then
     ``p <- (1 - lr weight_decay r / (1 - momentum)) p - lr d``, with r = ``wd_ratio`` where it was projected, else 1.
 
     Args:
@@ -231,7 +231,7 @@ class SGDP(FusedOptimizer):
         delta: How near to orthogonal the gradient has to be.
         wd_ratio: Of the decay of what is projected.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

@@ -57,7 +57,7 @@ class Rprop(FusedOptimizer):
         step_sizes: The smallest and the largest step size.
         foreach, maximize, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
-            :class:`fusedopt.FusedOptimizer`.
+            ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.

@@ -117,7 +117,7 @@ class SWATS(FusedOptimizer):
         tol: How near the rates have to be.
         scope: Over what the sums are taken, and what switches together: "group", "all" parameters, or "tensor".
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
-            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See :class:`fusedopt.FusedOptimizer`.
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
     Raises:
         ValueError: If a hyperparameter is outside its domain.
