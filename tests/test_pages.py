@@ -118,3 +118,10 @@ def test_every_page_is_in_the_navigation(site):
     """mkdocs says so too, when the site is built."""
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
     assert listed == {str(path.relative_to(site)) for path in site.rglob("*.md")}
+
+
+def test_the_version_is_one():
+    """In the package, the changelog and the citation."""
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[0] == version
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
