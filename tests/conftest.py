@@ -91,6 +91,14 @@ OPTIONS_INTERPRETED_BY_DAY = (
     "LARS, noise",
 )
 FIRST_VARIANTS = {case.optimizer: case.name for case in reversed(CASES)}.values()
+# Of what does not depend on the rule.
+SOME = ("AdamW", "LAMB", "Lion", "SGD")
+RESUMED_BY_DAY = ("AdamW", "SGD momentum", "NAdam", "LAMB")
+STORED_BY_DAY = (
+    (torch.float32, "8bit", None),
+    (torch.bfloat16, "8bit", "split"),
+    (torch.bfloat16, torch.bfloat16, "stochastic"),
+)
 INTERPRETED_AT_NIGHT = {
     "test_gate": lambda case, dtype: (
         case.name not in FIRST_VARIANTS
@@ -99,7 +107,7 @@ INTERPRETED_AT_NIGHT = {
     ),
     "test_gate_of_options": lambda case, dtype: dtype != torch.float32 or case.name not in OPTIONS_INTERPRETED_BY_DAY,
     "test_resume_of_options_is_bit_exact": lambda name, average: name != "SGD",
-    "test_resume_is_bit_exact": lambda case: case.name not in ("AdamW", "SGD momentum", "NAdam"),
+    "test_resume_is_bit_exact": lambda case: case.name not in RESUMED_BY_DAY,
     "test_resume_of_half_precision_is_bit_exact": lambda name, half: name != "AdamW" or half != torch.bfloat16,
     "test_state_to_torch": lambda name, implementation: bool(implementation),
     "test_sums_are_those_of_one_process": lambda kind, world: kind != "mixed" or world > 2,
@@ -119,8 +127,13 @@ INTERPRETED_AT_NIGHT = {
     "test_steps_end_at_unit_length": lambda name, kind: name != "LAMB",
     "test_steps_are_those_of_step": lambda name: name not in ("Adagrad", "AdamW", "LAMB", "SGD", "SWATS"),
     "test_steps_are_those_of_the_slow_model": lambda dtype, state_dtype, master: (
-        "8bit" not in (state_dtype, master) and master != "stochastic"
+        (dtype, state_dtype, master) not in STORED_BY_DAY
     ),
+    "test_tensors_of_all_dimensions": lambda name, options: name != "AdamP" or bool(options),
+    "test_thousands_of_small_rows": lambda programs, rows: programs == 1,
+    "test_what_was_moved_is_seen": lambda scan: bool(scan),
+    "test_steps_are_the_textbooks": lambda clip, of, scope: clip is None,
+    "test_many_small_tensors_and_large_ones": lambda of, scope: scope not in ("tensor", "all"),
     "test_masters_follow_a_float32_run_bit_for_bit": lambda name, grad_dtype, more: name != "LAMB" or bool(more),
     "test_states_convert_between_all_ways_to_store": lambda: True,
     "test_every_optimizer_takes_every_storage": lambda name: name not in ("AdamW", "LAMB", "SGD"),
@@ -131,18 +144,30 @@ AT_NIGHT = {
     "triton": INTERPRETED_AT_NIGHT,
     "cuda": {
         "test_gate": lambda case, dtype: (
-            case.name not in FIRST_VARIANTS or dtype not in (torch.float32, torch.bfloat16)
+            case.name not in FIRST_VARIANTS
+            or (dtype != torch.float32 and (case.name, dtype) != ("AdamW", torch.bfloat16))
         ),
-        "test_resume_is_bit_exact": lambda case: case.name not in FIRST_VARIANTS,
+        "test_resume_is_bit_exact": lambda case: case.name not in RESUMED_BY_DAY,
+        "test_gradients_of_either_type_step_alike": lambda name, state_dtype: name not in SOME,
+        "test_thousands_of_small_rows": lambda programs, rows: programs == 1,
+        "test_many_small_tensors_and_large_ones": lambda of, scope: scope not in ("tensor", "all"),
+        "test_skip_leaves_everything": lambda name, **_: name not in SOME,
         "test_steps_are_those_of_one_process": lambda kind, world: world > 2,
         "test_sums_are_those_of_one_process": lambda kind, world: world > 2,
     },
     "eager": {
-        "test_gate": lambda case, dtype: case.name not in FIRST_VARIANTS and dtype != torch.float32,
+        "test_gate": lambda case, dtype: (
+            dtype not in (torch.float32, torch.bfloat16) or (case.name not in FIRST_VARIANTS and dtype != torch.float32)
+        ),
         "test_steps_are_those_of_one_process": lambda kind, world: world > 2,
         "test_sums_are_those_of_one_process": lambda kind, world: world > 2,
     },
     "cpu": {"test_sums_are_those_of_one_process": lambda kind, world: world > 2 and kind != "two dimensions"},
+    None: {  # of tests of one engine
+        "test_sums_of_tiles_and_programs": lambda of, scope, programs: programs == 1 or scope in ("group", "all"),
+        "test_sums_have_the_same_bits_whoever_adds_them_up": lambda of, scope: scope in ("group", "all"),
+        "test_one_launch_of_each_kernel_for_all_groups_and_dtypes": lambda name: name not in SOME,
+    },
 }
 
 
@@ -152,7 +177,7 @@ def pytest_collection_modifyitems(items):
         params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         engine = params.pop("engine", None)
         is_late = AT_NIGHT.get(engine, {}).get(item.name.split("[")[0])
-        if is_late and is_late(**params):
+        if is_late(**params) if is_late else engine == "triton" and params.get("name", SOME[0]) not in SOME:
             item.add_marker(pytest.mark.nightly)
         if engine in ("cpu", "cuda", "eager") and item.name.startswith("test_gate_of_options"):
             if not _is_for_the_day(engine, **params):
@@ -160,14 +185,12 @@ def pytest_collection_modifyitems(items):
 
 
 def _is_for_the_day(engine, case, dtype):
-    """On the CPU all in fp32, and one variant of each optimizer in the other types; elsewhere fewer."""
+    """On the CPU all in fp32, and one variant of each optimizer in bf16; elsewhere fewer."""
     variant, _, option = case.name.rpartition(", ")
     is_first, is_narrow = variant in FIRST_VARIANTS, dtype == torch.float32
     if engine == "cpu":
-        return is_first or is_narrow
-    return (
-        is_first and is_narrow and (engine == "eager" or option == "EMA")
-    ) or case.name in OPTIONS_INTERPRETED_BY_DAY
+        return is_narrow or (is_first and dtype == torch.bfloat16)
+    return (is_first and is_narrow and option == "EMA") or case.name in OPTIONS_INTERPRETED_BY_DAY
 
 
 def pytest_collection_finish():
