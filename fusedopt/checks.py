@@ -205,13 +205,7 @@ def gradient(rule: type[Rule], p: Tensor, g: Tensor, group: Group, name: object,
     if memory.is_dtensor(g) or memory.is_dtensor(p):
         placement(p, g, f"{name}: the gradient", RuntimeError)
     if g.layout == torch.sparse_coo and rule.sparse:
-        if number(group["weight_decay"], "weight_decay", ""):
-            raise RuntimeError(
-                f"{name}: the gradient is sparse, and weight_decay={group['weight_decay']} moves everything"
-            )
-        indices, sizes = g._indices(), torch.tensor(g.shape[: g.sparse_dim()], device=g.device)[:, None]
-        if indices.numel() and not ((indices >= 0) & (indices < sizes)).all():
-            raise RuntimeError(f"{name}: the gradient is sparse, and has indices outside of its shape {tuple(g.shape)}")
+        sparse_gradient(p, g, group, name)
     elif g.layout != torch.strided:
         kind = "sparse" if g.is_sparse else str(g.layout)
         raise RuntimeError(f"{name}: the gradient is {kind}; {optimizer} takes dense gradients (use g.to_dense())")
@@ -227,6 +221,21 @@ def gradient(rule: type[Rule], p: Tensor, g: Tensor, group: Group, name: object,
     declared = getattr(p, "grad_dtype", p.dtype) if p.is_leaf else p.dtype
     if g.dtype != p.dtype and (g.dtype not in FLOATING or p.is_complex() or declared not in (None, g.dtype)):
         raise RuntimeError(f"{name}: the gradient has dtype {g.dtype}; it must have the parameter's")
+
+
+def sparse_gradient(p: Tensor, g: Tensor, group: Group, name: object) -> None:
+    """A sparse gradient has what it moves, and nothing else of the parameter moves."""
+    if p.layout != torch.strided or p.device.type == "meta":
+        what = "on meta" if p.layout == torch.strided else "sparse"
+        raise RuntimeError(f"{name}: the gradient is sparse, and so the parameter cannot be {what}")
+    if number(group.get("weight_decay", 0.0), "weight_decay", ""):
+        raise RuntimeError(
+            f"{name}: the gradient is sparse, and weight_decay={group['weight_decay']} moves everything; set it to 0, "
+            "or use g.to_dense()"
+        )
+    indices, sizes = g._indices(), torch.tensor(g.shape[: g.sparse_dim()], device=g.device)[:, None]
+    if indices.numel() and not ((indices >= 0) & (indices < sizes)).all():
+        raise RuntimeError(f"{name}: the gradient is sparse, and has indices outside of its shape {tuple(g.shape)}")
 
 
 def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception], *, is_like: bool = True) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fusedopt import checks, engines, memory, options, state_checks
 from fusedopt.codecs import real
-from fusedopt.engines.eager_step import EagerSums, Step
+from fusedopt.engines.eager_step import EagerSums, Step, added_up
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New, lacks_state
@@ -153,8 +153,9 @@ class Plan:
     def _squared_norm(self) -> Tensor | float:
         total: Tensor | float = 0.0
         for _, p, _ in self._with_gradients():
-            if p.grad is not None and (g := _values(memory.local(p.grad))).numel():
+            if p.grad is not None and (g := memory.local(p.grad)).numel():
                 wide = torch.float32 if p.device.type == "mps" else torch.float64
+                g = added_up(g, wide).values() if g.is_sparse else g
                 total = total + real(g).to(wide).square().sum().cpu()
         return total
 
@@ -169,11 +170,6 @@ def _decide(
     norm = math.sqrt(squared_norm) * inverse_scale
     clip = 1.0 if max_norm == math.inf else max_norm / (norm + 1e-6)
     return inverse_scale * (1.0 if clip > 1 else clip), norm, skip_nonfinite and not math.isfinite(norm)
-
-
-def _values(g: Tensor) -> Tensor:
-    """Elements of a gradient, without those that a sparse one leaves out."""
-    return g.coalesce().values() if g.is_sparse else g
 
 
 def _place(g: Tensor | None) -> list[tuple[Any, ...]]:

@@ -55,14 +55,15 @@ class Step:
         self._slices: tuple[Tensor, ...] | None = None
         if self.is_differentiable:  # only a DTensor itself has an autograd graph, and this may keep what it reads
             self._value = real(p).to(self.compute, copy=True)
-            g = real(p.grad.to_dense() if p.grad.is_sparse else p.grad).to(self.compute)
+            g = real(added_up(p.grad, self.compute).to_dense() if p.grad.is_sparse else p.grad).to(self.compute)
             self._old = {name: real(self._state[name]).to(self.compute) for name in names}
         else:
             self._operands = self._find_operands()
             g = memory.local(p.grad)
-            if g.is_sparse and self._rests():
-                g = self._narrow_to(g)
-            g = real(g.to_dense() if g.is_sparse else g).to(self.compute)
+            if g.is_sparse:
+                g = added_up(g, self.compute)
+                g = self._narrow_to(g) if self._rests(g) else g.to_dense()
+            g = real(g).to(self.compute)
             self._value = decode(self._operands["param"], self.compute)
             self._old = {name: decode(self._operands[name], self.compute) for name in names}
         g = g * gradient_factor
@@ -77,15 +78,17 @@ class Step:
         stored.append(storage.param_operand(self.p, self._group, self._state))
         return {operand.name: operand for operand in stored}
 
-    def _rests(self) -> bool:
-        """Whether what has no gradient stays as it is, and is stored element by element."""
-        moved = self._group.get(options.NOISE) or options.average_state(self._group)
+    def _rests(self, g: Tensor) -> bool:
+        """Whether what a sparse gradient leaves out stays as it is, and is stored apart from what it has."""
+        moved = self._group.get(options.NOISE) or options.average_state(self._group) or self._rule.has_sums()
+        if moved or not self._rule.rests(self._group) or not g.sparse_dim():
+            return False
+        has_blocks = g.sparse_dim() == 1 and g.dim() > 1  # which lie inside slices of dimension 0
         codecs = [operand.codec for operand in self._operands.values()]
-        return not moved and self._rule.rests(self._group) and all(c.block == 1 and not c.draws for c in codecs)
+        return all((c.block == 1 or has_blocks) and not c.draws for c in codecs)
 
     def _narrow_to(self, g: Tensor) -> Tensor:
         """Leave in the operands the slices that a sparse gradient has. Returns what it has there."""
-        g = g.coalesce()
         self._slices, self._wholes = tuple(g.indices()), self._operands
         self._operands = {
             name: Operand(name, whole.codec, tuple(t[self._slices] for t in whole.tensors))
@@ -152,6 +155,11 @@ class Step:
             return average, value
         slow = torch.lerp(average, value, float(asked.alpha))
         return slow, slow
+
+
+def added_up(g: Tensor, compute: torch.dtype) -> Tensor:
+    """A sparse gradient in which no index repeats, of the compute type or of complex numbers of it."""
+    return g.to(compute.to_complex() if g.is_complex() else compute).coalesce()
 
 
 def _as_many(rule: type[Rule], verb: str, found: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:

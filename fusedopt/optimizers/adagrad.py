@@ -43,7 +43,9 @@ class Adagrad(FusedOptimizer):
     ``S <- S + g^2``, ``p <- p - lr / (1 + (t-1) lr_decay) g / (sqrt(S) + eps)``. As in torch, the state
     exists from construction.
 
-    Gradients may be sparse, without weight decay, on engine eager: a step reads and writes the slices that they have.
+    Gradients may be sparse (COO), without weight decay, on engine eager: a step reads and writes the slices that they
+    have; with an average, noise or what is rounded at random, all of the parameter, as that of the same dense gradient
+    does. Complex numbers count as pairs, sparse or not; torch squares them as they are where they are sparse.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.

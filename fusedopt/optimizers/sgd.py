@@ -51,8 +51,9 @@ class SGD(FusedOptimizer):
     ``b <- momentum b + (1-dampening) g`` (first step: ``b <- g``), ``p <- p - lr b``; with ``nesterov``
     ``p <- p - lr (g + momentum b)``; without momentum ``p <- p - lr g``.
 
-    Gradients may be sparse, without weight decay, on engine eager: without momentum a step reads and writes the slices
-    that they have; with it, all of the parameter, as that of the same dense gradient does.
+    Gradients may be sparse (COO), without weight decay, on engine eager: a step reads and writes the slices that they
+    have; with momentum, an average, noise or what is rounded at random, all of the parameter, as that of the same dense
+    gradient does.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
