@@ -173,6 +173,7 @@ class Visit:
         self.out, self.here, self.commit, self.began = out, here, commit(), time.monotonic()
         self.built = ROOT if here["arch"] else DRY
         self.outcomes: dict[str, Outcome] = {}
+        self.written = ""  # the page, as it was last
         self.started: list[subprocess.Popen[bytes]] = []
         self.environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         self.environment |= {"FUSEDOPT_COMMIT": self.commit, "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
@@ -234,7 +235,8 @@ class Visit:
         print(f"{name}: {outcome.status} {outcome.detail}".rstrip(), flush=True)
         commands = {name: asdict(outcome) for name, outcome in self.outcomes.items()}
         (self.out / RECORD).write_text(json.dumps({"commit": self.commit, **self.here, "commands": commands}, indent=1))
-        (self.out / PAGE).write_text(self.page())
+        self.written = self.page()
+        (self.out / PAGE).write_text(self.written)
         pack(self.out)
 
     def page(self) -> str:
@@ -283,7 +285,7 @@ def main() -> int:
                 visit.environment |= surroundings(out, visit.built)
     except KeyboardInterrupt:
         status = 130
-    print(f"\n{visit.page()}", end="")
+    print(f"\n{visit.written or visit.page()}", end="")
     return status or int(any(outcome.status in ("failed", "stopped") for outcome in visit.outcomes.values()))
 
 
