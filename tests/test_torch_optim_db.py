@@ -98,8 +98,8 @@ def parameters(optimizer):
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def assert_same_training(a, b, tolerance=2e-6, **how):
-    close(train(a, **how[0] if 0 in how else how), train(b, **how), tolerance)
+def assert_same_training(a, b, tolerance=2e-6):
+    close(train(a), train(b), tolerance)
     for p, q in zip(parameters(a), parameters(b), strict=True):
         close(p, q, tolerance)
 
@@ -217,6 +217,20 @@ def test_flags_that_choose_an_implementation(name, flag, value):
     assert a.param_groups[0][flag] is (bool(value) if flag == "differentiable" else value)
     if flag != "differentiable":
         assert_same_training(a, getattr(torch.optim, name)(model(), foreach=False))
+
+
+@cache
+def inputs_on_gpus(name):
+    """What torch's list has for GPUs alone, where steps can be captured."""
+    return {i.desc: i.kwargs for i in INFOS[name].optim_inputs_func(device="cuda") if i.desc not in inputs(name)}
+
+
+@pytest.mark.parametrize(("name", "desc"), [(name, desc) for name in OURS for desc in inputs_on_gpus(name)])
+def test_capturable_trains_as_without(name, desc):
+    kwargs = dict(inputs_on_gpus(name)[desc])
+    a = getattr(fusedopt, name)(model(), **kwargs)
+    assert kwargs.pop("capturable") is True
+    assert_same_training(a, getattr(torch.optim, name)(model(), foreach=False, **kwargs))
 
 
 @each
