@@ -24,7 +24,8 @@ struct ASGD {
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
     const T d = c.shrinkage * p + c.eta * g, stepped = p - d;
-    state[0] = c.mu == T(1) ? stepped : lerp(state[0], stepped, c.mu);
+    const T moved = state[0] + c.mu * (stepped - state[0]);
+    state[0] = c.mu == T(1) ? stepped : moved;
     return d;
   }
 };

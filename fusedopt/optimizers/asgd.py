@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import torch
 from torch import Tensor
 
 from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
@@ -36,7 +35,7 @@ class ASGDRule(Rule):
     def direction(p, g, state, c):
         d = c.shrinkage * p + c.eta * g
         stepped = p - d
-        return d, {"ax": stepped if c.mu == 1 else torch.lerp(state["ax"], stepped, c.mu)}
+        return d, {"ax": stepped if c.mu == 1 else state["ax"] + c.mu * (stepped - state["ax"])}
 
 
 class ASGD(FusedOptimizer):

@@ -6,7 +6,7 @@
 import triton
 import triton.language as tl
 
-from fusedopt.triton_kernels.math import lerp, power
+from fusedopt.triton_kernels.math import power
 
 name = "asgd"
 states = ("ax",)
@@ -31,4 +31,4 @@ def direction(p, g, state, c, STATES):
     shrinkage, eta, mu = c
     d = shrinkage * p + eta * g
     stepped = p - d
-    return d, (tl.where(mu == 1, stepped, lerp(state[0], stepped, mu)),)
+    return d, (tl.where(mu == 1, stepped, state[0] + mu * (stepped - state[0])),)
