@@ -7,8 +7,8 @@ import pytest
 import torch
 
 import fusedopt
-from fusedopt import engines
-from fusedopt.cli import demo, gpt, main, plot
+from fusedopt import engines, host
+from fusedopt.cli import demo, gpt, main, plot, race
 from fusedopt.verification import gate
 
 VERSIONS = {"fusedopt", "torch", "python", "numpy"}
@@ -31,7 +31,8 @@ def written(path):
 def test_info_tells_engines_and_optimizers(tmp_path, capsys):
     assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
     content = written(tmp_path / "info.json")
-    assert set(content) == {"versions", "machine", "reading", "engines", "optimizers", "bytes"}
+    assert set(content) == {"versions", "machine", "reading", "engines", "optimizers", "bytes", "build"}
+    assert content["build"] == host.build_report() and content["build"]["cpu"]["failure"] is None
     held = {(row["dtype"], row["state_dtype"], row["master"]): (row["adamw"], row["lion"]) for row in content["bytes"]}
     assert held["fp32", None, None] == (12, 8) and held["bf16", "bfloat16", "split"] == (8, 6)
     assert held["bf16", "8bit", "split"] == (6.031, 5.016) and ("fp64", "8bit", None) not in held
@@ -43,7 +44,10 @@ def test_info_tells_engines_and_optimizers(tmp_path, capsys):
         assert entry["available"] == (entry["reason"] is None)
     assert set(content["optimizers"]) == set(fusedopt.optimizers.__all__)
     assert all("eager" in names for names in content["optimizers"].values())
-    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    last = " ".join(printed[printed.rindex("Built: cpu for ") :].split())
+    assert content["build"]["cpu"]["compiler"] in last and " s; cuda " in last
 
 
 def test_info_tells_the_real_reason(tmp_path, monkeypatch, capsys):
@@ -79,7 +83,7 @@ def test_demo_compares_and_plots(tmp_path, capsys):
 
 
 def test_demo_takes_every_shared_optimizer(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt, "Shape", lambda: SMALL)
+    monkeypatch.setattr(gpt, "Shape", lambda **_: SMALL)
     monkeypatch.setattr(plot, "draw", lambda *arguments: None)
     monkeypatch.setattr(demo, "SAMPLE_LENGTH", 1)
     shared = [name for name in fusedopt.optimizers.__all__ if hasattr(torch.optim, name)]
@@ -89,12 +93,50 @@ def test_demo_takes_every_shared_optimizer(tmp_path, monkeypatch):
         assert written(tmp_path / "demo.json")["max_loss_difference"] < 1e-4
 
 
+def test_demo_races_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "Shape", lambda **_: SMALL)
+    png, output = tmp_path / "race.png", tmp_path / "race.json"
+    assert main(["demo", "--optimizer", "all", "--steps", "3", "--output", str(png), "--json", str(output)]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    content = written(output)
+    assert content["steps"] == 3 and {*content["runs"]} == {*race.ARGUMENTS} == {*fusedopt.optimizers.__all__}
+    held_out = [run["held_out_loss"] for run in content["runs"].values()]
+    assert held_out == sorted(held_out) and all(0 < loss < 6 for loss in held_out)
+    assert all(len(run["losses"]) == 3 and run["engine"] for run in content["runs"].values())
+    assert len({run["losses"][0] for run in content["runs"].values()}) == 1
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in fusedopt.optimizers.__all__)
+
+
+def test_demo_says_what_steps(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpt, "Shape", lambda **_: SMALL)
+    monkeypatch.setattr(plot, "draw", lambda *arguments: None)
+    assert main(["demo", "--steps", "2", "--json", str(tmp_path / "demo.json")]) == 0
+    (engine,) = {name for name, module in engines.ENGINES.items() if module.available() is None and name == "cpu"}
+    assert written(tmp_path / "demo.json")["engine"].startswith(f"{engine} (")
+    assert f"stepped by engine {engine} (" in capsys.readouterr().out
+
+
 def test_demo_asks_for_matplotlib_before_training(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(demo, "find_spec", lambda name: None if name == "matplotlib" else find(name))
     assert main(["demo"]) == 2
     captured = capsys.readouterr()
     assert "pip install 'fusedopt[demo]'" in captured.err and not captured.out
+
+
+def test_demo_says_something_before_it_reads_the_text(monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def text():
+        assert fusedopt.__version__ in capsys.readouterr().out
+        raise Stop
+
+    monkeypatch.setattr(gpt, "Text", text)
+    for name in ("AdamW", "all"):
+        with pytest.raises(Stop):
+            main(["demo", "--optimizer", name])
 
 
 @pytest.mark.parametrize("passed", [True, False])

@@ -2,13 +2,14 @@
 
 JSON::
 
-    {"optimizer": name, "steps": int, "parameters": int,
+    {"optimizer": name, "steps": int, "parameters": int, "engine": what ran our step,
      "runs": {"torch" and "fusedopt": {"train_loss", "held_out_loss", "optimizer_ms", "seconds", "losses"}},
      "optimizer_speedup": torch's optimizer_ms over ours,
      "max_loss_difference": float, "sample": text written by our model,
      "versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed}}
 
-Losses are in nats per character, ``optimizer_ms`` is the median over the steps, clipping included.
+Losses are in nats per character, ``optimizer_ms`` is the median over the steps, clipping included. With ``--optimizer
+all`` the JSON is that of ``fusedopt.cli.race``.
 """
 
 from __future__ import annotations
@@ -21,25 +22,30 @@ from typing import Any
 import torch
 from rich.markup import escape
 
-from fusedopt.cli import machine, report
+import fusedopt
+from fusedopt.cli import machine, race, report
 from fusedopt.optimizers import OPTIMIZERS
 
 HELP = "train a small GPT with torch's optimizer and with ours: the same losses, and the time of each"
 
 STEPS = 1500
+ALL = "all"
 SAMPLE_LENGTH = 240
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
     shared = [name for name in sorted(OPTIMIZERS) if hasattr(torch.optim, name)]
-    parser.add_argument("--steps", type=_positive, default=STEPS, help="of training (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=_positive, help=f"of training (default: {STEPS}; {race.STEPS} of all optimizers)"
+    )
     parser.add_argument(
         "--optimizer",
         default="AdamW",
-        choices=shared,
+        choices=[*shared, ALL],
         metavar="NAME",
-        help=f"one that torch has too: {', '.join(shared)} (default: %(default)s)",
+        help=f"one that torch has too: {', '.join(shared)} (default: %(default)s); "
+        f"or {ALL!r}: every one of ours, raced against one another",
     )
     parser.add_argument(
         "--output", type=Path, default="fusedopt-demo.png", metavar="FILE", help="the plot (default: %(default)s)"
@@ -51,17 +57,21 @@ def run(args: argparse.Namespace) -> int:
     if find_spec("matplotlib") is None:
         raise report.CommandError("the plot needs matplotlib: pip install 'fusedopt[demo]'")
     report.check_writable(args.output)
+    report.console.print(f"fusedopt {fusedopt.__version__}, torch {torch.__version__}. Reading the text ...")
+    if args.optimizer == ALL:
+        return race.run(args)
     from fusedopt.cli import gpt, plot, training
 
+    steps = args.steps or STEPS
     text, shape = gpt.Text(), gpt.Shape()
-    runs = training.new_runs(args.optimizer, args.steps, len(text.characters), shape)
+    runs = training.new_runs(args.optimizer, steps, len(text.characters), shape)
     ours = runs["fusedopt"]
     parameters = sum(p.numel() for p in ours.model.parameters())
     report.console.print(
         f"A GPT of {parameters:,} parameters learns {len(text.train):,} characters of Python's documentation,\n"
         f"twice at once: same start, same batches; threads: {torch.get_num_threads()}.\n"
     )
-    _train(runs, text, args.steps)
+    training.show(runs, text, steps)
 
     results = {
         key: {
@@ -77,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     sample = text.decode(ours.model.continue_text(text.encode("The "), SAMPLE_LENGTH, generator))
     content = {
         "optimizer": args.optimizer,
-        "steps": args.steps,
+        "steps": steps,
         "parameters": parameters,
+        "engine": training.engine(ours.optimizer),
         "runs": results,
         "optimizer_speedup": runs["torch"].median_ms() / ours.median_ms(),
         "max_loss_difference": max(abs(a - b) for a, b in zip(runs["torch"].losses, ours.losses, strict=True)),
@@ -99,16 +110,6 @@ def _positive(value: str) -> int:
     return number
 
 
-def _train(runs: dict[str, Any], text: Any, steps: int) -> None:
-    from fusedopt.cli import training
-
-    with report.progress_bar() as bar:
-        task = bar.add_task("", total=steps)
-        for _ in training.train(runs, text, steps):
-            losses = ", ".join(f"{key} {run.losses[-1]:.3f}" for key, run in runs.items())
-            bar.update(task, advance=1, description=f"loss {losses}")
-
-
 def _print(content: dict[str, Any], labels: dict[str, str]) -> None:
     rows = {
         "final training loss": ("train_loss", ".4f"),
@@ -122,5 +123,6 @@ def _print(content: dict[str, Any], labels: dict[str, str]) -> None:
         values = [content["runs"][name][key] for name in labels]
         table.add_row(row, *(format(value, form) for value in values), f"{values[0] / values[1]:.2f}")
     report.console.print(table)
-    report.console.print(f"\nLargest difference between the loss curves: {content['max_loss_difference']:.1e}")
+    report.console.print(f"\nOurs was stepped by engine {content['engine']}: one launch for all tensors.")
+    report.console.print(f"Largest difference between the loss curves: {content['max_loss_difference']:.1e}")
     report.console.print(f"\n[bold]Our model writes:[/]\n{escape(content['sample'])}\n")

@@ -7,7 +7,8 @@ JSON::
      "reading": how tensors are read before a step: "torch's C ABI", "DLPack" or "Python",
      "engines": {name: {"available": bool, "reason": str or null}},
      "optimizers": {name: [names of the engines that step it in every storage]},
-     "bytes": [{"dtype", "state_dtype", "master", "adamw", "lion"}, ...]}, what is held for each parameter
+     "bytes": [{"dtype", "state_dtype", "master", "adamw", "lion"}, ...], what is held for each parameter
+     "build": {engine: {"failure": str or null, "compiler", "targets", "seconds"}}}, of the installation
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
             for name, row in stepped.items()
         },
         "bytes": _bytes(),
+        "build": host.build_report(),
     }
     _print(content, stepped)
     report.write_json(args.json, content)
@@ -135,3 +137,15 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
         "\nBy default states of bf16 and fp16 parameters are fp32, for small changes are lost in less; torch's are as "
         "narrow as the parameter, which is state_dtype=torch.bfloat16."
     )
+    report.console.print(f"\n{_built(content['build'])}")
+
+
+def _built(build: dict[str, dict[str, Any]]) -> str:
+    """What was compiled, by what and for what, in a line."""
+    parts = [
+        f"{engine} for {', '.join(made['targets'])} by {made['compiler']} in {made['seconds']:.0f} s"
+        if made["failure"] is None
+        else f"{engine} was not"
+        for engine, made in build.items()
+    ]
+    return f"Built: {'; '.join(parts) or 'nothing'}."

@@ -1,4 +1,4 @@
-"""Training one model with torch's optimizer and one with ours, step by step in turn."""
+"""Training copies of one model, each with an optimizer of its own, step by step in turn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import fusedopt
+from fusedopt.cli import report
 from fusedopt.cli.gpt import GPT, Shape, Text, batch
+from fusedopt.engines import cpu
 
 SEED = 0
 BATCH = 16
@@ -40,20 +42,25 @@ class Run:
     optimizer: torch.optim.Optimizer
     schedule: LambdaLR
     clips_itself: bool
+    measures: bool = False  # its steps are told the loss
     losses: list[float] = field(default_factory=list)  # nats per character
     step_ms: list[float] = field(default_factory=list)  # clipping and the optimizer's step
     seconds: float = 0.0
 
     def train(self, x: Tensor, y: Tensor) -> None:
         """One step of training."""
+        step: Any = self.optimizer.step
+        predict = getattr(self.optimizer, "predict", None)
         start = time.perf_counter()
+        if predict:
+            predict()
         self.optimizer.zero_grad()
         loss = self.model.loss(x, y)
         loss.backward()
         before = time.perf_counter()
         if not self.clips_itself:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
-        self.optimizer.step()
+        step(**({"loss": loss.detach()} if self.measures else {}))
         end = time.perf_counter()
         self.schedule.step()
         self.losses.append(loss.item())
@@ -76,6 +83,27 @@ class Run:
         return statistics.fmean(self.model.loss(x, y).item() for x, y in pairs)
 
 
+def new_run(kind: Any, label: str, arguments: dict[str, Any], steps: int, characters: int, shape: Shape) -> Run:
+    """A run of an optimizer; all have the same start, gradients clipped to the same norm, and the same schedule.
+
+    Args:
+        kind: The optimizer's class.
+        label: What the run is called.
+        arguments: The optimizer's.
+        steps: How many steps the learning rate's schedule has.
+        characters: How many characters the text has.
+        shape: Sizes of the model.
+    """
+    torch.manual_seed(SEED)
+    model = GPT(characters, shape)
+    is_ours = issubclass(kind, fusedopt.FusedOptimizer)
+    clips = {"max_grad_norm": MAX_GRAD_NORM} if is_ours else {}
+    optimizer = kind(model if kind is fusedopt.NSGD else model.parameters(), **clips, **arguments)
+    schedule = LambdaLR(optimizer, lambda step: _warmup_cosine(step / steps))
+    measures = "loss" in inspect.signature(optimizer.step).parameters
+    return Run(label, model, optimizer, schedule, is_ours, measures)
+
+
 def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[str, Run]:
     """Two runs that differ in the optimizer's implementation only.
 
@@ -88,19 +116,31 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
     Returns:
         The runs "torch" and "fusedopt".
     """
-    options: dict[str, Any] = OPTIONS.get(optimizer, {"lr": LEARNING_RATE})
-    reference, ours = getattr(torch.optim, optimizer), getattr(fusedopt, optimizer)
+    arguments: dict[str, Any] = OPTIONS.get(optimizer, {"lr": LEARNING_RATE})
+    theirs, ours = getattr(torch.optim, optimizer), getattr(fusedopt, optimizer)
     # torch's fastest; where it has no fused implementation, what it chooses by itself.
-    fused = {"fused": True} if "fused" in inspect.signature(reference).parameters else {}
-    runs = {}
-    for key, kind, extra in (("torch", reference, fused), ("fusedopt", ours, {"max_grad_norm": MAX_GRAD_NORM})):
-        torch.manual_seed(SEED)
-        model = GPT(characters, shape)
-        instance = kind(model.parameters(), **options, **extra)
-        label = f"{'torch.optim' if key == 'torch' else 'fusedopt'}.{optimizer}"
-        schedule = LambdaLR(instance, lambda step: _warmup_cosine(step / steps))
-        runs[key] = Run(label, model, instance, schedule, key == "fusedopt")
-    return runs
+    fused = {"fused": True} if "fused" in inspect.signature(theirs).parameters else {}
+    rest = steps, characters, shape
+    return {
+        "torch": new_run(theirs, f"torch.optim.{optimizer}", arguments | fused, *rest),
+        "fusedopt": new_run(ours, f"fusedopt.{optimizer}", arguments, *rest),
+    }
+
+
+def engine(optimizer: Any) -> str:
+    """What runs the step of one of our optimizers that has done one: ``cpu (v4)``."""
+    names = [type(plan).__module__.rpartition(".")[2] for plan in optimizer._plans or ()]
+    return ", ".join(f"cpu ({cpu.load()[2]})" if name == "cpu" else name for name in names)
+
+
+def show(runs: dict[str, Run], text: Text, steps: int) -> None:
+    """Train all runs, with a progress bar and the least and the largest of their losses."""
+    with report.progress_bar() as bar:
+        task = bar.add_task("", total=steps)
+        for _ in train(runs, text, steps):
+            losses = sorted((one.losses[-1], key) for key, one in runs.items())
+            ends = losses if len(losses) == 2 else (losses[0], losses[-1])
+            bar.update(task, advance=1, description="loss " + ", ".join(f"{key} {loss:.3f}" for loss, key in ends))
 
 
 def train(runs: dict[str, Run], text: Text, steps: int) -> Iterator[None]:

@@ -1,0 +1,98 @@
+"""``fusedopt demo --optimizer all``: every optimizer trains the same small GPT from the same start.
+
+JSON::
+
+    {"steps": int, "parameters": int,
+     "runs": {optimizer: {"arguments", "engine", "train_loss", "held_out_loss", "optimizer_ms", "losses"}},
+     "versions": as everywhere}
+
+Losses are in nats per character, ``optimizer_ms`` is the median over the steps, clipping included.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from fusedopt.cli import machine, report
+from fusedopt.optimizers import OPTIMIZERS
+
+STEPS = 300
+# What each is given: of rates that are 1, 2 or 5 times a power of ten, the one with the least held-out loss after as
+# many steps.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "AMAdamW": {"lr": 5e-3},
+    "AMSGD": {"lr": 2.0},
+    "ASGD": {"lr": 0.5},
+    "AdaBound": {"lr": 2e-3},
+    "Adadelta": {"lr": 5.0},
+    "Adagrad": {"lr": 2e-2},
+    "Adam": {"lr": 5e-3},
+    "AdamP": {"lr": 5e-3},
+    "AdamW": {"lr": 5e-3},
+    "Adamax": {"lr": 1e-2},
+    "KoalaM": {"lr": 0.1},
+    "KoalaV": {"lr": 0.1},
+    "LAMB": {"lr": 2e-2},
+    "LARS": {"lr": 0.1, "momentum": 0.9},
+    "Lion": {"lr": 2e-3},
+    "NAdam": {"lr": 5e-3},
+    "NAdamW": {"lr": 5e-3},
+    "NSGD": {"lr": 1.0, "momentum": 0.9},
+    "RAdam": {"lr": 2e-2},
+    "RMSprop": {"lr": 2e-3},
+    "Rprop": {"lr": 2e-2},
+    "SGD": {"lr": 0.1, "momentum": 0.9},
+    "SGDP": {"lr": 0.1, "momentum": 0.9},
+    "SWATS": {"lr": 5e-3},
+}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train all, print their table, draw the plot, and write the JSON file if one was asked for."""
+    from fusedopt.cli import gpt, plot, training
+
+    steps = args.steps or STEPS
+    text, shape = gpt.Text(), gpt.Shape(layers=2, width=64)
+    runs = {
+        name: training.new_run(kind, f"fusedopt.{name}", ARGUMENTS[name], steps, len(text.characters), shape)
+        for name, kind in OPTIMIZERS.items()
+    }
+    parameters = sum(p.numel() for p in next(iter(runs.values())).model.parameters())
+    report.console.print(
+        f"{len(runs)} optimizers teach {len(text.train):,} characters of Python's documentation to a GPT of "
+        f"{parameters:,} parameters each:\nsame start, same batches, {steps} steps; "
+        f"threads: {torch.get_num_threads()}.\n"
+    )
+    training.show(runs, text, steps)
+    results = {
+        name: {
+            "arguments": ARGUMENTS[name],
+            "engine": training.engine(one.optimizer),
+            "train_loss": one.train_loss(),
+            "held_out_loss": one.held_out_loss(text.held_out),
+            "optimizer_ms": one.median_ms(),
+            "losses": one.losses,
+        }
+        for name, one in runs.items()
+    }
+    results = dict(sorted(results.items(), key=lambda item: item[1]["held_out_loss"]))
+    content = {"steps": steps, "parameters": parameters, "runs": results, "versions": machine.versions()}
+    _print(content)
+    held_out = {name: row["held_out_loss"] for name, row in results.items()}
+    plot.draw_race(args.output, {name: runs[name] for name in results}, held_out)
+    report.console.print(f"\nWrote {args.output}")
+    report.write_json(args.json, content)
+    return 0
+
+
+def _print(content: dict[str, Any]) -> None:
+    columns = ("optimizer", "arguments", "engine", "held-out loss", "training loss", "ms per step")
+    table = report.table(f"{content['steps']} steps; losses in nats per character", *columns, numeric=columns[3:])
+    for name, row in content["runs"].items():
+        arguments = ", ".join(f"{key}={value!r}" for key, value in row["arguments"].items())
+        numbers = f"{row['held_out_loss']:.3f}", f"{row['train_loss']:.3f}", f"{row['optimizer_ms']:.2f}"
+        table.add_row(name, arguments, row["engine"], *numbers)
+    report.console.print(table)
