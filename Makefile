@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := $(BIN)/python -m pip install --no-compile --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test sanitize fuzz torch-versions nightly bench lint docs check gpu clean
+.PHONY: demo test sanitize fuzz torch-versions nightly bench lint docs support dist check gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
@@ -20,13 +20,13 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "$(SELECT)" -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 # One wheel beside several versions of torch, which are downloaded: make torch-versions ARGS='--keep folder'
-torch-versions: $(VENV)/.installed
+torch-versions: $(VENV)/.dist
 	$(BIN)/python tests/torch_versions.py $(ARGS)
 
 # What takes too long for every change. With -k the rest is done where something fails: make -k nightly MINUTES=60
 nightly: WORKERS = 4
 nightly: SELECT =
-nightly: sanitize fuzz torch-versions test
+nightly: sanitize fuzz dist torch-versions test
 
 # The host and the CPU engine under AddressSanitizer and UBSan.
 sanitize: TESTS ?= $(patsubst %,tests/test_%.py,host moved layouts step errors)
@@ -59,6 +59,15 @@ docs: $(VENV)/.docs
 	$(BIN)/python docs/generate.py build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# What the support page shows, in docs/support.json: of the tests that tell it, by night and day. Half an hour.
+support: $(VENV)/.bench
+	FUSEDOPT_SUPPORT=docs/support.json $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 8 --dist loadgroup
+
+# The source distribution and wheels, in dist/, each tried in a new environment without a compiler. Where nvcc is, one
+# wheel has code for all GPUs, or those of FUSEDOPT_CUDA_ARCHS; make dist ARGS=--no-cuda leaves it out.
+dist: $(VENV)/.dist
+	$(BIN)/python tests/packages.py $(ARGS)
+
 check: lint docs test
 
 # On a machine with a GPU: builds in place with that machine's own Python and torch, without network, in nine minutes
@@ -75,7 +84,7 @@ $(VENV)/pyvenv.cfg:
 
 # Built without isolation, so that the build's own requirements are the pinned ones too.
 # timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants. Where nvcc is, the CUDA engine gets code for the GPUs
-# that the tests look at, in two minutes instead of four; `pip install .` builds for all.
+# that the tests look at, in two minutes; `pip install .` compiles for the GPUs that are there.
 $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
 	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test,clients]"
@@ -85,6 +94,10 @@ $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $
 # Others' optimizers, beside the torch that is there.
 $(VENV)/.bench: $(VENV)/.installed
 	$(PIP) "fusedopt[bench]"
+	touch $@
+
+$(VENV)/.dist: $(VENV)/.installed
+	$(PIP) "fusedopt[dist]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.installed
@@ -97,5 +110,5 @@ $(VENV)/.lint: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site *.egg-info .pytest_cache .hypothesis .ruff_cache fusedopt/*.so fusedopt/_build_report.json
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .hypothesis .ruff_cache fusedopt/*.so fusedopt/_build_report.json
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

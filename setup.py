@@ -10,23 +10,27 @@ import importlib.util
 import json
 import os
 import platform
-import shutil
-import subprocess
 import sys
 import sysconfig
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+sys.path.insert(0, str(CSRC))  # builds that are isolated do not have this folder
+from toolchain import Ninja, compiler, cuda_archs, find_nvcc, host_compiler, jobs, say, version_of  # noqa: E402
+
 REPORT = "_build_report.json"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 LEVELS = ("v2", "v3", "v4") if X86 else ("base",)
-CSRC = ROOT / "csrc"
 RULES = sorted((CSRC / "rules").glob("*.h"))
-# Compute capabilities with code of their own; the last one's PTX serves later ones.
-CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
+# Seconds of one core that a file of the CPU engine takes, and one of the CUDA engine for each GPU.
+CPU_SECONDS, CUDA_SECONDS = 1.5, 6.0
 
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
 # Of the engine, besides rules and the module.
@@ -61,67 +65,6 @@ def dlpack_header() -> tuple[str, str]:
     raise RuntimeError("no dlpack.h with DLPackExchangeAPI: install apache-tvm-ffi, or torch >= 2.10")
 
 
-class Ninja:
-    """A build.ninja in the making."""
-
-    def __init__(self, compiler: str, folder: Path, link_flags: str) -> None:
-        self.folder = folder
-        self.lines = [
-            "rule compile",
-            f"  command = {compiler} -MMD -MF $out.d $flags -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {compiler} {link_flags} $in -o $out",
-        ]
-
-    def compile(self, source: Path, name: str, flags: str) -> str:
-        out = f"{name}.o"
-        build = f"build {out}: compile {self.escape(source)}"
-        if build not in self.lines:  # several targets may have it
-            self.lines += [build, f"  flags = {flags}"]
-        return out
-
-    def compile_together(self, sources: list[Path], name: str, flags: str) -> str:
-        """As one unit: where the headers that all include take longer than the sources."""
-        unit = self.folder / f"{name}.cpp"
-        text = "".join(f'#include "{source}"\n' for source in sources)
-        if not unit.exists() or unit.read_text() != text:  # or it would be compiled again
-            self.folder.mkdir(parents=True, exist_ok=True)
-            unit.write_text(text)
-        return self.compile(unit, name, flags)
-
-    def link(self, objects: list[str], out: Path) -> None:
-        self.lines.append(f"build {self.escape(out)}: link {' '.join(objects)}")
-
-    @staticmethod
-    def escape(path: Path) -> str:
-        return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
-
-    def run(self, keep_going: bool = False) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "build.ninja").write_text("\n".join(self.lines) + "\n")
-        ninja = shutil.which("ninja")
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
-        jobs = os.environ.get("MAX_JOBS")
-        options = [*(["-j", jobs] if jobs else []), *(["-k", "0"] if keep_going else [])]
-        result = subprocess.run([*command, "-C", str(self.folder), *options], capture_output=True, text=True)
-        if result.returncode:
-            raise RuntimeError((result.stdout + result.stderr).strip()[-2000:])
-
-
-def compiler() -> str:
-    """The C++ compiler.
-
-    Raises:
-        RuntimeError: If there is none.
-    """
-    found = os.environ.get("CXX") or next(filter(shutil.which, ("g++", "c++", "clang++")), None)
-    if not found or not shutil.which(found.split()[0]):
-        raise RuntimeError(f"no C++ compiler: {found or 'g++, c++ and clang++'} not found")
-    return found
-
-
 def cpu_levels() -> list[str]:
     """The builds of the CPU engine: those of LEVELS that FUSEDOPT_CPU_LEVELS lists, or all."""
     asked = os.environ.get("FUSEDOPT_CPU_LEVELS", "").replace(",", " ").split()
@@ -130,35 +73,14 @@ def cpu_levels() -> list[str]:
     return asked or list(LEVELS)
 
 
-def find_nvcc() -> str:
-    """CUDA's compiler.
-
-    Raises:
-        RuntimeError: If there is none.
-    """
-    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
-    places = [*(Path(home) / "bin" / "nvcc" for home in homes), Path("/usr/local/cuda/bin/nvcc")]
-    found = os.environ.get("NVCC") or shutil.which("nvcc") or next((str(p) for p in places if p.exists()), None)
-    if not found or not shutil.which(found):
-        raise RuntimeError(f"no CUDA compiler: {found or 'nvcc'} not found in PATH, CUDA_HOME or /usr/local/cuda")
-    return found
-
-
-def asked_archs() -> list[str]:
-    """What FUSEDOPT_CUDA_ARCHS lists."""
-    return os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").split()
-
-
-def asked_rules() -> list[Path]:
-    """Those that FUSEDOPT_CUDA_RULES lists, for builds that are only looked at; all without it."""
-    asked = os.environ.get("FUSEDOPT_CUDA_RULES", "").replace(",", " ").split()
+def asked_rules(variable: str = "FUSEDOPT_CUDA_RULES") -> list[Path]:
+    """Those that a variable lists, for builds that are only tested; all without it."""
+    asked = os.environ.get(variable, "").replace(",", " ").split()
     return [rule for rule in RULES if rule.stem in asked] or RULES
 
 
-def gencode(nvcc: str, asked: list[str]) -> str:
-    """What to compile for: what was asked for, or those of CUDA_ARCHS that this nvcc knows."""
-    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
-    archs = sorted(asked, key=int) or [str(a) for a in CUDA_ARCHS if f"compute_{a}" in known]
+def gencode(archs: list[int]) -> str:
+    """Code for each of these, and PTX of the last."""
     code = " ".join(f"-gencode arch=compute_{a},code=sm_{a}" for a in archs)
     return f"{code} -gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
 
@@ -173,7 +95,7 @@ class BuildExtensions(build_ext):
     """Compiles csrc/ with ninja; a failure costs the engine, not the installation."""
 
     def run(self) -> None:
-        self.report = {}
+        self.report: dict[str, dict[str, Any]] = {}
         super().run()
         folders = {Path(self.build_lib) / "fusedopt"}
         if self.inplace or self.editable_mode:
@@ -183,16 +105,34 @@ class BuildExtensions(build_ext):
             (folder / REPORT).write_text(json.dumps(self.report, indent=1) + "\n")
 
     def build_extensions(self) -> None:
-        for part, build in (("cpu", self.build_cpu), ("cuda", self.build_cuda)):
-            try:
-                build()
-                self.report[part] = None
-            except Exception as failure:
-                known = isinstance(failure, RuntimeError)
-                self.report[part] = str(failure) if known else f"{type(failure).__name__}: {failure}"
-                print(f"fusedopt: the {part} engine was not built: {self.report[part]}", file=sys.stderr)
+        self.make("cpu", self.plan_cpu)
+        self.make("cuda", self.plan_cuda)
 
-    def build_cpu(self) -> None:
+    def make(self, engine: str, plan: Callable[[], tuple[Ninja, str, list[str], float]]) -> None:
+        """Compile an engine, and keep what was made of it, or why it was not.
+
+        Args:
+            engine: Its name.
+            plan: Gives what to make, the compiler, what it compiles for, and how many seconds of one core it may take.
+        """
+        start = time.perf_counter()
+        try:
+            ninja, command, targets, seconds = plan()
+            minutes = max(1, round(seconds / jobs() / 60))
+            say(
+                f"the {engine} engine: {version_of(command)} compiles every optimizer for {', '.join(targets)}: "
+                f"{ninja.steps} files, {jobs()} at once, about {minutes} min"
+            )
+            ninja.run(aloud=True)
+            found = {"failure": None, "compiler": version_of(command), "targets": targets}
+        except Exception as failure:
+            known = isinstance(failure, RuntimeError)
+            reason = str(failure) if known else f"{type(failure).__name__}: {failure}"
+            say(f"the {engine} engine was not built: {reason}")
+            found = {"failure": reason}
+        self.report[engine] = found | {"seconds": round(time.perf_counter() - start, 1)}
+
+    def plan_cpu(self) -> tuple[Ninja, str, list[str], float]:
         folder, header = dlpack_header()
         flags = f"{COMMON_FLAGS} -fopenmp -I{CSRC}"
         python = f"{python_includes()} -isystem {folder}"
@@ -208,7 +148,7 @@ class BuildExtensions(build_ext):
             engine = f"{plain} {checks}"
             objects = [
                 ninja.compile(CSRC / "cpu" / "rule_unit.cpp", f"{level}_{rule.stem}", f"{engine} {define(rule)}")
-                for rule in RULES
+                for rule in asked_rules("FUSEDOPT_CPU_RULES")
             ]
             for source in CPU_SOURCES:
                 objects.append(ninja.compile(CSRC / "cpu" / f"{source}.cpp", f"{level}_{source}_", engine))
@@ -216,14 +156,19 @@ class BuildExtensions(build_ext):
             module = f"{plain} {python} -DFUSEDOPT_MODULE=_cpu_{level}"
             objects.append(ninja.compile(CSRC / "cpu" / "module.cpp", f"{level}_module_", module))
             ninja.link(objects, self.target(f"fusedopt._cpu_{level}"))
-        ninja.run()
+        levels = [level if level == "base" else f"x86-64-{level}" for level in cpu_levels()]
+        return ninja, compiler(), levels, CPU_SECONDS * ninja.steps
 
-    def build_cuda(self) -> None:
+    def plan_cuda(self) -> tuple[Ninja, str, list[str], float]:
+        if os.environ.get("FUSEDOPT_CUDA", "1") == "0":
+            raise RuntimeError("FUSEDOPT_CUDA=0 was set")
         if sanitizers():
             raise RuntimeError("FUSEDOPT_SANITIZE is set, which is for the host and the CPU engine")
+        nvcc = find_nvcc()
+        archs = cuda_archs(nvcc)
         ninja = cuda_ninja(Path(self.build_temp).resolve() / "cuda")
-        add_cuda_engine(ninja, self.target("fusedopt._cuda"), asked_rules(), asked_archs())
-        ninja.run()
+        add_cuda_engine(ninja, self.target("fusedopt._cuda"), asked_rules(), archs)
+        return ninja, nvcc, [f"sm_{arch}" for arch in archs], CUDA_SECONDS * ninja.steps * len(archs)
 
     def target(self, name: str) -> Path:
         path = Path(self.get_ext_fullpath(name)).resolve()
@@ -233,11 +178,11 @@ class BuildExtensions(build_ext):
 
 def cuda_ninja(folder: Path) -> Ninja:
     """For builds of the CUDA engine."""
-    return Ninja(find_nvcc(), folder, "-shared -cudart static")
+    return Ninja(f"{find_nvcc()} {host_compiler()}".rstrip(), folder, "-shared -cudart static")
 
 
 def add_cuda_engine(
-    ninja: Ninja, target: Path, rules: list[Path], archs: list[str], prefix: str = "", options: str = ""
+    ninja: Ninja, target: Path, rules: list[Path], archs: list[int], prefix: str = "", options: str = ""
 ) -> None:
     """Adds a build of the CUDA engine with kernels of some rules.
 
@@ -245,12 +190,12 @@ def add_cuda_engine(
         ninja: Of ``cuda_ninja``; several builds may be in one.
         target: The extension; its name is ``_cuda``.
         rules: Headers.
-        archs: Compute capabilities; empty for all.
+        archs: Compute capabilities.
         prefix: Tells its objects from those of other builds.
         options: What sets other choices than csrc/cuda/policy.h does.
     """
-    common = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -Xcompiler -fPIC,-fvisibility=hidden"
-    common = f"{common} {gencode(find_nvcc(), archs)}"
+    common = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -diag-suppress 128 -Xcompiler -fPIC,-fvisibility=hidden"
+    common = f"{common} {gencode(archs)}"
     flags = f"{common} {options}".rstrip()
     objects = [
         ninja.compile(CSRC / "cuda" / "rule_unit.cu", f"{prefix}{rule.stem}", f"{flags} {define(rule)}")

@@ -141,7 +141,8 @@ def last_line(log: Path, build_report: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     if log.name.startswith("build"):
         with suppress(OSError, ValueError):
-            reasons = {name: why for name, why in json.loads(build_report.read_text()).items() if isinstance(why, str)}
+            made = json.loads(build_report.read_text())
+            reasons = {name: engine["failure"] for name, engine in made.items() if engine["failure"]}
             if log.stem == "build":  # the next command builds the rest
                 reasons.pop("cuda", None)
                 lines = [line for line in lines if "the cuda engine was not built" not in line]

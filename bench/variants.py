@@ -145,7 +145,7 @@ def build(chosen: list[Variant], arch: str) -> dict[str, str | None]:
             defines = {"FIRST_VARIANT": 1} | variant.defines
             options = " ".join(f"-DFUSEDOPT_{name}={value}" for name, value in defines.items())
             rules = [setup.CSRC / "rules" / "adam.h"]
-            setup.add_cuda_engine(ninja, folder / EXTENSION, rules, [arch], f"{folder.name}_", options)
+            setup.add_cuda_engine(ninja, folder / EXTENSION, rules, [int(arch)], f"{folder.name}_", options)
         ninja.run(keep_going=True)
         reason = "it does not compile"
     except (OSError, RuntimeError) as error:

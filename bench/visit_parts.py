@@ -61,11 +61,12 @@ import json, pathlib, runpy, sys
 setup, package = runpy.run_path("setup.py"), pathlib.Path(sys.argv[1])
 ninja = setup["cuda_ninja"](pathlib.Path("build", "tune").resolve())
 rules, choices = [rule for rule in setup["RULES"] if rule.stem == "adam"], ("default_", "-DFUSEDOPT_FIRST_VARIANT=1")
-setup["add_cuda_engine"](ninja, package / "_cuda.so", rules, setup["asked_archs"](), *choices)
+archs = setup["cuda_archs"](setup["find_nvcc"]())
+setup["add_cuda_engine"](ninja, package / "_cuda.so", rules, archs, *choices)
 ninja.run()
 report = package / setup["REPORT"]
-report.write_text(json.dumps(json.loads(report.read_text()) | {"cuda": None}))
-print(f"_cuda.so for {', '.join(setup['asked_archs']())}: {', '.join(rule.stem for rule in rules)}")
+report.write_text(json.dumps(json.loads(report.read_text()) | {"cuda": {"failure": None}}))
+print(f"_cuda.so for {', '.join(map(str, archs))}: {', '.join(rule.stem for rule in rules)}")
 """
 STEPS = """
 import sys, torch, fusedopt
@@ -169,7 +170,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
 
 def builds(gpu: bool) -> list[Command]:
     """What builds the engines; of all rules in the checkout where they are to be run, else less in a folder."""
-    build, no_cuda = [sys.executable, "setup.py", "build_ext"], {"NVCC": "none"}
+    build, no_cuda = [sys.executable, "setup.py", "build_ext"], {"FUSEDOPT_CUDA": "0"}
     if gpu:
         build.append("--inplace")
         return [Command("build", build, 110, environment=no_cuda), Command("build-cuda", build, 150)]

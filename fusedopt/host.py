@@ -90,11 +90,16 @@ def extension(name: str, part: str) -> Any:
 
 
 @cache
+def build_report() -> dict[str, dict[str, Any]]:
+    """What the installation made of each engine: its failure or None, compiler, targets and seconds."""
+    return json.loads(REPORT.read_text()) if REPORT.exists() else {}
+
+
 def build_failure(part: str) -> str | None:
     """Why the installation left an extension out."""
-    if not REPORT.exists():
+    if not build_report():
         return "the extension was not built"
-    reason = json.loads(REPORT.read_text()).get(part)
+    reason = build_report()[part]["failure"]
     return f"it was not built: {reason}" if reason else None
 
 

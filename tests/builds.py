@@ -10,6 +10,7 @@ try:
     import setup  # noqa: F401
 finally:
     sys.path.remove(str(ROOT))
+toolchain = sys.modules["toolchain"]  # of csrc/, which setup.py has imported
 
 
 def run(ninja):

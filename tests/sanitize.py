@@ -41,8 +41,8 @@ def build():
     if run.returncode:
         sys.exit(f"the sanitized build failed: {run.stderr}")
     report = json.loads((LIBRARY / "fusedopt" / "_build_report.json").read_text())
-    if report["cpu"]:
-        sys.exit(f"the sanitized build failed: {report['cpu']}")
+    if report["cpu"]["failure"]:
+        sys.exit(f"the sanitized build failed: {report['cpu']['failure']}")
 
 
 def warm_up():

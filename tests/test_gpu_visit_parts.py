@@ -37,8 +37,10 @@ def test_without_a_gpu_one_rule_is_compiled_as_the_default_variant(visit, monkey
     fake = """
 from pathlib import Path
 REPORT, RULES = "report.json", [Path("adam.h"), Path("lion.h")]
-def asked_archs():
-    return ["90"]
+def find_nvcc():
+    return "nvcc"
+def cuda_archs(nvcc):
+    return [90] if nvcc == "nvcc" else []
 class Ninja:
     def run(self):
         print("ran")
@@ -49,10 +51,10 @@ def add_cuda_engine(ninja, target, rules, archs, *choices):
     print(target.name, [str(rule) for rule in rules], archs, *choices)
 """
     (tmp_path / "setup.py").write_text(fake)
-    (tmp_path / "report.json").write_text('{"cpu": null, "cuda": "no CUDA compiler"}')
+    (tmp_path / "report.json").write_text('{"cpu": {"failure": null}, "cuda": {"failure": "no GPU"}}')
     command = [sys.executable, "-c", visit.lists.ONE_RULE, str(tmp_path)]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    what = "build/tune\n_cuda.so ['adam.h'] ['90'] default_ -DFUSEDOPT_FIRST_VARIANT=1\nran\n"
+    what = "build/tune\n_cuda.so ['adam.h'] [90] default_ -DFUSEDOPT_FIRST_VARIANT=1\nran\n"
     assert ran.stdout == f"{what}_cuda.so for 90: adam\n", ran.stderr
     assert variants.FOLDER == variants.ROOT / "build" / "tune"
     setup, added = variants._setup(), []
@@ -62,8 +64,8 @@ def add_cuda_engine(ninja, target, rules, archs, *choices):
     monkeypatch.setattr(setup, "add_cuda_engine", lambda ninja, target, *rest: added.append(rest))
     variants.build([v for v in variants.VARIANTS if str(v) == "cuda default"], "90")
     (([rule], *rest),) = added
-    assert (rule.name, *rest) == ("adam.h", ["90"], "default_", "-DFUSEDOPT_FIRST_VARIANT=1")
-    assert json.loads((tmp_path / "report.json").read_text()) == {"cpu": None, "cuda": None}
+    assert (rule.name, *rest) == ("adam.h", [90], "default_", "-DFUSEDOPT_FIRST_VARIANT=1")
+    assert json.loads((tmp_path / "report.json").read_text()) == dict.fromkeys(("cpu", "cuda"), {"failure": None})
     assert {"adam"} < {rule.stem for rule in setup.RULES} and setup.REPORT == "_build_report.json"
     assert {*visit.lists.ONE_LEVEL.values()} <= {*setup.LEVELS}
 
@@ -89,10 +91,10 @@ def test_commands_of_fusedopt_are_understood(visit, monkeypatch, tmp_path, gpu):
 
 def test_a_build_says_what_it_left_out(visit, tmp_path):
     report = tmp_path / "report.json"
-    report.write_text('{"cpu": null, "cuda": "no CUDA compiler"}')
+    report.write_text('{"cpu": {"failure": null}, "cuda": {"failure": "no CUDA compiler"}}')
     for name, line in (("build-cuda", "without cuda: no CUDA compiler"), ("build", "made"), ("tune", "made")):
         log = tmp_path / f"{name}.log"
         log.write_text("made\n" + ("fusedopt: the cuda engine was not built: none\n" if name == "build" else ""))
         assert visit.last_line(log, report) == line
-    report.write_text('{"cpu": "no C++ compiler", "cuda": "no CUDA compiler"}')
+    report.write_text('{"cpu": {"failure": "no C++ compiler"}, "cuda": {"failure": "no CUDA compiler"}}')
     assert visit.last_line(tmp_path / "build.log", report) == "without cpu: no C++ compiler"

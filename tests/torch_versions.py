@@ -6,7 +6,6 @@ checkout, so that what is tested is what is installed.
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -15,10 +14,11 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
 
+import packages
+from packages import ROOT
+
 from fusedopt.cli import report
 
-ROOT = Path(__file__).resolve().parent.parent
-UNPINNED = ("torch==", "setuptools==")  # for which each torch has limits of its own
 VERSIONS = ("2.11.0", "2.13.0", "2.15.*")  # the oldest that is allowed, that of constraints.txt, the newest
 TESTS = [f"tests/test_{name}.py" for name in ("host", "state", "step")]
 # Those that a wheel without CUDA has to have on a CPU. Not Triton: the interpreter of its 3.6, which torch 2.11 brings,
@@ -50,59 +50,16 @@ WHAT = """One wheel, built without CUDA beside the torch of `constraints.txt`, i
 and `fusedopt verify`, of the engines `cpu` and `eager`. The seconds are those of the tests and of `verify`."""
 
 
-def surroundings(**more):
-    """This environment, without what leads to the checkout; threads that spin would slow other processes."""
-    return {"OMP_WAIT_POLICY": "passive"} | {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | more
-
-
-def call(*command, cwd, **more):
-    """What the command prints.
-
-    Raises:
-        RuntimeError: If it fails, with the end of what it said.
-    """
-    run = subprocess.run([*map(str, command)], cwd=cwd, env=surroundings(**more), text=True, capture_output=True)
-    if run.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command[:5]))} failed:\n{(run.stdout + run.stderr)[-3000:]}")
-    return run.stdout
-
-
-def wheel(folder):
-    """Built from the source distribution, as an installation from an index would."""
-    call(sys.executable, "setup.py", "-q", "egg_info", "-e", folder, "sdist", "-d", folder, cwd=ROOT)
-    (source,) = folder.glob("*.tar.gz")
-    build = ("-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source)
-    call(sys.executable, *build, cwd=folder, NVCC="no-such-nvcc")
-    (built,) = folder.glob("*.whl")
-    return built
-
-
-def environment(folder, version, built):
-    """The Python of a new environment, or of one that was kept, with that torch and our wheel."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        call(sys.executable, "-m", "venv", folder, cwd=ROOT)
-    pins = folder / "constraints.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines(keepends=True)
-    pins.write_text("".join(line for line in lines if not line.startswith(UNPINNED)))
-    # Environments are kept, or wanted once: a cache would hold their gigabytes a second time.
-    pip = (python, "-m", "pip", "--disable-pip-version-check", "-q", "--no-cache-dir")
-    call(*pip, "uninstall", "-y", "fusedopt", cwd=folder)
-    call(*pip, "install", "-c", pins, f"torch=={version}", f"fusedopt[test] @ {built.as_uri()}", cwd=folder)
-    call(*pip, "install", "-c", pins, "--no-deps", "timm", cwd=folder)
-    return python
-
-
 def examine(python, folder):
     """What the tests and ``fusedopt verify`` say there."""
     copytree(ROOT / "tests", folder / "tests", ignore=ignore_patterns("__pycache__"))
     copy(ROOT / "pyproject.toml", folder)  # for pytest's options
-    found = json.loads(call(python, "-c", ASK.format(engines=ENGINES), cwd=folder))
+    found = json.loads(packages.call(python, "-c", ASK.format(engines=ENGINES), cwd=folder))
     if Path(found.pop("place")).is_relative_to(ROOT):
         raise RuntimeError("the checkout was imported, not the wheel")
     start = time.perf_counter()
     tests = [python, "-m", "pytest", "-p", "no:cacheprovider", "--junitxml", "tests.xml", *TESTS]
-    ended = subprocess.run(tests, cwd=folder, env=surroundings(FUSEDOPT_TEST_ENGINES=" ".join(ENGINES)))
+    ended = subprocess.run(tests, cwd=folder, env=packages.surroundings(FUSEDOPT_TEST_ENGINES=" ".join(ENGINES)))
     if ended.returncode not in (0, 1):
         raise RuntimeError(f"pytest ended with status {ended.returncode}")
     suite = ElementTree.parse(folder / "tests.xml").getroot().find("testsuite")
@@ -117,7 +74,7 @@ def examine(python, folder):
     start = time.perf_counter()
     chosen = [word for name in ENGINES for word in ("--engine", name)]
     verify = [python, "-m", "fusedopt", "verify", *chosen, "--json", "verify.json"]
-    ended = subprocess.run(verify, cwd=folder, env=surroundings(), stdout=subprocess.DEVNULL)
+    ended = subprocess.run(verify, cwd=folder, env=packages.surroundings(), stdout=subprocess.DEVNULL)
     if ended.returncode not in (0, 1):
         raise RuntimeError(f"fusedopt verify ended with status {ended.returncode}")
     results = json.loads((folder / "verify.json").read_text())["results"]
@@ -157,13 +114,13 @@ def main():
     args = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory() as made:
-        built = wheel(Path(made))
+        built = packages.wheel(packages.source(Path(made)), Path(made), FUSEDOPT_CUDA="0")
         print(f"built {built.name}", flush=True)
         for version in args.torch or VERSIONS:
             with tempfile.TemporaryDirectory() as scratch:
                 folder = (args.keep or Path(scratch)).resolve() / version.removesuffix(".*")
                 try:
-                    python = environment(folder, version, built)
+                    python = packages.environment(folder, built, version)
                     print(f"torch {version}:", flush=True)
                     rows.append(examine(python, Path(scratch)))
                 except Exception as error:  # the other versions are worth knowing all the same

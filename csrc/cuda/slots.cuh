@@ -67,7 +67,7 @@ __device__ __forceinline__ int share_of(const Tables& t, int first, int last, in
 struct Unit {
   int begin = 0, end = 0, first_share = 0, last_share = -1, number = 0;
 
-  __device__ __forceinline__ Unit() = default;
+  Unit() = default;
   __device__ __forceinline__ Unit(const Tables& t, int row, int begin, int end, int number)
       : begin(begin), end(end), number(number) {
     if (begin == end) return;

@@ -1,8 +1,9 @@
 """The engines: what applies a rule to many tensors. Each is a module with the same few functions.
 
-``available() -> None | str`` says why an engine cannot run here, ``home() -> device`` what it is for, ``accepts(p,
-group, rule, state) -> None | str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it
-keeps the parameter's step. ``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters,
+``DEVICES`` are the kinds of devices that an engine is for; all, where it has none. ``available() -> None | str`` says
+why it cannot run here, ``home() -> device`` which device it is for here, ``accepts(p, group, rule, state) -> None |
+str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it keeps the parameter's step.
+``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters,
 counted through all groups, and how many plans of the same device come before it. ``scan()`` reads what the
 step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()``
 measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous``
@@ -12,6 +13,7 @@ is ``indivisible`` has a ``step()``, which does all that in one call: no Python 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fusedopt import checks
 from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.rule import Rule
 from fusedopt.state import New
@@ -28,6 +31,8 @@ StepStatus = tables.StepStatus
 
 # In the order in which "auto" prefers them.
 ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
+
+_warned = False  # that engines are missing, once in a process
 
 
 def require(name: str) -> None:
@@ -75,8 +80,31 @@ def choose(
             continue
         reason = engine.available() or engine.accepts(p, group, rule, state)
         if reason is None:
+            if candidate == "eager" and name == "auto" and not _warned:
+                missing = _missing(p.device)
+                if missing and not checks.unsteppable(p, group, rule, state):
+                    _tell(p.device, missing)
             return candidate
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
+
+
+def _missing(device: torch.device) -> list[str]:
+    """The engines for a kind of device that cannot run here, and why."""
+    kinds = {name: getattr(engine, "DEVICES", ()) for name, engine in ENGINES.items()}
+    reasons = {name: ENGINES[name].available() for name, own in kinds.items() if device.type in own}
+    return [f"engine {name!r} is not available: {reason}" for name, reason in reasons.items() if reason]
+
+
+def _tell(device: torch.device, missing: list[str]) -> None:
+    """Warns, once in a process, of parameters that plain torch steps although there are engines for their device."""
+    global _warned
+    _warned = True
+    warnings.warn(
+        f"fusedopt steps parameters on {device.type!r} in plain torch, which is slower: {'; '.join(missing)}. "
+        "`fusedopt info` says more. This is said once; engine='eager' is how to want it so.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def step_device(name: str, p: Tensor) -> torch.device:

@@ -17,6 +17,8 @@ from fusedopt.rule import Rule
 from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
+DEVICES = ("cpu",)
+
 
 @cache  # of success only: an exception is not remembered
 def load() -> tuple[Any, Any, str]:

@@ -17,6 +17,7 @@ from fusedopt.rule import Rule
 from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR
 
+DEVICES = ("cuda",)
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
 

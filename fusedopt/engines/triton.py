@@ -39,7 +39,7 @@ SHARE_SIZES = (1, 1, 2, 4, 8)
 STAGES: int | None = None  # rounds of the loops over full tiles that are under way at once; None: Triton's choice
 KEEPS_KERNELS = False  # launch what was compiled by itself, without looking it up by its arguments. Untested
 INTERPRETED_TILE, INTERPRETED_PROGRAMS = 4096, 2  # few, large: each operation is a call of numpy
-GPUS = ("cuda", "xpu")  # AMD's are torch's "cuda" too
+DEVICES = ("cuda", "xpu")  # AMD's are torch's "cuda" too
 
 
 @cache
@@ -59,14 +59,14 @@ def available() -> str | None:
         import triton  # noqa: F401
     except Exception as error:
         return f"triton does not import: {error}"
-    if interprets() or any(getattr(torch, kind).is_available() for kind in GPUS):
+    if interprets() or any(getattr(torch, kind).is_available() for kind in DEVICES):
         return None
     return "torch sees no GPU"
 
 
 def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
-    if p.device.type not in (("cpu",) if interprets() else GPUS):
+    if p.device.type not in (("cpu",) if interprets() else DEVICES):
         return f"it is on {p.device}"
     if rule.name not in _rules():
         return f"rule {rule.name!r} has no Triton kernel"
@@ -79,7 +79,7 @@ def home() -> torch.device:
     """The device that the engine is for."""
     if interprets():
         return torch.device("cpu")
-    return torch.device(next(kind for kind in GPUS if getattr(torch, kind).is_available()))
+    return torch.device(next(kind for kind in DEVICES if getattr(torch, kind).is_available()))
 
 
 def step_device(p: Tensor) -> torch.device:
