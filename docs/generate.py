@@ -7,6 +7,7 @@ page of the public names, and the support matrix; results of the benchmark are c
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import shutil
 import sys
@@ -42,6 +43,7 @@ STORAGES: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
     (torch.bfloat16, {"master": "split", "state_dtype": "8bit"}),
     (torch.bfloat16, {"master": "stochastic", "state_dtype": torch.bfloat16}),
 )
+SHORT = {"float32": "fp32", "float64": "fp64", "bfloat16": "bf16", "float16": "fp16"}
 NUMEL = 256 * 64
 PUBLIC = {"FusedOptimizer", *FUNCTIONS, *OPTIONS}
 
@@ -197,13 +199,41 @@ def api_page() -> str:
     return "\n".join(lines)
 
 
+def tested(of_engine: dict[str, bool]) -> str:
+    """The types that passed, and those that did not."""
+    names = [SHORT.get(dtype, dtype) if passed else f"**{dtype} failed**" for dtype, passed in of_engine.items()]
+    return " ".join(sorted(names))
+
+
 def support_page() -> str:
-    """What goes with what, from the tables that the code itself asks; and the versions that the tests run with."""
-    lines = ["# Support", "", "## Engines", "", "| optimizer | cpu | cuda | triton | eager |", "|---|---|---|---|---|"]
+    """What goes with what: of a run of the tests (`make support`), and of the table that the code itself asks."""
+    told = json.loads((DOCS / "support.json").read_text())
+    engines = ("cpu", "cuda", "triton", "eager")
+    lines = [
+        "# Support",
+        "",
+        f"Written by a run of the tests at commit `{told['commit'][:10]}` with torch {told['versions']['torch']}, on a "
+        "machine without a GPU: `cuda` stands for its kernels on host threads, `triton` for Triton's interpreter.",
+        "",
+        "## Optimizers on engines",
+        "",
+        "Types of parameters whose error against float64 was at most twice the reference's ([how](../numerics.md)); "
+        "*storages* where all ways to store were held to a slow model, too. An empty cell: the engine does not "
+        "have it.",
+        "",
+        f"| optimizer | {' | '.join(engines)} |",
+        "|---" * (1 + len(engines)) + "|",
+    ]
     for name, kind in OPTIMIZERS.items():
-        has = engines_of(kind)
-        marks = ["yes" if engine in has else "" for engine in ("cpu", "cuda", "triton", "eager")]
-        lines.append(f"| [{name}]({name.lower()}.md) | {' | '.join(marks)} |")
+        cells = []
+        for engine in engines:
+            if engine not in engines_of(kind):  # host threads may have what nvcc does not get
+                cells.append("")
+                continue
+            stored = told["storage"].get(name, {}).get(engine)
+            words = tested(told["gate"].get(name, {}).get(engine, {}))
+            cells.append(words + {True: ", *storages*", False: ", **storages failed**", None: ""}[stored])
+        lines.append(f"| [{name}]({name.lower()}.md) | {' | '.join(cells)} |")
     lines += ["", "## Storage", "", "| parameters | `state_dtype` | `master` | |", "|---|---|---|---|"]
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64):
         for state_dtype in options.STATE_DTYPES:
@@ -213,10 +243,10 @@ def support_page() -> str:
                 name = str(dtype).removeprefix("torch.")
                 said = "no: " + reason if reason else "yes"
                 lines.append(f"| {name} | {short(state_dtype)} | {short(master)} | {said} |")
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
-    lines += ["", "## Versions that the tests run with", "", "| package | version |", "|---|---|"]
-    wanted = ("torch", "transformers", "accelerate", "lightning", "timm", "torchtitan", "deepspeed")
-    lines += [f"| {name} | {pinned[name]} |" for name in wanted]
+    lines += ["", "## Clients", "", "| client | version | what passed |", "|---|---|---|"]
+    for client, features in told["clients"].items():
+        words = [feature if passed else f"**failed: {feature}**" for feature, passed in features.items()]
+        lines.append(f"| {client} | {told['versions'][client]} | {'; '.join(words)} |")
     lines += ["", "More versions of torch, beside one wheel: [Versions of torch](../torch_versions.md)."]
     return "\n".join(lines) + "\n"
 
@@ -224,7 +254,7 @@ def support_page() -> str:
 def main(out: Path) -> None:
     """Write the folder anew."""
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(DOCS, out, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    shutil.copytree(DOCS, out, ignore=shutil.ignore_patterns("*.py", "*.json", "__pycache__"))
     for folder in (ROOT / "bench" / "results").iterdir():
         shutil.copytree(folder, out / "results" / folder.name)
     for page in out.rglob("*.md"):

@@ -1,17 +1,19 @@
 """The programs of README.md and docs run, and the site's pages that follow from the code say what is so."""
 
 import importlib.util
+import json
 import math
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import support
 import torch
 from helpers import EVERY
 
 import fusedopt
-from fusedopt.verification import references
+from fusedopt.verification import gate, references
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -112,6 +114,23 @@ def test_bytes_are_those_of_the_storage_page(site):
         for dtype, state_dtype, master, held in rows:
             (found,) = [row[at] for row in said if (row[0], row[1], row[2].strip('`"')) == (dtype, state_dtype, master)]
             assert abs(float(found) - float(held)) < 0.01
+
+
+def test_the_support_page_tells_of_what_there_is(site):
+    """Its file is of these optimizers, engines, types and versions, and all passed."""
+    told = json.loads((ROOT / "docs" / "support.json").read_text())
+    assert {*told["gate"]} == {*EVERY} and {*told["storage"]} == {*EVERY} - {"KoalaM", "KoalaV"}
+    dtypes = {str(dtype).removeprefix("torch.") for dtype in gate.DTYPES}
+    for engines in told["gate"].values():
+        assert all({*passed} == dtypes and all(passed.values()) for passed in engines.values())
+        assert {*engines} == {"cpu", "cuda", "eager", "triton"}
+    assert all(all(features.values()) for features in [*told["storage"].values(), *told["clients"].values()])
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    assert {*told["clients"]} == {*told["versions"]} == {*support.CLIENTS}
+    assert all(pinned[client] == version for client, version in told["versions"].items())
+    page = (site / "reference" / "support.md").read_text()
+    assert "| [AdamW](adamw.md) | bf16 fp16 fp32 fp64, *storages* | bf16 " in page and "failed" not in page
+    assert re.search(r"^\| \[SWATS\]\(swats.md\) \| bf16 [^|]* \|  \| bf16 ", page, re.MULTILINE)
 
 
 def test_every_page_is_in_the_navigation(site):
