@@ -31,6 +31,15 @@ GUIDES = {
 }  # fmt: skip
 FUNCTIONS = ("fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups")
 OPTIONS = ("EMA", "Lookahead", "GradientNoise", "InputPowers")
+PLACES = {"fuse": "fusedopt.fuse.fuse"}  # or a module of that name would be found
+SHOWN = {
+    "FusedOptimizer": (
+        "show_bases: false",
+        "inherited_members: true",
+        "members: [step, grad_norm, clip_next_step, skipped_steps, averaged, average_of, state_dict, load_state_dict,"
+        " add_param_group]",
+    )
+}
 INTEGRATIONS = ("accelerate", "transformers", "lightning", "timm")
 STORAGES: tuple[tuple[torch.dtype, dict[str, Any]], ...] = (
     (torch.float32, {}),
@@ -60,7 +69,7 @@ def markdown(text: str) -> str:
         name = match[1].removeprefix("fusedopt.")
         if name in OPTIMIZERS:
             return f"[`{name}`]({name.lower()}.md)"
-        return f"[`{name}`](api.md#fusedopt.{name})" if name in PUBLIC else f"`{match[1]}`"
+        return f"[`{name}`](api.md#{PLACES.get(name, f'fusedopt.{name}')})" if name in PUBLIC else f"`{match[1]}`"
 
     return re.sub(r"``(.+?)``", code, text, flags=re.DOTALL)
 
@@ -153,6 +162,28 @@ def states_of(kind: Any) -> str:
     return ", ".join(names) or "none"
 
 
+def differences(name: str, kind: Any) -> list[str]:
+    """From torch's class of the same name, where there is one: of the signatures, and what holds for all."""
+    if not hasattr(torch.optim, name):
+        return []
+    theirs, ours = (inspect.signature(cls).parameters for cls in (getattr(torch.optim, name), kind))
+    listed = [f"`{key}`" for key in ours if key not in theirs]
+    other = [key for key in theirs if key not in ours or ours[key].default != theirs[key].default]
+    lines = [
+        "",
+        "## Differences from torch",
+        "",
+        f"* Arguments in torch's order with torch's defaults, and beyond them {', '.join(listed)}.",
+        "* `foreach`, `fused` and `capturable` are taken and choose nothing: a step is one launch, and can be captured.",
+        "* States of bfloat16 and float16 parameters are float32; `state_dtype=torch.bfloat16` is torch's way.",
+        "* What cannot be honoured raises, and an error leaves parameters, states and step counts as they were.",
+        f"* `state_dict` goes both ways, and `fusedopt.fuse` takes over a live `torch.optim.{name}`.",
+    ]
+    if other:
+        raise SystemExit(f"{name} differs from torch's in {', '.join(other)}, and its page does not say so")
+    return lines
+
+
 def optimizer_page(name: str, kind: Any) -> str:
     """Equation, arguments, memory, engines, reference."""
     said = Docstring.of(kind)
@@ -164,11 +195,12 @@ def optimizer_page(name: str, kind: Any) -> str:
     }
     if name in GUIDES:
         facts["more"] = f"[what it is for, and how it is used](../optimizers/{GUIDES[name]}.md)"
-    lines = [f"# {name}", "", markdown(said.text), "", "| | |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in facts.items() if value]
+    first, *rows = (f"| {key} | {value} |" for key, value in facts.items() if value)
+    lines = [f"# {name}", "", markdown(said.text), "", first, "|---|---|", *rows]
     if said.example:
         lines += ["", "```python", "import fusedopt", "", said.example, "```"]
-    lines += ["", "## Arguments", "", *arguments_table(kind, said), "", "## Memory", "", *storages_table(kind)]
+    lines += ["", "## Arguments", "", *arguments_table(kind, said), *differences(name, kind)]
+    lines += ["", "## Memory", "", *storages_table(kind)]
     lines += ["", f"[What the ways to store are](../storage.md). `fusedopt bench --optimizer {name}` times it here."]
     return "\n".join(lines) + "\n"
 
@@ -190,7 +222,8 @@ def api_page() -> str:
     """Every public name."""
     lines = ["# Public names", ""]
     for name in ("FusedOptimizer", *FUNCTIONS, *OPTIONS):
-        lines += [f"::: fusedopt.{name}", ""]
+        lines += [f"::: {PLACES.get(name, f'fusedopt.{name}')}"]
+        lines += ["    options:", *(f"      {line}" for line in SHOWN.get(name, [f"heading: fusedopt.{name}"])), ""]
     lines += ["`fusedopt.__version__` is the version, a string.", "", "## Optimizers", ""]
     lines += [f"* [`fusedopt.{name}`]({name.lower()}.md)" for name in OPTIMIZERS]
     lines += ["", "## Integrations", ""]

@@ -160,7 +160,11 @@ class Adam(FusedOptimizer):
 
 
 class AdamW(FusedOptimizer):
-    """Adam with decoupled weight decay: ``p <- (1 - lr weight_decay) p`` before Adam's step.
+    """Adam with decoupled weight decay, and AMSGrad.
+
+    ``p <- (1 - lr weight_decay) p``, ``m <- b1 m + (1-b1) g``, ``v <- b2 v + (1-b2) g^2``,
+    ``p <- p - lr (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)``;
+    with ``amsgrad`` the running maximum of v (not bias-corrected, as in torch) takes v's place.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
