@@ -83,9 +83,9 @@ $(VENV)/pyvenv.cfg:
 	$(PYTHON) -m venv $(VENV)
 
 # Built without isolation, so that the build's own requirements are the pinned ones too.
-# timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants. Where nvcc is, the CUDA engine gets code for the GPUs
-# that the tests look at, in two minutes; `pip install .` compiles for the GPUs that are there.
-$(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py pyproject.toml constraints.txt $(SOURCES)
+# timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants. Where nvcc is, the
+# CUDA engine gets code for the GPUs that the tests look at; `pip install .` compiles for the GPUs that are there.
+$(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py csrc/toolchain.py pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
 	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test,clients]"
 	$(PIP) --no-deps timm torchtitan docstring_parser spmd_types typeguard tyro

@@ -22,8 +22,11 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
-sys.path.insert(0, str(CSRC))  # builds that are isolated do not have this folder
-from toolchain import Ninja, compiler, cuda_archs, find_nvcc, host_compiler, jobs, say, version_of  # noqa: E402
+sys.path.insert(0, str(CSRC))
+try:
+    from toolchain import Ninja, compiler, cuda_archs, find_nvcc, host_compiler, jobs, say, version_of
+finally:
+    sys.path.remove(str(CSRC))  # whose folders would be found as packages
 
 REPORT = "_build_report.json"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -76,6 +79,8 @@ def cpu_levels() -> list[str]:
 def asked_rules(variable: str = "FUSEDOPT_CUDA_RULES") -> list[Path]:
     """Those that a variable lists, for builds that are only tested; all without it."""
     asked = os.environ.get(variable, "").replace(",", " ").split()
+    if unknown := {*asked} - {rule.stem for rule in RULES}:
+        raise RuntimeError(f"{variable} has {', '.join(sorted(unknown))}, of which there are no rules")
     return [rule for rule in RULES if rule.stem in asked] or RULES
 
 
@@ -120,8 +125,8 @@ class BuildExtensions(build_ext):
             ninja, command, targets, seconds = plan()
             minutes = max(1, round(seconds / jobs() / 60))
             say(
-                f"the {engine} engine: {version_of(command)} compiles every optimizer for {', '.join(targets)}: "
-                f"{ninja.steps} files, {jobs()} at once, about {minutes} min"
+                f"the {engine} engine: {version_of(command)} compiles every rule for {', '.join(targets)}: "
+                f"{ninja.steps} files, {jobs()} at once, up to {minutes} min"
             )
             ninja.run(aloud=True)
             found = {"failure": None, "compiler": version_of(command), "targets": targets}
@@ -160,8 +165,9 @@ class BuildExtensions(build_ext):
         return ninja, compiler(), levels, CPU_SECONDS * ninja.steps
 
     def plan_cuda(self) -> tuple[Ninja, str, list[str], float]:
-        if os.environ.get("FUSEDOPT_CUDA", "1") == "0":
-            raise RuntimeError("FUSEDOPT_CUDA=0 was set")
+        asked = os.environ.get("FUSEDOPT_CUDA") or "1"
+        if asked != "1":
+            raise RuntimeError(f"FUSEDOPT_CUDA={asked} was set" + ("" if asked == "0" else "; it must be 0 or 1"))
         if sanitizers():
             raise RuntimeError("FUSEDOPT_SANITIZE is set, which is for the host and the CPU engine")
         nvcc = find_nvcc()

@@ -65,7 +65,8 @@ archs = setup["cuda_archs"](setup["find_nvcc"]())
 setup["add_cuda_engine"](ninja, package / "_cuda.so", rules, archs, *choices)
 ninja.run()
 report = package / setup["REPORT"]
-report.write_text(json.dumps(json.loads(report.read_text()) | {"cuda": {"failure": None}}))
+made = {"failure": None, "compiler": "nvcc", "targets": [f"sm_{arch}" for arch in archs], "seconds": 0.0}
+report.write_text(json.dumps(json.loads(report.read_text()) | {"cuda": made}))
 print(f"_cuda.so for {', '.join(map(str, archs))}: {', '.join(rule.stem for rule in rules)}")
 """
 STEPS = """

@@ -13,9 +13,13 @@ from pathlib import Path
 # Compute capabilities with code of their own; the last one's PTX serves later ones.
 CUDA_ARCHS = (75, 80, 86, 89, 90, 100, 110, 120)
 # What C++ compilers are called beside the C compilers that CC may name.
-CXX_OF = {"gcc": "g++", "cc": "c++", "clang": "clang++", "icx": "icpx"}
+CXX_OF = {"gcc": "g++", "cc": "c++", "clang": "clang++", "icx": "icpx", "icc": "icpc", "nvc": "nvc++"}
 # A line in which a compiler, nvcc or the linker says what is wrong; quoted source is indented.
-ERROR = re.compile(r"^\S.*(\berror\b[^:]{0,20}:|\bfatal\b|undefined reference|cannot find -l)", re.IGNORECASE)
+ERROR = re.compile(
+    r"(?!\s|In file included|.*\bwarning ?:).*?"
+    r"((^|: )(fatal )?error\b|^nvcc fatal|undefined reference|cannot find -l|can ?not be used)",
+    re.IGNORECASE,
+)
 PROGRESS = re.compile(r"^\[\d+/\d+\] ")
 
 
@@ -29,7 +33,9 @@ def jobs() -> int:
     asked = os.environ.get("MAX_JOBS")
     if asked and not asked.isdecimal():
         raise RuntimeError(f"MAX_JOBS is {asked!r}, which is no number")
-    return int(asked or 0) or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(2))
+    return int(asked or 0) or (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
 
 
 def asked_compiler() -> str | None:
@@ -38,13 +44,15 @@ def asked_compiler() -> str | None:
     Raises:
         RuntimeError: If CC is no compiler that a C++ compiler is known of.
     """
-    if os.environ.get("CXX"):
-        return os.environ["CXX"]
-    c = os.environ.get("CC")
+    if cxx := os.environ.get("CXX", "").strip():
+        return cxx
+    c = os.environ.get("CC", "").strip()
     if not c:
         return None
-    name = re.compile(rf"(?<![^/\s-])({'|'.join(CXX_OF)})(?=-?[\d.]*(\s|$))")
-    found, count = name.subn(lambda match: CXX_OF[match[1]], c, count=1)
+    ends = r"(?=-?[\d.]*(\s|$))"
+    if re.search(rf"(?<![^/\s-])({'|'.join(map(re.escape, CXX_OF.values()))}){ends}", c):
+        return c
+    found, count = re.subn(rf"(?<![^/\s-])({'|'.join(CXX_OF)}){ends}", lambda match: CXX_OF[match[1]], c, count=1)
     if not count:
         raise RuntimeError(f"no C++ compiler: CC is {c!r}, of which none is known; set CXX")
     return found
@@ -86,7 +94,8 @@ def version_of(command: str) -> str:
 def host_compiler() -> str:
     """The option for nvcc that names the C++ compiler which was asked for."""
     asked = asked_compiler()
-    return f"-ccbin {asked}" if asked and len(asked.split()) == 1 and not os.environ.get("NVCC_CCBIN") else ""
+    words = [word for word in (asked or "").split() if not word.startswith("-")]  # of "ccache g++ -m64" the second
+    return f"-ccbin {words[-1]}" if words and not os.environ.get("NVCC_CCBIN") else ""
 
 
 def gpus() -> set[int]:
@@ -113,8 +122,10 @@ def cuda_archs(nvcc: str) -> list[int]:
     Raises:
         RuntimeError: If there are none, or nvcc has none of them.
     """
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout
-    known = sorted(int(number) for number in re.findall(r"^compute_(\d+)$", listing, re.MULTILINE))
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True)
+    known = sorted(int(number) for number in re.findall(r"^compute_(\d+)$", listing.stdout, re.MULTILINE))
+    if not {*CUDA_ARCHS} & {*known}:
+        raise RuntimeError(f"{nvcc} does not say which GPUs it compiles for: {(listing.stderr or 'nothing').strip()}")
     has = ", ".join(map(str, known))
     asked = os.environ.get("FUSEDOPT_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").split()
     if asked == ["all"]:
@@ -128,21 +139,24 @@ def cuda_archs(nvcc: str) -> list[int]:
     here = gpus()
     if not here:
         raise RuntimeError(
-            "no NVIDIA GPU is seen on this machine; FUSEDOPT_CUDA_ARCHS=all compiles for all GPUs, "
+            "no NVIDIA GPU was seen where it was built; FUSEDOPT_CUDA_ARCHS=all compiles for all GPUs, "
             "FUSEDOPT_CUDA_ARCHS=90 for those of compute capability 9.0"
         )
     # PTX of an older one is compiled by the driver when it is loaded.
-    usable = [max((arch for arch in known if arch <= gpu), default=None) for gpu in here]
-    if None in usable:
-        raise RuntimeError(f"this machine's GPU has compute capability {min(here) / 10}; this nvcc has {has}")
-    return sorted({arch for arch in usable if arch})
+    usable = {gpu: max((arch for arch in known if arch <= gpu), default=0) for gpu in here}
+    if too_old := ", ".join(f"{gpu / 10:.1f}" for gpu, arch in sorted(usable.items()) if not arch):
+        reason = f"this machine's GPU of compute capability {too_old} is none that this nvcc has: {has}"
+        if not any(usable.values()):
+            raise RuntimeError(reason)
+        say(reason)
+    return sorted({arch for arch in usable.values() if arch})
 
 
 def first_error(output: str, command: str) -> str:
     """The line in which a compiler first says what is wrong, whole."""
     said = [line for line in output.splitlines() if line.strip()]
-    told = next(filter(ERROR.match, said), None) or next(iter(said), None)
-    return told or f"this ended with an error and said nothing: {command}"
+    told = sorted(filter(ERROR.match, said), key=lambda line: line.startswith("collect2:"))  # which says the least
+    return next(iter(told or said), None) or f"this ended with an error and said nothing: {command}"
 
 
 class Ninja:
@@ -207,9 +221,10 @@ class Ninja:
         ninja = shutil.which("ninja")
         command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
         lines = []
-        env = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+        env = {**os.environ, "NINJA_STATUS": "[%f/%t] ", "LC_ALL": "C"}  # in English, to find what is wrong
+        how_many = ["-j", str(jobs())] if os.environ.get("MAX_JOBS") else []  # or ninja's own choice
         with subprocess.Popen(
-            [*command, "-j", str(jobs()), *(["-k", "0"] if keep_going else [])],
+            [*command, *how_many, *(["-k", "0"] if keep_going else [])],
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env, cwd=self.folder,
         ) as process:  # fmt: skip
             for line in process.stdout:

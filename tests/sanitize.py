@@ -10,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from builds import toolchain
+
 from fusedopt.engines import cpu
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +54,7 @@ def warm_up():
 
 
 def runtime(library):
-    compiler = os.environ.get("CXX", "g++").split()
+    compiler = toolchain.compiler().split()
     found = subprocess.run([*compiler, f"-print-file-name={library}"], capture_output=True, text=True, check=True)
     path = found.stdout.strip()
     if not os.path.isabs(path):

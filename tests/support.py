@@ -59,7 +59,9 @@ class Recorder:
             if report.failed or (report.passed and self.passed.get(place) is not False):
                 self.passed[place] = report.passed
 
-    def pytest_sessionfinish(self):
+    def pytest_sessionfinish(self, exitstatus):
+        if exitstatus not in (0, 1):  # it was interrupted
+            return
         tree = {}
         for place, passed in sorted(self.passed.items()):
             within = tree

@@ -35,7 +35,8 @@ exit 1
 def build(tmp_path, **env):
     """Where setup.py puts a package that it is to build in this environment, and what it said."""
     places = ["--build-base", str(tmp_path / "base"), "--build-lib", str(tmp_path / "lib")]
-    env = {key: value for key, value in os.environ.items() if key not in ("CC", "CXX")} | env
+    asked = ("CC", "CXX", "MAX_JOBS")
+    env = {k: v for k, v in os.environ.items() if k not in asked and not k.startswith(("FUSEDOPT_", "NVCC"))} | env
     command = [sys.executable, "setup.py", "-q", "build", *places]
     run = subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True, text=True)
     return tmp_path / "lib" / "fusedopt", run.stderr

@@ -51,10 +51,11 @@ def test_info_tells_engines_and_optimizers(tmp_path, capsys):
 
 
 def test_info_tells_the_real_reason(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engines.cpu, "available", lambda: "it was not built: no C++ compiler")
+    reason = "it was not built: no C++ compiler in [/usr] [with T = float]"
+    monkeypatch.setattr(engines.cpu, "available", lambda: reason)
     assert main(["info", "--json", str(tmp_path / "info.json")]) == 0
     content = written(tmp_path / "info.json")
-    assert content["engines"]["cpu"] == {"available": False, "reason": "it was not built: no C++ compiler"}
+    assert content["engines"]["cpu"] == {"available": False, "reason": reason}
     assert all("cpu" not in names for names in content["optimizers"].values())
     assert "no C++ compiler" in capsys.readouterr().out
 

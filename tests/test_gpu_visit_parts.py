@@ -65,7 +65,10 @@ def add_cuda_engine(ninja, target, rules, archs, *choices):
     variants.build([v for v in variants.VARIANTS if str(v) == "cuda default"], "90")
     (([rule], *rest),) = added
     assert (rule.name, *rest) == ("adam.h", [90], "default_", "-DFUSEDOPT_FIRST_VARIANT=1")
-    assert json.loads((tmp_path / "report.json").read_text()) == dict.fromkeys(("cpu", "cuda"), {"failure": None})
+    assert json.loads((tmp_path / "report.json").read_text()) == {
+        "cpu": {"failure": None},
+        "cuda": {"failure": None, "compiler": "nvcc", "targets": ["sm_90"], "seconds": 0.0},
+    }
     assert {"adam"} < {rule.stem for rule in setup.RULES} and setup.REPORT == "_build_report.json"
     assert {*visit.lists.ONE_LEVEL.values()} <= {*setup.LEVELS}
 

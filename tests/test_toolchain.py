@@ -35,6 +35,7 @@ def nvcc(tmp_path):
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
     """Makes this a machine with GPUs: it has a driver that says so."""
+    load = toolchain.ctypes.CDLL
 
     def having(*capabilities, fails=0):
         told = {"fails": fails, "count": len(capabilities), "capabilities": "".join(f"{c}, " for c in capabilities)}
@@ -42,7 +43,6 @@ def machine(tmp_path, monkeypatch):
         library = tmp_path / f"libcuda_{len(list(tmp_path.iterdir()))}.so"
         command = [toolchain.compiler(), "-shared", "-fPIC", tmp_path / "driver.cpp", "-o", library]
         subprocess.run(command, check=True)
-        load = toolchain.ctypes.CDLL
         monkeypatch.setattr(toolchain.ctypes, "CDLL", lambda name: load(str(library)))
 
     return having
@@ -61,14 +61,16 @@ def test_newer_gpus_get_code_that_the_driver_translates(machine, nvcc):
 @pytest.mark.parametrize("fails", [0, 100])
 def test_no_gpu(machine, nvcc, fails):
     machine(*([90] if fails else []), fails=fails)
-    with pytest.raises(RuntimeError, match="no NVIDIA GPU is seen.*FUSEDOPT_CUDA_ARCHS=all"):
+    with pytest.raises(RuntimeError, match="no NVIDIA GPU was seen.*FUSEDOPT_CUDA_ARCHS=all"):
         toolchain.cuda_archs(nvcc)
 
 
-def test_a_gpu_that_is_too_old(machine, nvcc):
+def test_a_gpu_that_is_too_old(machine, nvcc, capfd):
+    machine(61)
+    with pytest.raises(RuntimeError, match="of compute capability 6.1 is none that this nvcc has: 75, 80"):
+        toolchain.cuda_archs(nvcc)
     machine(90, 61)
-    with pytest.raises(RuntimeError, match="compute capability 6.1; this nvcc has 75, 80"):
-        toolchain.cuda_archs(nvcc)
+    assert toolchain.cuda_archs(nvcc) == [90] and "compute capability 6.1 is none" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,8 @@ def test_what_nvcc_has_not_is_refused(nvcc, monkeypatch, asked, wrong):
         ({"CC": "ccache clang-18 -m64"}, "ccache clang++-18 -m64"),
         ({"CC": "/opt/gcc-13/bin/gcc"}, "/opt/gcc-13/bin/g++"),
         ({"CC": "icx"}, "icpx"),
+        ({"CC": "clang++-18"}, "clang++-18"),
+        ({"CXX": "  ", "CC": " g++ "}, "g++"),
         ({}, None),
     ],
     ids=str,
@@ -119,10 +123,19 @@ def test_a_c_compiler_that_is_not_known(monkeypatch):
         toolchain.compiler()
 
 
+def test_an_nvcc_that_says_nothing(tmp_path):
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'nvcc fatal: unknown option' >&2; exit 1")
+    (tmp_path / "nvcc").chmod(0o755)
+    with pytest.raises(RuntimeError, match="does not say which GPUs it compiles for: nvcc fatal: unknown option"):
+        toolchain.cuda_archs(str(tmp_path / "nvcc"))
+
+
 def test_nvcc_takes_the_compiler_too(monkeypatch):
     assert toolchain.host_compiler() == ""
     monkeypatch.setenv("CC", "gcc-12")
     assert toolchain.host_compiler() == "-ccbin g++-12"
+    monkeypatch.setenv("CXX", "ccache g++-13 -m64")
+    assert toolchain.host_compiler() == "-ccbin g++-13"
     monkeypatch.setenv("NVCC_CCBIN", "g++-11")
     assert toolchain.host_compiler() == ""
 
@@ -136,6 +149,9 @@ def test_nvcc_takes_the_compiler_too(monkeypatch):
         ('adam.cu(12): error: identifier "x" is undefined\n', None),
         ("/usr/bin/ld: cannot find -lgomp\ncollect2: error: ld\n", "/usr/bin/ld: cannot find -lgomp"),
         ("a.o: in `f':\na.cpp:1: undefined reference to `g'\nld: error: b\n", "a.cpp:1: undefined reference to `g'"),
+        ("In file included from /a/error/b:1:\nc: warning: unused 'fatal'\nc:1: error: d\n", "c:1: error: d"),
+        ("ld: a.o: relocation x can not be used\ncollect2: error: ld\n", "ld: a.o: relocation x can not be used"),
+        ("collect2: fatal error: ld terminated\n", None),
         ("\nsh: 1: nvcc: not found\n", "sh: 1: nvcc: not found"),
     ],
 )  # fmt: skip

@@ -1,3 +1,8 @@
+// GCC 12 warns of its own header: PR 105593.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include "cpu/quantize.h"
 
 #include <bit>

@@ -123,6 +123,6 @@ def _print(content: dict[str, Any], labels: dict[str, str]) -> None:
         values = [content["runs"][name][key] for name in labels]
         table.add_row(row, *(format(value, form) for value in values), f"{values[0] / values[1]:.2f}")
     report.console.print(table)
-    report.console.print(f"\nOurs was stepped by engine {content['engine']}: one launch for all tensors.")
+    report.console.print(f"\nOurs was stepped by engine {content['engine']}.")
     report.console.print(f"Largest difference between the loss curves: {content['max_loss_difference']:.1e}")
     report.console.print(f"\n[bold]Our model writes:[/]\n{escape(content['sample'])}\n")

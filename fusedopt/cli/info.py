@@ -18,6 +18,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from rich.markup import escape
 
 from fusedopt import host, options, storage
 from fusedopt.cli import machine, report
@@ -117,7 +118,7 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
 
     engines = report.table("Engines", "engine", "available", "reason")
     for name, entry in content["engines"].items():
-        engines.add_row(name, "yes" if entry["available"] else "no", entry["reason"] or "")
+        engines.add_row(name, "yes" if entry["available"] else "no", escape(entry["reason"] or ""))
     report.console.print(engines, "")
 
     available = [name for name, entry in content["engines"].items() if entry["available"]]
@@ -137,7 +138,7 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
         "\nBy default states of bf16 and fp16 parameters are fp32, for small changes are lost in less; torch's are as "
         "narrow as the parameter, which is state_dtype=torch.bfloat16."
     )
-    report.console.print(f"\n{_built(content['build'])}")
+    report.console.print(f"\n{escape(_built(content['build']))}")
 
 
 def _built(build: dict[str, dict[str, Any]]) -> str:

@@ -12,6 +12,7 @@ Losses are in nats per character, ``optimizer_ms`` is the median over the steps,
 from __future__ import annotations
 
 import argparse
+import math
 from typing import Any
 
 import torch
@@ -78,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         }
         for name, one in runs.items()
     }
-    results = dict(sorted(results.items(), key=lambda item: item[1]["held_out_loss"]))
+    results = dict(sorted(results.items(), key=lambda item: _order(item[1]["held_out_loss"])))
     content = {"steps": steps, "parameters": parameters, "runs": results, "versions": machine.versions()}
     _print(content)
     held_out = {name: row["held_out_loss"] for name, row in results.items()}
@@ -86,6 +87,11 @@ def run(args: argparse.Namespace) -> int:
     report.console.print(f"\nWrote {args.output}")
     report.write_json(args.json, content)
     return 0
+
+
+def _order(loss: float) -> tuple[bool, float]:
+    """The least first, and what is no number last."""
+    return math.isnan(loss), loss
 
 
 def _print(content: dict[str, Any]) -> None:

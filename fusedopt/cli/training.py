@@ -54,6 +54,7 @@ class Run:
         start = time.perf_counter()
         if predict:
             predict()
+        predicted = time.perf_counter()
         self.optimizer.zero_grad()
         loss = self.model.loss(x, y)
         loss.backward()
@@ -64,7 +65,7 @@ class Run:
         end = time.perf_counter()
         self.schedule.step()
         self.losses.append(loss.item())
-        self.step_ms.append(1e3 * (end - before))
+        self.step_ms.append(1e3 * (predicted - start + end - before))
         self.seconds += end - start
 
     def train_loss(self) -> float:
@@ -129,7 +130,7 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
 
 def engine(optimizer: Any) -> str:
     """What runs the step of one of our optimizers that has done one: ``cpu (v4)``."""
-    names = [type(plan).__module__.rpartition(".")[2] for plan in optimizer._plans or ()]
+    names = dict.fromkeys(type(plan).__module__.rpartition(".")[2] for plan in optimizer._plans or ())
     return ", ".join(f"cpu ({cpu.load()[2]})" if name == "cpu" else name for name in names)
 
 
@@ -138,9 +139,9 @@ def show(runs: dict[str, Run], text: Text, steps: int) -> None:
     with report.progress_bar() as bar:
         task = bar.add_task("", total=steps)
         for _ in train(runs, text, steps):
-            losses = sorted((one.losses[-1], key) for key, one in runs.items())
-            ends = losses if len(losses) == 2 else (losses[0], losses[-1])
-            bar.update(task, advance=1, description="loss " + ", ".join(f"{key} {loss:.3f}" for loss, key in ends))
+            losses = [(one.losses[-1], key) for key, one in runs.items()]
+            shown = losses if len(losses) == 2 else (min(losses), max(losses))
+            bar.update(task, advance=1, description="loss " + ", ".join(f"{key} {loss:.3f}" for loss, key in shown))
 
 
 def train(runs: dict[str, Run], text: Text, steps: int) -> Iterator[None]:

@@ -80,7 +80,7 @@ def choose(
             continue
         reason = engine.available() or engine.accepts(p, group, rule, state)
         if reason is None:
-            if candidate == "eager" and name == "auto" and not _warned:
+            if candidate == "eager" and name == "auto" and p.grad is not None and not _warned:
                 missing = _missing(p.device)
                 if missing and not checks.unsteppable(p, group, rule, state):
                     _tell(p.device, missing)
@@ -101,7 +101,7 @@ def _tell(device: torch.device, missing: list[str]) -> None:
     _warned = True
     warnings.warn(
         f"fusedopt steps parameters on {device.type!r} in plain torch, which is slower: {'; '.join(missing)}. "
-        "`fusedopt info` says more. This is said once; engine='eager' is how to want it so.",
+        "`fusedopt info` says more. This is said once; pass engine='eager' if plain torch is wanted.",
         RuntimeWarning,
         stacklevel=2,
     )
