@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 sys.path.insert(0, str(CSRC))
 try:
-    from toolchain import Ninja, compiler, cuda_archs, find_nvcc, host_compiler, jobs, say, version_of
+    from toolchain import Ninja, compiler, compression, cuda_archs, find_nvcc, host_compiler, jobs, say, version_of
 finally:
     sys.path.remove(str(CSRC))  # whose folders would be found as packages
 
@@ -33,7 +33,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 LEVELS = ("v2", "v3", "v4") if X86 else ("base",)
 RULES = sorted((CSRC / "rules").glob("*.h"))
 # Seconds of one core that a file of the CPU engine takes, and one of the CUDA engine for each GPU.
-CPU_SECONDS, CUDA_SECONDS = 1.5, 6.0
+CPU_SECONDS, CUDA_SECONDS = 1.5, 26.0
 
 COMMON_FLAGS = "-std=c++20 -fPIC -fvisibility=hidden -Wall -Wextra -DNDEBUG -g0"
 # Of the engine, besides rules and the module.
@@ -201,7 +201,7 @@ def add_cuda_engine(
         options: What sets other choices than csrc/cuda/policy.h does.
     """
     common = f"-std=c++20 -O3 -I{CSRC} --expt-relaxed-constexpr -diag-suppress 128 -Xcompiler -fPIC,-fvisibility=hidden"
-    common = f"{common} {gencode(archs)}"
+    common = f"{common} {compression(find_nvcc())} {gencode(archs)}"
     flags = f"{common} {options}".rstrip()
     objects = [
         ninja.compile(CSRC / "cuda" / "rule_unit.cu", f"{prefix}{rule.stem}", f"{flags} {define(rule)}")

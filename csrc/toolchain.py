@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 # Compute capabilities with code of their own; the last one's PTX serves later ones.
@@ -96,6 +97,13 @@ def host_compiler() -> str:
     asked = asked_compiler()
     words = [word for word in (asked or "").split() if not word.startswith("-")]  # of "ccache g++ -m64" the second
     return f"-ccbin {words[-1]}" if words and not os.environ.get("NVCC_CCBIN") else ""
+
+
+@cache
+def compression(nvcc: str) -> str:
+    """The option with which machine code takes a third of the bytes, where this nvcc has it."""
+    known = subprocess.run([nvcc, "--help"], capture_output=True, text=True).stdout
+    return "--compress-mode=size" if "--compress-mode" in known else ""
 
 
 def gpus() -> set[int]:

@@ -130,6 +130,13 @@ def test_an_nvcc_that_says_nothing(tmp_path):
         toolchain.cuda_archs(str(tmp_path / "nvcc"))
 
 
+@pytest.mark.parametrize("has", [False, True])
+def test_machine_code_is_compressed_where_nvcc_can(tmp_path, has):
+    (tmp_path / "nvcc").write_text(f"#!/bin/sh\necho '{'--compress-mode [size]' if has else '--help'}'")
+    (tmp_path / "nvcc").chmod(0o755)
+    assert toolchain.compression(str(tmp_path / "nvcc")) == ("--compress-mode=size" if has else "")
+
+
 def test_nvcc_takes_the_compiler_too(monkeypatch):
     assert toolchain.host_compiler() == ""
     monkeypatch.setenv("CC", "gcc-12")
