@@ -20,7 +20,6 @@ from fusedopt.bench.rows import LIMIT, Row
 from fusedopt.bench.stored import Stored
 from fusedopt.bench.timing import DISTURBED, NOISY, Stopwatch, Timings, interleave
 from fusedopt.bench.workload import DTYPES, Footprint, Step, TensorBytes, Tensors, Workload, step_of
-from fusedopt.engines import eager
 
 if TYPE_CHECKING:
     from fusedopt.bench.measure import Bench
@@ -288,7 +287,7 @@ class Arena:
             return (len(found), sum(seconds for _, seconds in found)) if found else (None, None)
         if peer is not None:
             return operators(events) + peer.calls * len(one.tensors.params), None
-        return operators(events) + sum(plan.__module__ != eager.__name__ for plan in one.optimizer._plans), None
+        return operators(events) + sum(plan.name != "eager" for plan in one.optimizer._plans), None
 
     def _synchronize(self) -> None:
         if self._device.type != "cpu":

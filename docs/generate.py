@@ -36,8 +36,8 @@ SHOWN = {
     "FusedOptimizer": (
         "show_bases: false",
         "inherited_members: true",
-        "members: [step, grad_norm, clip_next_step, skipped_steps, averaged, average_of, state_dict, load_state_dict,"
-        " add_param_group]",
+        "members: [step, grad_norm, clip_next_step, skipped_steps, engines, averaged, average_of, state_dict,"
+        " load_state_dict, add_param_group]",
     )
 }
 INTEGRATIONS = ("accelerate", "transformers", "lightning", "timm")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from fusedopt.averages import KeepsAverages
 from fusedopt.checkpoint import KeepsState
 from fusedopt.clipping import Clips, Measured
 from fusedopt.compiling import leave_alone
+from fusedopt.engines import Stepping
 from fusedopt.interrupts import held_back
 from fusedopt.launch import Scaling, forks, launch, threads_that_exist
 from fusedopt.planner import NewState
@@ -329,6 +331,12 @@ class FusedOptimizer(TakesScaling, Clips, KeepsAverages, KeepsState, torch.optim
     def skipped_steps(self) -> int:
         """How many steps were skipped. Waits for the device."""
         return self._skipped + max((int(v.skipped_steps) for v in self._statuses.values()), default=0)
+
+    @property
+    def engines(self) -> tuple[Stepping, ...]:
+        """What stepped in the last step, as (name, device, parameters), the last a number; empty before the first."""
+        places = [(plan.name, p.device) for plan in self._plans or () for p, _ in self.members(plan.members)]
+        return tuple(Stepping(*place, n) for place, n in Counter(places).items())
 
     @property
     def _plans(self) -> list[Any] | None:

@@ -130,7 +130,7 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
 
 def engine(optimizer: Any) -> str:
     """What runs the step of one of our optimizers that has done one: ``cpu (v4)``."""
-    names = dict.fromkeys(type(plan).__module__.rpartition(".")[2] for plan in optimizer._plans or ())
+    names = dict.fromkeys(stepping.name for stepping in optimizer.engines)
     return ", ".join(f"cpu ({cpu.load()[2]})" if name == "cpu" else name for name in names)
 
 

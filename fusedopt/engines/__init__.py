@@ -3,12 +3,13 @@
 ``DEVICES`` are the kinds of devices that an engine is for; all, where it has none. ``available() -> None | str`` says
 why it cannot run here, ``home() -> device`` which device it is for here, ``accepts(p, group, rule, state) -> None |
 str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it keeps the parameter's step.
-``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters,
-counted through all groups, and how many plans of the same device come before it. ``scan()`` reads what the
-step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then, ``run()``
-measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is ``asynchronous``
-belongs to one device, and tells the status of its steps in tensors there; others know it when ``run`` returns. One that
-is ``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the end of the scan on.
+``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters, counted through all groups, and
+how many plans of the same device come before it. It has its engine's ``name`` and its ``members``. ``scan()`` reads
+what the step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then,
+``run()`` measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is
+``asynchronous`` belongs to one device, and tells the status of its steps in tensors there; others know it when ``run``
+returns. One that is ``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the
+end of the scan on.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,15 @@ StepStatus = tables.StepStatus
 ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
 
 _warned = False  # that engines are missing, once in a process
+
+
+class Stepping(NamedTuple):
+    """An engine that steps parameters of an optimizer on a device."""
+
+    name: str
+    device: torch.device
+    parameters: int
+    """How many."""
 
 
 def require(name: str) -> None:

@@ -86,6 +86,7 @@ def step_device(p: Tensor) -> torch.device:
 class Plan:
     """The parameters of an optimizer that this engine steps."""
 
+    name = "cpu"
     asynchronous = False
     indivisible = True
     device = None
@@ -95,7 +96,7 @@ class Plan:
         rule = optimizer.rule
         host.know_dtensors(extension)
         specs = [_group_spec(rule, group, optimizer.param_groups) for group in optimizer.param_groups]
-        self._members = members
+        self.members = members
         self._optimizer = optimizer
         self._groups, self._state = optimizer.param_groups, optimizer.state
         self.passes = Pass.of(rule, optimizer.scope)
@@ -121,7 +122,7 @@ class Plan:
     @property
     def stepped_members(self) -> list[int]:
         """Those that were updated since the last scan: all or none."""
-        return self._members if self._job.stepped else []
+        return self.members if self._job.stepped else []
 
     @property
     def cohorts(self) -> int:

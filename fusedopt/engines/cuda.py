@@ -91,6 +91,8 @@ def _index(device: torch.device) -> int:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one GPU."""
 
+    name = "cuda"
+
     def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         extension, rule = load(), optimizer.rule
         chosen = optimizer.members(members)

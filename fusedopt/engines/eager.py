@@ -44,6 +44,7 @@ def step_device(p: Tensor) -> torch.device:
 class Plan:
     """The parameters of an optimizer that this engine steps."""
 
+    name = "eager"
     asynchronous = False
     indivisible = False
     device = None

@@ -174,6 +174,8 @@ class Kernel:
 class Plan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
+    name = "triton"
+
     def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
         from fusedopt.triton_kernels.kernels import KERNELS, constants  # pyright: ignore[reportMissingImports]
 
