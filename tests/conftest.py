@@ -182,7 +182,7 @@ AT_NIGHT = {
         "test_a_mesh_that_a_rank_is_outside_of": lambda: True,
         "test_textbook_loop_agrees_with_oracle": lambda case: True,
         "test_threads_do_not_race_and_give_one_threads_result": lambda program: program != "races",
-        "test_every_isa_level_passes_the_gate": lambda level: level == "v3",
+        "test_every_isa_level_passes_the_gate": lambda level: level == "v2",
         "test_one_program_takes_all_registers_of_a_processor": lambda: True,
     },
 }
