@@ -10,15 +10,13 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 from builds import setup
 
 import fusedopt
-from fusedopt import engines
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.xdist_group("build")  # each of them may write the stub
+pytestmark = pytest.mark.xdist_group("build")  # one after the other, in one checkout
 
 
 LONG = f"rules/adam.h:3:5: error: no member named 'x' in 'Hyper<{'float, ' * 400}int>'"
@@ -85,25 +83,6 @@ def check_that_it_steps(package, reason):
     assert run.returncode and "engine 'cpu' is not available: it was not built" in run.stderr
     (warning,) = [line for line in run.stderr.splitlines() if "RuntimeWarning" in line]
     assert f"engine 'cpu' is not available: it was not built: {reason}" in warning and "engine='eager'" in warning
-
-
-def test_what_is_wanted_in_plain_torch_is_not_warned_of(monkeypatch):
-    """Nor what no engine takes."""
-    for name in ("cpu", "cuda", "triton"):
-        monkeypatch.setattr(engines.ENGINES[name], "available", lambda: "it was not built")
-    monkeypatch.setattr(engines, "_warned", False)
-
-    def step(is_sparse=False, **how):
-        p = torch.nn.Parameter(torch.ones(3))
-        p.grad = torch.ones(3).to_sparse() if is_sparse else torch.ones(3)
-        fusedopt.SGD([p], lr=0.5, **how).step()
-        assert p.tolist() == [0.5] * 3
-
-    step(engine="eager")
-    step(is_sparse=True)
-    with pytest.warns(RuntimeWarning, match="'cpu' in plain torch.*engine 'cpu' is not available: it was not built"):
-        step()
-    step()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is read from /proc")

@@ -59,28 +59,6 @@ def test_result_does_not_depend_on_position_or_threads(engine):
         close(pieces, whole, 1e-6)
 
 
-def test_an_optimizer_says_what_steps(engine):
-    ps = [torch.nn.Parameter(torch.ones(n)) for n in (3, 5, 7)]
-    optimizer = fusedopt.AdamW([{"params": ps[:2]}, {"params": ps[2:]}], engine=engine)
-    assert optimizer.engines == ()
-    for p in ps:
-        p.grad = torch.ones_like(p)
-    optimizer.step()
-    (stepping,) = optimizer.engines
-    assert stepping == (engine, torch.device("cpu"), 3) and stepping.parameters == 3 and stepping.name == engine
-
-
-def test_engines_that_share_an_optimizer():
-    plain, sparse = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
-    optimizer = fusedopt.SGD([plain, sparse], lr=0.1)
-    plain.grad, sparse.grad = torch.ones(3), torch.ones(3).to_sparse()
-    optimizer.step()
-    assert {(stepping.name == "eager", stepping.parameters) for stepping in optimizer.engines} == {
-        (True, 1),
-        (False, 1),
-    }
-
-
 def test_none_gradients_keep_their_own_counts(engine):
     ours, a, theirs, b = pair([(3,), (40,), (5, 5)], engine=engine)
     for t in range(12):

@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,10 @@ import fusedopt
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install 'fusedopt[clients]'")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # of torchao's sources, where that is installed
+    transformers.Trainer  # noqa: B018 - imported when it is first asked for
 
 from accelerate import Accelerator  # noqa: E402
 

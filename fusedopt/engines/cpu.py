@@ -64,7 +64,7 @@ def available() -> str | None:
 
 def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
-    if p.device.type != "cpu":
+    if p.device.type not in DEVICES:
         return f"it is on {p.device}"
     if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
         return f"rule {rule.name!r} has no C++ kernel"
