@@ -9,14 +9,19 @@ SOURCES := $(shell find csrc tests/cuda_on_threads tests/openmp_on_threads -name
 
 .PHONY: demo test sanitize fuzz torch-versions nightly bench lint docs support dist check gpu clean
 
+# For this machine, where the tests look at code for several kinds of GPU.
+demo: ARCHS =
 demo: $(VENV)/.installed
 	$(BIN)/fusedopt demo
+
+# Which GPUs the CUDA engine has code for, where nvcc is; those that are there, if it is empty.
+ARCHS ?= 80 90 100
 
 # WORKERS: how many processes take the tests; 0 for none but pytest's own.
 WORKERS ?= auto
 # SELECT: which tests, as an expression of markers; all where it is empty.
 SELECT ?= not nightly
-test: $(VENV)/.installed
+test: $(VENV)/.tested
 	$(BIN)/python -m pytest -m "$(SELECT)" -n $(WORKERS) --maxprocesses 8 --dist loadgroup
 
 # One wheel beside several versions of torch, which are downloaded: make torch-versions ARGS='--keep folder'
@@ -53,6 +58,8 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check --extend-exclude '*.md'
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 	$(BIN)/pyright --pythonpath $(BIN)/python
+	told=$$(PATH=$(CURDIR)/$(BIN):$$PATH PYTHONPATH=$(CURDIR) $(BIN)/pyright --verifytypes fusedopt --ignoreexternal) \
+	|| { echo "$$told"; exit 1; }
 
 # The site, in site/: a warning is an error.
 docs: $(VENV)/.docs
@@ -82,13 +89,19 @@ $(VENV)/pyvenv.cfg:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fusedopt needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 
+COMPILED = FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-$(ARCHS)}" $(PIP) --no-build-isolation
+
 # Built without isolation, so that the build's own requirements are the pinned ones too.
-# timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants. Where nvcc is, the
-# CUDA engine gets code for the GPUs that the tests look at; `pip install .` compiles for the GPUs that are there.
+# timm is an oracle of the tests; its torchvision is not needed, nor most of what torchtitan wants.
 $(VENV)/.installed: $(VENV)/pyvenv.cfg setup.py csrc/toolchain.py pyproject.toml constraints.txt $(SOURCES)
 	$(PIP) setuptools pybind11 ninja apache-tvm-ffi
-	FUSEDOPT_CUDA_ARCHS="$${FUSEDOPT_CUDA_ARCHS-80 90 100}" $(PIP) --no-build-isolation -e ".[test,clients]"
+	$(COMPILED) -e ".[test,clients]"
 	$(PIP) --no-deps timm torchtitan docstring_parser spmd_types typeguard tyro
+	touch $@
+
+# `make demo` may have left out what the tests look at.
+$(VENV)/.tested: $(VENV)/.installed
+	$(BIN)/python -c 'from fusedopt.engines import cuda; cuda.load()' 2> /dev/null || ! command -v nvcc > /dev/null || $(COMPILED) --no-deps -e .
 	touch $@
 
 # Others' optimizers, beside the torch that is there.

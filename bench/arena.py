@@ -3,90 +3,22 @@
 from __future__ import annotations
 
 import gc
-import math
 import shlex
-import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from dataclasses import replace
 
 import torch
 
-from fusedopt.bench import limits, memory, quiet, suites
-from fusedopt.bench.peers import Groups, Peer
+from fusedopt.bench import limits, looks, memory, quiet, suites
+from fusedopt.bench.contenders import FAILURES, Contender, Course, Running, summary
 from fusedopt.bench.rows import LIMIT, Row
-from fusedopt.bench.stored import Stored
 from fusedopt.bench.timing import DISTURBED, NOISY, Stopwatch, Timings, interleave
 from fusedopt.bench.workload import DTYPES, Footprint, Step, TensorBytes, Tensors, Workload, step_of
 
-if TYPE_CHECKING:
-    from fusedopt.bench.measure import Bench
-
 # Rounds are timed up to five times as often as asked for, where that takes no longer than two seconds.
 MOST_TIMES, EXTRA_SECONDS = 5, 2.0
-HOST_SECONDS, HOST_ROUNDS = 0.3, 7
-T = TypeVar("T")
-FAILURES = (Exception, SystemExit)  # whatever a package raises; one ends the process when it finds no triton
-
-
-@dataclass(frozen=True)
-class Contender:
-    """Somebody whose step is timed.
-
-    Attributes:
-        variant: The name in reports.
-        version: Of the package.
-        build: Makes the optimizer of param groups.
-        peer: Who it is; None for ours.
-        option: What selects it on the command line.
-        stored: How ours stores less than its rule has; None if in full.
-    """
-
-    variant: str
-    version: str
-    build: Callable[[Groups], torch.optim.Optimizer]
-    peer: Peer | None
-    option: tuple[str, ...]
-    stored: Stored | None = None
-
-
-@dataclass(frozen=True)
-class Running:
-    """A contender's optimizer on tensors of a workload.
-
-    Attributes:
-        contender: Who.
-        tensors: Which.
-        optimizer: Its optimizer, which has states.
-        step: What its users call for a step.
-    """
-
-    contender: Contender
-    tensors: Tensors
-    optimizer: torch.optim.Optimizer
-    step: Step
-
-
-def summary(error: BaseException) -> str:
-    """The first line of an error, and its kind."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:120]}"
-
-
-def kernels(events: Iterable[Any]) -> list[tuple[str, float]]:
-    """Names and seconds of kernels among a profiler's events, without copies and what the host says of itself."""
-    on_device = [event for event in events if event.device_type() != torch.autograd.DeviceType.CPU]
-    own = [e for e in on_device if not e.name().lower().startswith(("memcpy", "memset", "optimizer."))]
-    return [(event.name(), event.duration_ns() / 1e9) for event in own]
-
-
-def operators(events: Iterable[Any]) -> int:
-    """Operators among a profiler's events that called no other: those that end before the next one starts."""
-    spans = sorted((e.start_ns(), -e.duration_ns()) for e in events if "::" in e.name())
-    following = [start for start, _ in spans[1:]] + [math.inf]
-    return sum(later >= start - length for (start, length), later in zip(spans, following, strict=False))
 
 
 class Arena:
@@ -101,7 +33,7 @@ class Arena:
     """
 
     def __init__(
-        self, bench: Bench, workload: Workload, footprint: Footprint, contenders: list[Contender], sweep: str | None
+        self, bench: Course, workload: Workload, footprint: Footprint, contenders: list[Contender], sweep: str | None
     ) -> None:
         self._bench, self._workload, self._sweep = bench, workload, sweep
         self._device = torch.device(workload.device)
@@ -244,7 +176,8 @@ class Arena:
         """A row with what is not a matter of time: launches, memory, host work, and whether the update is the same."""
         contender, peer = one.contender, one.contender.peer
         state_bytes, kind = memory.states(one.optimizer)
-        moved = self._bytes_of(contender).moved + 2 * state_bytes + self._footprint.measured(self._workload)
+        held = self._bytes_of(contender)
+        moved = held.moved + 2 * state_bytes + self._footprint.measured(self._workload)
         row = self._row(contender.variant, contender.version, timings, contender.option, moved)
         row.note, row.storage = (peer.differs, peer.storage) if peer else (None, "full")
         row.same_update = row.note is None
@@ -253,69 +186,9 @@ class Arena:
         row.states = kind if state_bytes else None
         if row.note is None and state_bytes < self._workload.suite.numel * sum(self._footprint.states):
             row.note = f"its states are {kind}"
-        row.bytes_per_parameter = (self._bytes_of(contender).resident + state_bytes) / max(
-            1, self._workload.suite.numel
-        )
-        row.peak_memory = self._found(contender, "memory", lambda: memory.peak(one.step, self._device))
-        row.launches, row.device_time = self._found(contender, "launches", lambda: self._profiled(one)) or (None, None)
-        row.host = self._found(contender, "host", lambda: self._host(one))
+        row.bytes_per_parameter = (held.resident + state_bytes) / max(1, self._workload.suite.numel)
+        looks.look(row, one, self._workload_of(contender), self._watch, self._bench)
         return row
-
-    def _found(self, contender: Contender, what: str, find: Callable[[], T]) -> T | None:
-        """A figure; None and a note where it cannot be had."""
-        try:
-            return find()
-        except FAILURES as error:
-            self._bench.note(f"{contender.variant}: {what} is not known here: {summary(error)}")
-            return None
-
-    def _profiled(self, one: Running) -> tuple[int | None, float | None]:
-        """Launches of a step; on a GPU also how long its kernels ran, in the state of caches that is timed."""
-        on_cpu, peer = self._device.type == "cpu", one.contender.peer
-        if on_cpu and peer and peer.compiles:
-            return None, None  # the profiler does not see what was compiled
-        kinds = torch.profiler.ProfilerActivity
-        if not on_cpu:
-            self._watch.prepare(one.step)
-            self._synchronize()
-        with quiet.quiet(), torch.profiler.profile(activities=[kinds.CPU if on_cpu else kinds.CUDA]) as profile:
-            one.step()
-            self._synchronize()
-        events = profile.profiler.kineto_results.events()  # profile.events() takes 40 times as long
-        if not on_cpu:
-            found = kernels(events)
-            return (len(found), sum(seconds for _, seconds in found)) if found else (None, None)
-        if peer is not None:
-            return operators(events) + peer.calls * len(one.tensors.params), None
-        return operators(events) + sum(plan.name != "eager" for plan in one.optimizer._plans), None
-
-    def _synchronize(self) -> None:
-        if self._device.type != "cpu":
-            torch.get_device_module(self._device).synchronize()
-
-    def _host(self, one: Running) -> float | None:
-        """Microseconds of host work in a step.
-
-        On a GPU, until the call returns. On a CPU, those of a step that has next to nothing to move; None for what is
-        compiled, which would have to be compiled again for such tensors.
-        """
-        step, tensors = one.step, one.tensors
-        if self._device.type == "cpu":
-            if one.contender.peer and one.contender.peer.compiles:
-                return None
-            tensors = Tensors(self._workload_of(one.contender), single=True)
-            step = step_of(one.contender.build(tensors.groups()), tensors.params, self._workload)
-        for _ in range(2):
-            step()
-        taken: list[float] = []
-        end = time.perf_counter() + HOST_SECONDS
-        while len(taken) < HOST_ROUNDS and (not taken or time.perf_counter() < end):
-            tensors.renew()
-            self._synchronize()
-            start = time.perf_counter()
-            step()
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken) * 1e6
 
     def command(self, option: Iterable[str]) -> str:
         """What measures one row again."""

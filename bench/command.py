@@ -22,8 +22,8 @@ from rich.console import Console
 
 from fusedopt import engines
 from fusedopt.bench import (
-    arena,
     compare,
+    contenders,
     markdown,
     optimizers,
     peers,
@@ -184,8 +184,8 @@ def _run_all(bench: Bench, entries: list[Entry], result: Result, path: Path | No
             except KeyboardInterrupt:
                 bench.note("the run was interrupted: what follows is missing")
                 return 130
-            except arena.FAILURES as error:  # the others are worth measuring all the same
-                bench.note(f"{entry.workload.title()}: FAILED: {arena.summary(error)}")
+            except contenders.FAILURES as error:  # the others are worth measuring all the same
+                bench.note(f"{entry.workload.title()}: FAILED: {contenders.summary(error)}")
                 status = 1
             bar.advance(task)
     return status

@@ -92,8 +92,8 @@ def machine() -> dict[str, Any]:
 
 def commit() -> str:
     """FUSEDOPT_COMMIT, or git's with "+" where files differ from it, or a hash over the sources."""
-    if given := os.environ.get("FUSEDOPT_COMMIT"):
-        return given
+    if told := os.environ.get("FUSEDOPT_COMMIT"):
+        return told
     with suppress(OSError, subprocess.CalledProcessError):
         if (ROOT / ".git").exists():
             command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]

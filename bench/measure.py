@@ -10,8 +10,9 @@ import torch
 
 import fusedopt
 from fusedopt.bench import limits, memory, peers, quiet
-from fusedopt.bench.arena import FAILURES, Arena, Contender, summary
+from fusedopt.bench.arena import Arena
 from fusedopt.bench.check import objection
+from fusedopt.bench.contenders import FAILURES, Contender, summary
 from fusedopt.bench.peers import Peer
 from fusedopt.bench.rows import OURS, Row
 from fusedopt.bench.stored import STORED, Stored
@@ -47,7 +48,7 @@ class Bench:
     report: Report = lambda text: None
     notes: list[str] = field(default_factory=list)
     packages: set[str] = field(default_factory=set)
-    _verdicts: dict[tuple[object, ...], str | None] = field(default_factory=dict)
+    _objections: dict[tuple[object, ...], str | None] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
         """Keep a line about what was left out, once."""
@@ -136,10 +137,10 @@ class Bench:
         if peer.most_tensors is not None and count > peer.most_tensors:
             return f"{peer.name} on {workload.suite.name}: left out, {count:,} tensors would take it minutes to compile"
         key = (peer.name, workload.case.name, workload.dtype, workload.kind, workload.clip is None, workload.amp)
-        if key not in self._verdicts:
+        if key not in self._objections:
             self.report(f"checking {peer.name} {workload.case.name}")
-            self._verdicts[key] = self._checked(peer, workload)
-        return self._verdicts[key]
+            self._objections[key] = self._checked(peer, workload)
+        return self._objections[key]
 
     @staticmethod
     def _checked(peer: Peer, workload: Workload) -> str | None:

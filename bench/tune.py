@@ -30,14 +30,17 @@ from rich.table import Table
 
 import fusedopt
 from fusedopt.bench import limits, suites, timing
-from fusedopt.bench.arena import FAILURES, summary
+from fusedopt.bench.contenders import FAILURES, summary
 from fusedopt.bench.optimizers import CASES
 from fusedopt.bench.rows import COPY, facts
 from fusedopt.bench.variants import VARIANTS, Variant, build
 from fusedopt.bench.workload import Footprint, Step, Tensors, Workload, ours, step_of
 from fusedopt.cli import report
-from fusedopt.launch import Scaling
+from fusedopt.context import StepRequest
+from fusedopt.inspection import ahead
+from fusedopt.inspection.triton import unavailable
 from fusedopt.passes import Pass
+from fusedopt.scaling import Scaling
 
 DEFAULT, DEFAULT_ARCH = "default", "90"
 ROUNDS, WARMUP = 20, 3
@@ -161,20 +164,16 @@ def compiled(chosen: list[Variant], arch: str) -> Iterator[tuple[str, str | None
 
 def _ahead(name: str, arch: str) -> str | None:
     """Why the Triton engine's kernels of a variant do not compile; None if they do."""
-    from fusedopt.inspection.triton import unavailable
-
     if reason := unavailable(arch):
         return reason
-    from fusedopt.triton_kernels.ahead import compiled, specialised  # pyright: ignore[reportMissingImports]
-
     (variant,) = (v for v in VARIANTS if (v.engine, v.name) == ("triton", name))
     try:
         if torch.cuda.is_available():
             _stepped(variant)
             return None
         with variant.applied():
-            for kernel in specialised([fusedopt.AdamW.rule], ["fp32"], arch)[:2]:
-                compiled(kernel, arch)
+            for kernel in ahead.specialised([fusedopt.AdamW.rule], ["fp32"], arch, {})[:2]:
+                ahead.compiled(kernel, arch)
     except Exception as error:  # whatever the compiler raises
         return (str(error).strip().splitlines() or [type(error).__name__])[-1]
     return None
@@ -233,14 +232,14 @@ def _step(variant: Variant, what: Workload, tensors: Tensors, only: str) -> Step
 
     def measure() -> None:
         plan.scan()
-        plan.run(Pass.NORM, Scaling(), math.inf, False, None)
+        plan.run(Pass.NORM, StepRequest(Scaling()), None)
         plan.finish()
 
     squared = plan.status.squared_norm  # what the step has measured; a plan does not copy its own
 
     def update() -> None:
         plan.scan()
-        plan.run(Pass.UPDATE, Scaling(), what.clip or math.inf, False, squared)
+        plan.run(Pass.UPDATE, StepRequest(Scaling(), what.clip or math.inf), squared)
         plan.finish()
 
     return {"norm": measure, "update": update}.get(only) or step_of(optimizer, tensors.params, what)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import options
+from fusedopt.aliases import Group
 from fusedopt.interrupts import held_back
 
 
-class KeepsAverages:
+class KeepsAverages(torch.optim.Optimizer):
     """What an optimizer does with the averages that its steps keep, see ``average`` of ``FusedOptimizer``."""
 
-    param_groups: list[dict[str, Any]]
-    state: Any
-    _lock: Any
+    _lock: threading.RLock
     _is_averaged = False
 
     def average_of(self, p: Tensor) -> Tensor:
@@ -42,13 +41,13 @@ class KeepsAverages:
                 return p.detach() if average is None else average
         raise ValueError("the parameter is in none of this optimizer's groups")
 
-    def _average(self, p: Tensor, group: dict[str, Any]) -> Tensor | None:
+    def _average(self, p: Tensor, group: Group) -> Tensor | None:
         """A parameter's average, once it has one."""
         spec = options.average_state(group)
         return spec and self.state.get(p, {}).get(spec.name)
 
     @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> Generator[None, None, None]:
         """In this context the parameters hold their averages; after it, whatever happens, their own bits again.
 
         It takes as much memory as the parameters that have averages. Parameters without one stay as they are. The
@@ -77,9 +76,14 @@ class KeepsAverages:
                 _put((p, own) for p, _, own in kept)
                 self._is_averaged = False
 
+    def _refuse_averaged(self, what: str = "a step") -> None:
+        """Raises where the parameters do not hold their own values."""
+        if self._is_averaged:
+            raise RuntimeError(f"{what} inside of averaged(), where the parameters hold their averages")
+
     def _with_copies(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Parameters that have averages, these, and copies of the parameters; all before any is written."""
-        found = {}
+        found: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for group in self.param_groups:
             for p in group["params"]:
                 average = self._average(p, group)

@@ -1,21 +1,28 @@
 """step_in_backward: step each parameter as soon as its gradient is there, so that they need not all exist at once."""
 
+# This is a friend of FusedOptimizer.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
-from fusedopt import checks
-from fusedopt.clipping import Measured
+from fusedopt.aliases import ParamGroup, ParamState
+from fusedopt.context import StepRequest, is_indivisible
+from fusedopt.forking import forks, threads_that_exist
 from fusedopt.interrupts import held_back
-from fusedopt.launch import Scaling, forks, threads_that_exist
 from fusedopt.optimizer import FusedOptimizer
-from fusedopt.plans import Plans
+from fusedopt.options import RESCALE
+from fusedopt.scaling import Scaling
+from fusedopt.stepper import Stepper
+from fusedopt.sums import ALL, GROUP
 
 
 class StepInBackward:
@@ -33,7 +40,9 @@ class StepInBackward:
             for i, p in enumerate(group["params"])
             if p.requires_grad
         ]
-        self._hooks = [lone.p.register_post_accumulate_grad_hook(_weakly(lone)) for lone in self._lone]
+        self._hooks: list[RemovableHandle] = [
+            lone.p.register_post_accumulate_grad_hook(_weakly(lone)) for lone in self._lone
+        ]
         optimizer._in_backward = self
 
     def remove(self) -> None:
@@ -82,10 +91,7 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
         >>> handle = fusedopt.step_in_backward(optimizer)
         >>> loss(model(x), y).backward()  # steps
     """
-    if not isinstance(optimizer, FusedOptimizer):
-        raise TypeError(
-            f"{type(optimizer).__name__} is no fused optimizer; fusedopt.fuse turns those of torch into one"
-        )
+    _require(optimizer)
     if optimizer._in_backward:
         raise RuntimeError("the optimizer steps in backward already; remove() the handle of before first")
     for g, group in enumerate(optimizer.param_groups):
@@ -96,8 +102,31 @@ def step_in_backward(optimizer: FusedOptimizer) -> StepInBackward:
     places = [id(p) for group in optimizer.param_groups for p in group["params"]]
     if len(set(places)) < len(places):
         raise ValueError("a parameter is given twice: it would be stepped once in backward, and twice by step()")
-    checks.needs_one_gradient(optimizer)
+    _refuse_what_needs_all(optimizer)
     return StepInBackward(optimizer)
+
+
+def _require(optimizer: object) -> None:
+    if not isinstance(optimizer, FusedOptimizer):
+        raise TypeError(
+            f"{type(optimizer).__name__} is no fused optimizer; fusedopt.fuse turns those of torch into one"
+        )
+
+
+def _refuse_what_needs_all(optimizer: FusedOptimizer) -> None:
+    """Raises unless each parameter can be stepped as soon as its own gradient is there."""
+    for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
+        if value not in (None, False):
+            raise RuntimeError(f"{name}={value!r} needs all gradients at once, and this optimizer steps in backward")
+    if optimizer.steps_together:
+        raise RuntimeError(f"{optimizer.steps_together}, and this optimizer steps in backward")
+    if any(RESCALE in group for group in optimizer.param_groups):
+        raise RuntimeError("rescale comes after the step of all parameters, and this optimizer steps in backward")
+    if optimizer.rule.has_sums() and optimizer.scope in (GROUP, ALL):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} adds up over {optimizer.scope!r}, which needs all gradients at once, and it "
+            "steps in backward"
+        )
 
 
 class _Lone:
@@ -112,33 +141,32 @@ class _Lone:
     def __init__(self, optimizer: FusedOptimizer, g: int, i: int) -> None:
         self._optimizer, self._place = optimizer, (g, i)
         self.p: Tensor = optimizer.param_groups[g]["params"][i]
-        self._alone: dict[str, Any] = {"params": [self.p]}  # the group, of it alone
-        self._own = own = object.__new__(type(optimizer))
-        own.__dict__.update(optimizer.__dict__)
-        own.param_groups, own.state = [self._alone], defaultdict(dict)
-        own._kept, own._statuses, own._retained, own._measured, own._in_backward = Plans(), {}, [], Measured(), None
-        self._state: dict[str, Any] | None = None
+        self._alone: ParamGroup = {"params": [self.p]}  # the group, of it alone
+        whole = optimizer._bring_up_to_date()
+        self._context = replace(whole, param_groups=[self._alone], state={}, numbers=[0], statuses={}, retained=[])
+        self._stepper = Stepper(self._context)
+        self._state: ParamState | None = None
         self._number()
 
     def step(self, p: Tensor) -> None:
         """Step it, whose gradient is there."""
-        optimizer, own = self._optimizer, self._own
-        checks.not_averaged(optimizer)
-        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or "rescale" in self._alone:
-            checks.needs_one_gradient(optimizer)
+        optimizer, context = self._optimizer, self._context
+        optimizer._refuse_averaged()
+        if optimizer.max_grad_norm is not None or optimizer.skip_nonfinite or RESCALE in self._alone:
+            _refuse_what_needs_all(optimizer)
         if not self._read_group(p):
             return
-        state = optimizer.state.get(p)
+        state: ParamState | None = optimizer.state.get(p)
         if state is not self._state or state is None:
             self._state = state = {} if state is None else state
-            own.state = defaultdict(dict, {p: state})
+            context.state = defaultdict(dict, {p: state})
         if self._step_again():
             return
-        own.engine = optimizer.engine
+        context.engine = optimizer.engine
         with held_back():
             try:
                 with torch.no_grad(), threads_that_exist():
-                    own._step(Scaling())
+                    self._stepper.step(StepRequest(Scaling(), increments_versions=optimizer.increments_versions))
             finally:
                 if state or p in optimizer.state:
                     optimizer.state[p] = state
@@ -146,16 +174,16 @@ class _Lone:
 
     def _step_again(self) -> bool:
         """Do what the last step did, where one call of one plan does it; False, and nothing is done, if none does."""
-        planned = self._own._kept.last
+        planned = self._stepper.plans.last
         if planned is None or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
             return False
         (plan,) = planned.plans
-        return plan.indivisible and plan.step_and_free(self._optimizer.increments_versions)
+        return is_indivisible(plan) and plan.step_and_free(self._optimizer.increments_versions)
 
     def _number(self) -> None:
         """Which parameter of the optimizer it is."""
         g, i = self._place
-        self._own._numbers = [sum(len(group["params"]) for group in self._optimizer.param_groups[:g]) + i]
+        self._context.numbers = [sum(len(group["params"]) for group in self._optimizer.param_groups[:g]) + i]
 
     def _read_group(self, p: Tensor) -> bool:
         """Take over what the parameter's group says now; False if it is in none any more."""

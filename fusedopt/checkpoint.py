@@ -4,27 +4,22 @@ from __future__ import annotations
 
 from collections import defaultdict
 from copy import deepcopy
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from fusedopt import checks, codecs, options, state_checks, storage
+from fusedopt.aliases import ParamGroup, ParamGroups, ParamState, StateDict, States
 from fusedopt.rule import Rule
 from fusedopt.state import adopt_state, widened
 
-Groups = list[dict[str, Any]]
 
-
-class KeepsState:
+class KeepsState(torch.optim.Optimizer):
     """What an optimizer gives of its state, and takes."""
 
     rule: type[Rule]
-    param_groups: Groups
-    state: Any
-    _optimizer_load_state_dict_pre_hooks: Any
-    _optimizer_load_state_dict_post_hooks: Any
 
-    def state_dict(self, *, dequantized: bool = False) -> dict[str, Any]:
+    def state_dict(self, *, dequantized: bool = False) -> StateDict:
         """The state, of tensors and Python's own types, as torch.optim's is.
 
         Args:
@@ -32,7 +27,7 @@ class KeepsState:
                 and what states of fewer bits hold is given as float32. Parameters are as they are; for what masters
                 hold see ``fusedopt.master_weights``.
         """
-        saved = super().state_dict()  # pyright: ignore[reportAttributeAccessIssue]
+        saved: StateDict = super().state_dict()
         if "param_groups" in saved:  # a hook may have made something else of it
             groups = [options.plain(group) for group in saved["param_groups"]]
             if dequantized:
@@ -41,7 +36,7 @@ class KeepsState:
             saved["param_groups"] = groups
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state from here or from torch.optim. Tensors keep the dtype they were saved in.
 
         Args:
@@ -61,13 +56,13 @@ class KeepsState:
                 raise ValueError(f"the loaded state dict has no {part!r}")
         groups = loaded_groups(self.rule, state_dict["param_groups"], self.param_groups)
         state = loaded_state(self.rule, state_dict, groups)
-        self.__setstate__({"state": state, "param_groups": groups})  # pyright: ignore[reportAttributeAccessIssue]
+        self.__setstate__({"state": state, "param_groups": groups})
         for hook in self._optimizer_load_state_dict_post_hooks.values():
             hook(self)
 
 
 @torch.no_grad()
-def dequantized_state(rule: type[Rule], groups: Groups, saved: dict[str, Any]) -> dict[Any, Any]:
+def dequantized_state(rule: type[Rule], groups: ParamGroups, saved: StateDict) -> States:
     """The states of a state dict, those of fewer than 32 bits as float32, without what codecs have besides.
 
     Args:
@@ -91,7 +86,7 @@ def dequantized_state(rule: type[Rule], groups: Groups, saved: dict[str, Any]) -
     return found
 
 
-def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) -> Groups:
+def loaded_groups(rule: type[Rule], saved_groups: ParamGroups, own_groups: ParamGroups) -> ParamGroups:
     """An optimizer's param groups with saved options, and with parameters and other options of its own.
 
     Raises:
@@ -99,7 +94,7 @@ def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) ->
     """
     if len(saved_groups) != len(own_groups):
         raise ValueError(f"the loaded state dict has {len(saved_groups)} param groups, the optimizer {len(own_groups)}")
-    groups = []
+    groups: ParamGroups = []
     for i, (saved, group) in enumerate(zip(saved_groups, own_groups, strict=True)):
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
@@ -115,7 +110,7 @@ def loaded_groups(rule: type[Rule], saved_groups: Groups, own_groups: Groups) ->
     return groups
 
 
-def loaded_state(rule: type[Rule], state_dict: dict[str, Any], groups: Groups) -> defaultdict[Any, Any]:
+def loaded_state(rule: type[Rule], state_dict: StateDict, groups: ParamGroups) -> defaultdict[object, ParamState]:
     """The states of a state dict by parameter, in the form that engines take.
 
     Args:
@@ -126,11 +121,11 @@ def loaded_state(rule: type[Rule], state_dict: dict[str, Any], groups: Groups) -
     Raises:
         ValueError: If a state does not fit its parameter.
     """
-    places = {}
+    places: dict[object, tuple[Tensor, ParamGroup, checks.Label]] = {}
     for g, (saved, group) in enumerate(zip(state_dict["param_groups"], groups, strict=True)):
         for i, (key, p) in enumerate(zip(saved["params"], group["params"], strict=True)):
             places[key] = (p, group, checks.Label(group, g, i, p))
-    state: defaultdict[Any, Any] = defaultdict(dict)
+    state: defaultdict[object, ParamState] = defaultdict(dict)
     for key, value in state_dict["state"].items():
         if key not in places:
             state[key] = value

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fusedopt import codecs, memory, storage
+from fusedopt.aliases import Group
 from fusedopt.operands import COMPLEX, FLOATING
-from fusedopt.options import CAUTIOUS, STEP, STORAGE, settle
-from fusedopt.rule import LR, Group, Hyper, Rule
+from fusedopt.options import CAUTIOUS, STORAGE, settle
+from fusedopt.rule import LR, Hyper, Rule
 
 # Schedules computed by recurrence end a rounding error below zero; torch steps with that, and so do we.
 SCHEDULE_ROUNDING = 1e-9
 
 WIDE = (torch.float64, torch.complex128)  # stepped in double precision, others in float32
-MOST_DIMS = 64  # that engines walk; a complex number is one of two parts. As many as torch has
 PAIR = 2  # numbers in a hyperparameter such as betas
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
@@ -47,7 +47,7 @@ def labels(groups: Sequence[Group]) -> list[Label]:
     return [Label(group, g, i, p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
 
 
-def number(value: Any, label: object, where: str) -> float:
+def number(value: object, label: object, where: str) -> float:
     """A hyperparameter or counter as a float: of a real number, or a tensor or array with one real element."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
@@ -60,12 +60,12 @@ def number(value: Any, label: object, where: str) -> float:
     if not isinstance(value, Real) and not (isinstance(value, np.ndarray) and not value.ndim):
         raise TypeError(f"{label}{where} is {value!r}; it must be a number or a one-element tensor")
     try:
-        return float(value)
+        return float(cast("Real", value))
     except OverflowError:
         raise ValueError(f"{label}{where} is too large") from None
 
 
-def one_number(value: Any, name: str) -> None:
+def one_number(value: object, name: str) -> None:
     """A number, or a real tensor with one element, whose value is not looked at."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
         return
@@ -74,12 +74,18 @@ def one_number(value: Any, name: str) -> None:
         raise TypeError(f"{name} is {what}; it must be a number or a real tensor with one element")
 
 
+def samples(value: object) -> None:
+    """Losses of samples are there, and are numbers."""
+    if not isinstance(value, Tensor) or not value.numel() or not value.is_floating_point():
+        raise TypeError(f"per_sample_loss is {value!r}; it must be a floating point tensor with elements")
+
+
 def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = False) -> None:
     """One hyperparameter of a group lies in its domain."""
     if hyper.key not in group:
         raise ValueError(f"{hyper.key}{where} is missing from the param group")
-    value = group[hyper.key]
-    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(value) != PAIR):
+    value: object = group[hyper.key]
+    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(cast("Sequence[object]", value)) != PAIR):
         raise TypeError(f"{hyper.key}{where} is {value!r}; it must be a pair of numbers")
     result = number(hyper.of(group), hyper.label, where)
     low, high = step_domain(hyper) if stepping else hyper.closed_domain
@@ -132,11 +138,11 @@ def stored(group: Group, index: int) -> None:
         raise ValueError(f"{asked[0]}={group[asked[0]]!r} (group {index}) cannot be differentiable")
 
 
-def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
+def new_parameters(params: Iterable[object], groups: Sequence[Group]) -> None:
     """No parameter of a new group stands in an earlier one. One that is repeated in it is torch's to warn of."""
     places = {id(p): (g, i) for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
     for i, item in enumerate(params):
-        p = item[1] if isinstance(item, tuple) else item
+        p = cast("tuple[str, object]", item)[1] if isinstance(item, tuple) else item
         if id(p) in places:
             g, first = places[id(p)]
             raise ValueError(
@@ -145,7 +151,7 @@ def new_parameters(params: Iterable[Any], groups: Sequence[Group]) -> None:
             )
 
 
-def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any, handles_amp: Any) -> None:
+def options(max_grad_norm: object, skip_nonfinite: object, process_group: object, handles_amp: object) -> None:
     """Arguments of the optimizer as a whole."""
     if max_grad_norm is not None:
         max_norm(max_grad_norm, "max_grad_norm", ", or None for no clipping")
@@ -157,43 +163,27 @@ def options(max_grad_norm: Any, skip_nonfinite: Any, process_group: Any, handles
         raise TypeError(f"process_group is {process_group!r}; it must be a torch.distributed.ProcessGroup, or None")
 
 
-def max_norm(value: Any, name: str, otherwise: str = "") -> None:
+def kind(name: str, value: object, kind: type, what: str) -> None:
+    """An argument is what it has to be."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is {type(value).__name__}; it must be {what}")
+
+
+def max_norm(value: object, name: str, otherwise: str = "") -> None:
     """A norm to which gradients are clipped."""
     if not number(value, name, "") > 0:
         raise ValueError(f"{name} is {value!r}; it must be positive{otherwise}")
 
 
-def scope(rule: type[Rule], given: Any) -> str:
+def scope(rule: type[Rule], asked: str | None) -> str:
     """Over what an optimizer's rule takes its sums."""
     if unknown := ", ".join(sorted(set(rule.scopes) - {"tensor", "channel", "group", "all"})):
         raise ValueError(f"{rule.__name__}.scopes has {unknown}; there are tensor, channel, group and all")
-    if given is None:
+    if asked is None:
         return rule.scopes[0]
-    if given not in rule.scopes:
-        raise ValueError(f"scope is {given!r}; it may be {', '.join(map(repr, rule.scopes))}")
-    return given
-
-
-def not_averaged(optimizer: Any, what: str = "a step") -> None:
-    """The parameters hold their own values."""
-    if optimizer._is_averaged:
-        raise RuntimeError(f"{what} inside of averaged(), where the parameters hold their averages")
-
-
-def needs_one_gradient(optimizer: Any) -> None:
-    """A parameter can be stepped as soon as its own gradient is there."""
-    for name, value in (("max_grad_norm", optimizer.max_grad_norm), ("skip_nonfinite", optimizer.skip_nonfinite)):
-        if value not in (None, False):
-            raise RuntimeError(f"{name}={value!r} needs all gradients at once, and this optimizer steps in backward")
-    if optimizer.steps_together:
-        raise RuntimeError(f"{optimizer.steps_together}, and this optimizer steps in backward")
-    if any("rescale" in group for group in optimizer.param_groups):
-        raise RuntimeError("rescale comes after the step of all parameters, and this optimizer steps in backward")
-    if optimizer.rule.has_sums() and optimizer.scope in ("group", "all"):
-        raise RuntimeError(
-            f"{type(optimizer).__name__} adds up over {optimizer.scope!r}, which needs all gradients at once, and it "
-            "steps in backward"
-        )
+    if asked not in rule.scopes:
+        raise ValueError(f"scope is {asked!r}; it may be {', '.join(map(repr, rule.scopes))}")
+    return asked
 
 
 def gradient(rule: type[Rule], p: Tensor, g: Tensor, group: Group, name: object, optimizer: str) -> None:
@@ -256,9 +246,9 @@ def placement(p: Tensor, t: Tensor, what: str, kind: type[Exception], *, is_like
         raise kind(f"{what} cannot be stepped with: the parameter is a sum of parts (placements {placements})")
     if t.device_mesh != mesh or t.placements != placements:
         raise kind(f"{what} is placed as {t.placements} on {t.device_mesh}, the parameter as {placements} on {mesh}")
-    mine, its = tuple(memory.local(p).shape), tuple(memory.local(t).shape)
-    if its != (mine if is_like else codecs.scales_shape(mine)):
-        raise kind(f"{what} has a part of shape {its} here, the parameter of shape {mine}")
+    own, its = tuple(memory.local(p).shape), tuple(memory.local(t).shape)
+    if its != (own if is_like else codecs.scales_shape(own)):
+        raise kind(f"{what} has a part of shape {its} here, the parameter of shape {own}")
 
 
 def differentiable(p: Tensor, name: object) -> None:
@@ -267,58 +257,15 @@ def differentiable(p: Tensor, name: object) -> None:
         raise RuntimeError(f"{name}: differentiable=True cannot step a leaf that requires grad; give it a clone")
 
 
-def named_otherwise(rule: type[Rule], kernel: Mapping[str, Any]) -> str | None:
-    """How a kernel's names differ from those of its rule, so that it cannot step it; None if they do not."""
-    for what in ("scalars", "measures", "epilogue"):
-        its, ours = tuple(kernel.get(what, ())), tuple(getattr(rule, what))
-        if its != ours:
-            return f"its kernel has the {what} {its}, rule {rule.name!r} has {ours}"
-    if unknown := set(kernel["hyper"]) - {h.name for h in rule.hyper}:
-        return f"its kernel has hyperparameters that rule {rule.name!r} lacks: {', '.join(sorted(unknown))}"
-    return None
-
-
-def unsteppable(p: Tensor, group: Group, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
-    """Why no engine but eager can step a parameter as it, its gradient and its states are; None if they can."""
-    if group["differentiable"]:
-        return "differentiable=True runs on engine 'eager'"
-    g = None if p.grad is None else memory.local(p.grad)
-    p = memory.local(p)
-    if reason := memory.unreadable(p):
-        return reason
-    if p.dtype not in FLOATING + COMPLEX:
-        return f"its dtype is {p.dtype}"
-    if p.dim() + p.is_complex() > MOST_DIMS:
-        return f"it has {p.dim()} dimensions"
-    if memory.overlaps(p):
-        return f"its elements may overlap in memory (strides {p.stride()})"
-    if memory.misaligned(p):
-        return f"its address {p.data_ptr():#x} is not a multiple of its elements' size"
-    if g is not None and (reason := memory.unreadable(g, lazily=True)):  # lazy gradients are resolved first
-        return f"of its gradient: {reason}"
-    written = [p]
-    for key in (*storage.names_of(rule), *rule.scalars, STEP):
-        value = state.get(key)
-        if isinstance(value, Tensor):
-            value = memory.local(value)
-            if reason := memory.unreadable(value):
-                return f"of its state {key!r}: {reason}"
-            written.append(value)
-    if g is not None and memory.may_write_what_it_reads(g, written):
-        return "its gradient shares memory with it or its states"
-    return None
-
-
-def tensors_are_whole(optimizer: Any) -> None:
+def tensors_are_whole(rule: type[Rule], scope: str, groups: Sequence[Group], optimizer: str) -> None:
     """No parameter is known to be a piece of a tensor, or of several, over all of which the rule must add up."""
-    if not optimizer.rule.has_sums() or optimizer.scope in ("group", "all"):
+    if not rule.has_sums() or scope in ("group", "all"):
         return
-    groups = optimizer.param_groups
     for label, p in zip(labels(groups), (p for group in groups for p in group["params"]), strict=True):
         if getattr(p, "_fsdp_flattened", False):
             raise RuntimeError(
                 f"{label} is a piece of tensors that FullyShardedDataParallel flattened, and "
-                f"{type(optimizer).__name__} adds up over whole tensors; shard with fully_shard, whose DTensors say how"
+                f"{optimizer} adds up over whole tensors; shard with fully_shard, whose DTensors say how"
             )
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks
+from fusedopt.context import Context
 
 
 @dataclass(slots=True)
@@ -21,14 +21,13 @@ class Measured:
     next_limit: float | None = None  # to which the next step alone clips
 
 
-class Clips:
+class Clips(torch.optim.Optimizer):
     """A part of FusedOptimizer."""
 
-    param_groups: list[dict[str, Any]]
     max_grad_norm: float | None
     skip_nonfinite: bool
-    status: Any
-    _in_backward: Any
+    _context: Context
+    _in_backward: object
     _measured: Measured
 
     @property
@@ -71,32 +70,33 @@ class Clips:
         limits = (self.max_grad_norm, self._measured.next_limit)
         return min((float(limit) for limit in limits if limit is not None), default=math.inf)
 
-    def _tell_norm(self, norm: float | Tensor | None) -> None:
-        """A step is over, and had a norm if it measured one."""
-        measured = self._measured
+    def _tell_norm(self, norm: float | Tensor | None, *, may_move: bool = False) -> None:
+        """A step is over.
+
+        Args:
+            norm: What it measured; None if it did not.
+            may_move: Whether parameters may be on another device than they were, or of another precision.
+        """
+        measured, last = self._measured, self._measured.norm
         measured.is_told, measured.next_limit = norm is not None, None
-        if norm is None:
-            return
-        if measured.norm is None:
+        if (last is None and norm is not None) or (last is not None and may_move):
             measured.norm = self._place_of_norm()
+        if norm is None:
+            if measured.norm is not None and last is not None and measured.norm is not last:
+                measured.norm.copy_(last, non_blocking=True)
+            return
+        assert measured.norm is not None
         if not isinstance(norm, Tensor):
             measured.norm.fill_(norm)
-        elif norm is not self.status(self._device(), 0).norm:  # whose launch has written it
+        elif norm is not self._context.status(self._device(), 0).norm:  # whose launch has written it
             measured.norm.copy_(norm, non_blocking=True)
-
-    def _check_place_of_norm(self) -> None:
-        """Parameters may be on another device than they were, or of another precision."""
-        if (last := self._measured.norm) is not None:
-            self._measured.norm = now = self._place_of_norm()
-            if now is not last:
-                now.copy_(last, non_blocking=True)
 
     def _place_of_norm(self) -> Tensor:
         if (device := self._device()).type == "mps":  # which has no float64, and no engine that tells it anything
             last = self._measured.norm
             return torch.zeros((), device=device) if last is None or last.device.type != "mps" else last
         wide = any(p.dtype in checks.WIDE for group in self.param_groups for p in group["params"])
-        status = self.status(device, 0)
+        status = self._context.status(device, 0)
         return status.norm if wide else status.narrow_norm
 
     def _device(self) -> torch.device:

@@ -1,14 +1,18 @@
 """Masters of parameters, and states converted from one way to store them to another."""
 
+# This is a friend of FusedOptimizer.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, codecs, options, state_checks, storage
+from fusedopt.aliases import ParamGroup, ParamState
 from fusedopt.interrupts import held_back
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import MASTER, STATE_DTYPE, Master, StateDtype
@@ -32,7 +36,7 @@ def master_weights(optimizer: FusedOptimizer) -> dict[Tensor, Tensor]:
         RuntimeError: Inside of ``averaged()``.
     """
     _require(optimizer, "master_weights()")
-    found = {}
+    found: dict[Tensor, Tensor] = {}
     for group in optimizer.param_groups:
         for p in group["params"]:
             values = storage.values(p, group, optimizer.state.get(p, {}))
@@ -72,7 +76,7 @@ def convert_state(
     _require(optimizer, "convert_state()")
     wanted = range(len(optimizer.param_groups)) if groups is None else sorted(set(groups))
     asked = {key: value for key, value in ((STATE_DTYPE, state_dtype), (MASTER, master)) if value != "kept"}
-    plans: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    plans: list[tuple[ParamGroup, ParamGroup]] = []
     for g in wanted:
         if not 0 <= g < len(optimizer.param_groups):
             raise ValueError(f"groups has {g}; the optimizer has {len(optimizer.param_groups)} param groups")
@@ -82,7 +86,7 @@ def convert_state(
         plans.append((optimizer.param_groups[g], group))
     everyone = (p for group in optimizer.param_groups for p in group["params"])
     labels = dict(zip(everyone, checks.labels(optimizer.param_groups), strict=True))
-    converted = {}
+    converted: dict[Tensor, ParamState] = {}
     for old, new in plans:
         for p in old["params"]:
             if state := optimizer.state.get(p):
@@ -96,17 +100,15 @@ def convert_state(
         for p, state in converted.items():
             optimizer.state[p].clear()
             optimizer.state[p].update(state)
-        optimizer._kept.drop()
+        optimizer._stepper.plans.drop()
 
 
 @torch.no_grad()
-def _converted(
-    optimizer: FusedOptimizer, p: Tensor, old: dict[str, Any], new: dict[str, Any], state: dict[str, Any]
-) -> dict[str, Any]:
+def _converted(optimizer: FusedOptimizer, p: Tensor, old: ParamGroup, new: ParamGroup, state: ParamState) -> ParamState:
     """A parameter's state as another group would have it; what stays as it is are the same tensors."""
     specs = {spec.name: spec for spec in optimizer.rule.states}
     ours = storage.own_names(optimizer.rule)
-    made: dict[str, Any] = {}
+    made: ParamState = {}
     for name, value in state.items():
         if name not in specs or value is None:
             made.update({} if name in ours else {name: value})
@@ -128,4 +130,4 @@ def _converted(
 def _require(optimizer: object, what: str) -> None:
     if not isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"{type(optimizer).__name__} is not an optimizer of this package; see fusedopt.fuse")
-    checks.not_averaged(optimizer, what)
+    optimizer._refuse_averaged(what)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import cast
 
 import torch
 
-from fusedopt.optimizer import FusedOptimizer, ProcessGroup
+from fusedopt.aliases import ParamGroup, ProcessGroup
+from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import OPTIMIZERS
 from fusedopt.state import adopt_state, widened
+
+Make = Callable[..., FusedOptimizer]
 
 PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp")
 
@@ -45,17 +49,10 @@ def fuse(
     Example:
         >>> optimizer = fusedopt.fuse(torch.optim.AdamW(model.parameters()))
     """
-    kind = type(optimizer)
-    if isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"{kind.__name__} is a fused optimizer already")
-    if kind.__module__.partition(".")[0] not in PACKAGES or kind.__name__ not in OPTIMIZERS:
-        raise TypeError(
-            f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(OPTIMIZERS)}"
-        )
-    counterpart: type[Any] = OPTIMIZERS[kind.__name__]
+    counterpart = _counterpart(optimizer)
     _refuse_foreign_options(optimizer, counterpart)
     groups = [_completed(optimizer, i) for i in range(len(optimizer.param_groups))]
-    fused = counterpart(
+    fused = cast("Make", counterpart)(
         [dict(g) for g in groups],
         max_grad_norm=max_grad_norm,
         skip_nonfinite=skip_nonfinite,
@@ -78,15 +75,27 @@ def fuse(
     return fused
 
 
-def _completed(optimizer: torch.optim.Optimizer, index: int) -> dict[str, Any]:
+def _counterpart(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
+    """Our class of another package's optimizer."""
+    kind = type(optimizer)
+    if isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"{kind.__name__} is a fused optimizer already")
+    if kind.__module__.partition(".")[0] not in PACKAGES or kind.__name__ not in OPTIMIZERS:
+        raise TypeError(
+            f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(OPTIMIZERS)}"
+        )
+    return OPTIMIZERS[kind.__name__]
+
+
+def _completed(optimizer: torch.optim.Optimizer, index: int) -> ParamGroup:
     """A param group with what another package keeps elsewhere."""
     group = optimizer.param_groups[index]
     base_lrs = getattr(optimizer, "base_lrs", None)  # adabound: a list made at construction
     return {"base_lr": base_lrs[index], **group} if base_lrs else group
 
 
-def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[Any]) -> None:
-    probe = ours([torch.nn.Parameter(torch.zeros(()))])
+def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> None:
+    probe = cast("Make", ours)([torch.nn.Parameter(torch.zeros(()))])
     known = set(probe.param_groups[0]) | {"initial_lr", "param_names", "max_lr_snapshot"}
     for i, group in enumerate(optimizer.param_groups):
         for key in group.keys() - known:

@@ -1,32 +1,55 @@
 """What reads an optimizer before every step: the host extension, or where it is not built, Python."""
 
+# The host is bound to what torch has beneath its public names.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import ctypes
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Protocol, TypedDict, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, memory, options, storage
+from fusedopt.aliases import Group, ParamGroups
+from fusedopt.context import Context
 from fusedopt.operands import FLOATING
 from fusedopt.options import MASTER
 from fusedopt.rule import LR, WEIGHT_DECAY, Hyper, Rule
-from fusedopt.scan import Scan
+from fusedopt.scan import GroupSpec, Key, Names, Scan
 from fusedopt.state import New
 
 REPORT = Path(__file__).parent / "_build_report.json"
 CHECKED = os.environ.get("FUSEDOPT_CHECK_SCAN", "0") not in ("", "0")
 
 T = TypeVar("T")
+
+
+class Built(TypedDict):
+    """What the installation made of an engine.
+
+    Attributes:
+        failure: Why it was left out; None if it was not.
+        compiler: What compiled it.
+        targets: What for.
+        seconds: How long that took.
+    """
+
+    failure: str | None
+    compiler: str
+    targets: list[str]
+    seconds: float
+
 
 # Symbols of libtorch and libc10. What the C ABI does not tell comes from at::native, c10 and at::impl.
 _FUNCTIONS = {
@@ -54,7 +77,46 @@ _DTYPES = {
 
 _DLPACK = 1 << 16  # dtypes from here on are DLPack's own numbers
 
-ZERO = (None, -1, 0, 0.0, 0.0)  # in place of a key and what its value may be: the number 0
+
+class Facts(Protocol):
+    """What a scan in C++ vouches for."""
+
+    def facts(self) -> list[tuple[Tensor, int, int, list[int], list[int], int]]:
+        """Of every tensor its address, dtype, shape, strides, and the bytes of its storage or -1."""
+        ...
+
+
+class StepScan(Protocol):
+    """The scan of what a device steps: ``Scan``, or ``DeviceTable`` of the host extension."""
+
+    def scan(self, threads: int) -> bool:
+        """Whether the tables are valid; if not, planning anew says what is wrong."""
+        ...
+
+    def rebind(self, param_groups: ParamGroups) -> None:
+        """The same groups stand in another list now."""
+        ...
+
+    def check(self, threads: int) -> None:
+        """Raise if any tensor or gradient is not what it was in the last scan."""
+        ...
+
+    def write(self, words: Tensor) -> bool:
+        """Put the gradients' words and the groups' records there, see fusedopt/layout.py; whether anything changed."""
+        ...
+
+    def commit(self) -> None:
+        """The step happened: states that were new are so no more."""
+        ...
+
+    def increment_versions(self) -> None:
+        """Tell autograd that the parameters with gradients were written."""
+        ...
+
+    def release(self) -> None:
+        """Let go of this step's gradients."""
+        ...
+
 
 _lock = threading.Lock()
 if hasattr(os, "register_at_fork"):  # another thread may have had it
@@ -65,7 +127,7 @@ _dtensor: type | None = None  # the class that the host knows
 
 
 @cache
-def _imported(name: str) -> Any:
+def _imported(name: str) -> ModuleType | str:
     """An extension, or why it does not import: that stays so as long as the process."""
     try:
         return import_module(f"fusedopt.{name}")
@@ -73,7 +135,7 @@ def _imported(name: str) -> Any:
         return str(error)
 
 
-def extension(name: str, part: str) -> Any:
+def extension(name: str, part: str) -> ModuleType:
     """An extension of the package.
 
     Args:
@@ -90,7 +152,7 @@ def extension(name: str, part: str) -> Any:
 
 
 @cache
-def build_report() -> dict[str, dict[str, Any]]:
+def build_report() -> dict[str, Built]:
     """What the installation made of each engine: its failure or None, compiler, targets and seconds."""
     return json.loads(REPORT.read_text()) if REPORT.exists() else {}
 
@@ -103,7 +165,7 @@ def build_failure(part: str) -> str | None:
     return f"it was not built: {reason}" if reason else None
 
 
-def load() -> Any:
+def load() -> ModuleType:
     """The host extension, which has learned how to read torch's tensors.
 
     Raises:
@@ -136,7 +198,11 @@ def without_modes(call: Callable[[], T]) -> T:
         return thread.submit(call).result()
 
 
-def _bind(host: Any) -> str:
+def _number(value: object) -> float:
+    return checks.number(value, "", "")
+
+
+def _bind(host: ModuleType) -> str:
     capsule = getattr(Tensor, "__dlpack_c_exchange_api__", None)
     if capsule is None:
         raise ImportError(f"torch {torch.__version__} has no DLPack C exchange API; 2.10 or newer has")
@@ -147,7 +213,7 @@ def _bind(host: Any) -> str:
             "exchange_api": capsule,
             "grad": torch._C.TensorBase.grad,
             "dispatch": memory.NO_DISPATCH,
-            "number": lambda value: checks.number(value, "", ""),
+            "number": _number,
             "increment_version": torch.autograd.graph.increment_version,
         }
     )
@@ -155,7 +221,7 @@ def _bind(host: Any) -> str:
     return "torch's C ABI" if wanted != "dlpack" and bind_abi(host) else "DLPack"
 
 
-def bind_abi(host: Any) -> bool:
+def bind_abi(host: ModuleType) -> bool:
     """Read tensors through torch's C ABI, if it says of some the same as torch does in Python."""
     try:
         library = ctypes.PyDLL(torch._C.__file__)  # through which all that it links is found
@@ -195,16 +261,21 @@ def _probes() -> list[Tensor]:
     return [*tensors, z.mH, z.conj().imag, z.mH.imag, torch.zeros((), device="cpu"), torch.zeros(0, 4, device="cpu")]
 
 
-def _facts(t: Tensor, numbers: dict[str, int]) -> tuple[Any, ...]:
+def _facts(t: Tensor, numbers: dict[str, int]) -> tuple[object, ...]:
     """What torch says in Python; see csrc/host/module.cpp."""
     dtype = numbers[_DTYPES[t.dtype]]
-    places = (numbers["cpu"], -1 if t.device.index is None else t.device.index)
+    places = (numbers["cpu"], _index(t.device))
     storage = (t.untyped_storage().nbytes(), t.storage_offset())
     gradient = 0 if t.grad is None else t.grad._cdata
     return (t.data_ptr(), dtype, list(t.shape), list(t.stride()), *places, *storage, t.is_conj(), t.is_neg(), gradient)
 
 
-def check_scan(tables: Any) -> None:
+def _index(device: torch.device) -> int:
+    index = cast("int | None", device.index)
+    return -1 if index is None else index
+
+
+def check_scan(tables: Facts) -> None:
     """What a scan vouches for is what torch says, tensor by tensor. FUSEDOPT_CHECK_SCAN=1 asks for it after every scan.
 
     Raises:
@@ -219,8 +290,8 @@ def check_scan(tables: Any) -> None:
 
 
 def group_spec(
-    rule: type[Rule], group: Any, kernel: Any, hyper: list[str], numbers: list[tuple[Hyper | None, int]]
-) -> tuple[Any, ...]:
+    rule: type[Rule], group: Group, kernel: object, hyper: Sequence[str], numbers: list[tuple[Hyper | None, int]]
+) -> GroupSpec:
     """What a scan must know of a param group.
 
     Args:
@@ -232,30 +303,28 @@ def group_spec(
     """
     by_name = {h.name: h for h in rule.hyper}
     most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")
-    keys: list[tuple[Any, ...]] = []
-    for h in (LR, WEIGHT_DECAY, *(by_name[name] for name in hyper)):
-        if len(keys) == 1 and WEIGHT_DECAY not in rule.engine_hyper():
-            keys.append(ZERO)
-            continue
-        keys.append(_key(h, checks.PAIR if h.index >= 0 else 0, most))
-    keys += [_key(h, size, most) for h, size in numbers]
-    switches = [(key, bool(group.get(key))) for key in (*rule.switches(), *options.DEFAULTS)]
+    weight_decay = WEIGHT_DECAY if WEIGHT_DECAY in rule.engine_hyper() else None
+    keys = [
+        Key.of(h, checks.PAIR if h is not None and h.index >= 0 else 0, most)
+        for h in (LR, weight_decay, *(by_name[name] for name in hyper))
+    ]
+    keys += [Key.of(h, size, most) for h, size in numbers]
     average = options.average_state(group)
-    what = average and average.name, options.counts(rule, group), group.get(MASTER), storage.master_state(group)
-    signed = [spec.signed for spec in rule.active_states(group)]
-    constants = [(key, group[key]) for key in options.STORAGE if key in group]
-    return kernel, keys, switches, rule.decoupled(), *what, signed, constants
+    return GroupSpec(
+        kernel,
+        keys,
+        [(key, bool(group.get(key))) for key in (*rule.switches(), *options.DEFAULTS)],
+        rule.decoupled(),
+        average and average.name,
+        options.counts(rule, group),
+        group.get(MASTER),
+        storage.master_state(group),
+        [spec.signed for spec in rule.active_states(group)],
+        [(key, group[key]) for key in options.STORAGE if key in group],
+    )
 
 
-def _key(h: Hyper | None, size: int, most: float) -> tuple[Any, ...]:
-    """Where a hyperparameter is, among how many, and what it may be."""
-    if h is None:
-        return ZERO
-    low, high = checks.step_domain(h)
-    return h.key, h.index, size, low, min(high, most)
-
-
-def know_dtensors(host: Any) -> None:
+def know_dtensors(host: ModuleType) -> None:
     """DTensors are read as the parts that are here, once anybody has imported them."""
     global _dtensor
     kind = memory.dtensor_type()
@@ -264,18 +333,19 @@ def know_dtensors(host: Any) -> None:
         _dtensor = kind
 
 
-def device_scan(optimizer: Any, hyper: tuple[str, ...], members: list[int], new: New, device: torch.device) -> Any:
+def device_scan(
+    context: Context, hyper: tuple[str, ...], members: list[int], new: New, device: torch.device
+) -> StepScan:
     """A scan for an engine that keeps counters on a device and looks rows up in tables there.
 
     Args:
-        optimizer: Whose parameters.
+        context: Of the optimizer.
         hyper: Names of the rule's hyperparameters, in the order of the engine.
         members: Which parameters the engine steps, counted through all groups; all are on the device.
         new: Those whose states or averages were made for the coming step.
         device: Where they are.
     """
-    rule, groups = optimizer.rule, list(optimizer.param_groups)  # which may change meanwhile
-    names = [([s.name for s in rule.active_states(group)], list(rule.scalars), list(hyper)) for group in groups]
+    rule, groups = context.rule, list(context.param_groups)  # which may change meanwhile
     numbers = [options.numbers(groups, group) for group in groups]
     try:
         if os.environ.get("FUSEDOPT_HOST") == "python":
@@ -283,15 +353,15 @@ def device_scan(optimizer: Any, hyper: tuple[str, ...], members: list[int], new:
         host = load()
     except ImportError:
         others = storage.own_names(rule)
-        of_engine = [
-            ([s.name for s in options.states_of(rule, g)], list(options.scalars_of(rule, g)), list(hyper), others)
+        kernels: list[object] = [
+            Names([s.name for s in options.states_of(rule, g)], list(options.scalars_of(rule, g)), others)
             for g in groups
         ]
-        specs = [group_spec(rule, g, n, n[2], k) for g, n, k in zip(groups, of_engine, numbers, strict=True)]
-        return Scan(optimizer.param_groups, specs, optimizer.state, members, new, device)
-    know_dtensors(host)
-    specs = [
-        group_spec(rule, g, host.describe(rule.name, *n), n[2], k)
-        for g, n, k in zip(groups, names, numbers, strict=True)
-    ]
-    return host.DeviceTable(optimizer.param_groups, specs, optimizer.state, members, *new)
+        make = partial(Scan, device=device)
+    else:
+        know_dtensors(host)
+        states = [[s.name for s in rule.active_states(g)] for g in groups]
+        kernels = [host.describe(rule.name, its, list(rule.scalars), list(hyper)) for its in states]
+        make = host.DeviceTable
+    specs = [group_spec(rule, g, kernel, hyper, k) for g, kernel, k in zip(groups, kernels, numbers, strict=True)]
+    return make(context.param_groups, specs, context.state, members, *new)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import gc
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
 
 # Those that people and schedulers send, and for which Python or its users have handlers that raise.
 SIGNALS = tuple(
@@ -18,8 +17,11 @@ SIGNALS = tuple(
 )
 
 
+Handlers = dict[int, Callable[[int, FrameType | None], object]]
+
+
 @contextmanager
-def held_back() -> Iterator[None]:
+def held_back() -> Generator[None, None, None]:
     """Hold signals back until the block is over, then do what their handlers do, which run in the main thread only.
 
     Nor is garbage collected meanwhile, for finalizers run whatever they like.
@@ -35,20 +37,21 @@ def held_back() -> Iterator[None]:
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
+def _signals_held_back() -> Generator[None, None, None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     arrived: list[tuple[int, FrameType | None]] = []
-    handlers: dict[int, Any] = {}
+    handlers: Handlers = {}
 
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append((number, frame))
 
     try:
         for number in SIGNALS:
-            if callable(signal.getsignal(number)):
-                handlers[number] = signal.getsignal(number)
+            handler = signal.getsignal(number)
+            if callable(handler):
+                handlers[number] = handler
                 signal.signal(number, note)
         yield
     finally:
@@ -58,7 +61,7 @@ def _signals_held_back() -> Iterator[None]:
             _run(handlers, arrived)
 
 
-def _restore(handlers: dict[int, Any]) -> None:
+def _restore(handlers: Handlers) -> None:
     """Put all handlers back, whatever one that is back already raises meanwhile."""
     for number, handler in handlers.items():
         try:
@@ -68,7 +71,7 @@ def _restore(handlers: dict[int, Any]) -> None:
             raise
 
 
-def _run(handlers: dict[int, Any], arrived: list[tuple[int, FrameType | None]]) -> None:
+def _run(handlers: Handlers, arrived: list[tuple[int, FrameType | None]]) -> None:
     """Do what the handlers of signals that arrived do: of all, whatever the first ones raise."""
     if arrived:
         (number, frame), *rest = arrived

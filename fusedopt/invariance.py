@@ -1,19 +1,24 @@
 """Which weights of a model may be of any length, because a normalisation follows their layer."""
 
+# The bases of normalisations and convolutions have no public names, nor do lists of parameters.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import cast
 
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fusedopt import checks
+from fusedopt.aliases import ParamGroup
 from fusedopt.options import CHANNEL, RESCALE, TENSOR
 
 # A normalisation of each channel takes a bias out again; others do not.
 BY_CHANNEL = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 BY_TENSOR = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
-FUNCTIONS = {
+FUNCTIONS: dict[Callable[..., object], str] = {
     F.batch_norm: CHANNEL,
     F.instance_norm: CHANNEL,
     F.layer_norm: TENSOR,
@@ -25,7 +30,7 @@ BETWEEN = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
-def scale_invariant_groups(model: nn.Module, *, tracer: fx.Tracer | None = None) -> list[dict[str, Any]]:
+def scale_invariant_groups(model: nn.Module, *, tracer: fx.Tracer | None = None) -> list[ParamGroup]:
     """A model's parameters in groups, of which those say ``rescale`` whose length does not matter.
 
     The model is traced symbolically, so that what follows a layer is what its ``forward`` does with it, not what was
@@ -52,8 +57,7 @@ def scale_invariant_groups(model: nn.Module, *, tracer: fx.Tracer | None = None)
     Reference:
         Liu et al., arXiv 2102.03497 (WeightRescaling); Kodryan et al., NeurIPS 2022 (training on the sphere).
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
+    checks.kind("model", model, nn.Module, "a torch.nn.Module")
     try:
         graph = (tracer or fx.Tracer()).trace(model)
     except Exception as error:
@@ -69,7 +73,7 @@ def scale_invariant_groups(model: nn.Module, *, tracer: fx.Tracer | None = None)
 
 def _kinds(model: nn.Module, graph: fx.Graph) -> dict[int, str]:
     """How weights are invariant, by their ids: those that are in all their uses."""
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules(remove_duplicate=False)))
     uses: dict[int, list[str | None]] = {}
     for node in graph.nodes:
         for p, kind in _uses(model, modules, node):
@@ -81,7 +85,7 @@ def _kinds(model: nn.Module, graph: fx.Graph) -> dict[int, str]:
 def _uses(model: nn.Module, modules: dict[str, nn.Module], node: fx.Node) -> Iterable[tuple[Tensor, str | None]]:
     """The parameters that a node uses, and how each is invariant there; None where it is not."""
     if node.op == "get_attr":
-        value: Any = model
+        value: object = model
         for part in str(node.target).split("."):
             value = getattr(value, part, None)
         return [(value, None)] if isinstance(value, nn.Parameter) else []

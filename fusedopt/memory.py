@@ -1,17 +1,22 @@
 """What can be known of tensors' memory: where it is, whether it is all there, whose it is too. Nothing here raises."""
 
+# DTensors and functorch have no public names for what is asked of them.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import sys
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, TypeGuard, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.parameter import is_lazy
+
+from fusedopt.aliases import Group, Stored
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -27,7 +32,7 @@ def dtensor_type() -> type | None:
     return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
 
 
-def is_dtensor(t: Any) -> TypeGuard[DTensor]:
+def is_dtensor(t: object) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, of which this rank has a part."""
     kind = dtensor_type()
     return kind is not None and isinstance(t, kind)
@@ -134,16 +139,16 @@ def comparable(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [t for t in tensors if t.device.type != "meta" and not unreadable(t, lazily=True)]
 
 
-def written(param_groups: Iterable[Mapping[str, Any]], state: Mapping[Any, Any]) -> list[Tensor]:
+def written(param_groups: Iterable[Group], state: Mapping[Tensor, object]) -> list[Tensor]:
     """All that an optimizer's step writes here and that has an address.
 
     States that a differentiable step puts in place of others are left out.
     """
-    tensors = []
+    tensors: list[Tensor] = []
     for group in param_groups:
         for p in group["params"]:
-            items = None if group.get("differentiable") else state.get(p)
-            values = items.values() if isinstance(items, Mapping) else ()
+            own: object = None if group.get("differentiable") else state.get(p)
+            values = cast("Stored", own).values() if isinstance(own, Mapping) else ()
             tensors += [p, *(value for value in values if isinstance(value, Tensor))]
     return comparable(map(local, tensors))
 

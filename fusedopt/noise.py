@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory
+from fusedopt.aliases import Group
+from fusedopt.context import Context
 
 # Streams: of gradient noise, of what rounds the parameter, and of what rounds the first of the states that
 # the group has, before those of the others.
@@ -123,7 +124,7 @@ def elements(p: Tensor) -> Tensor:
     return torch.stack((2 * index, 2 * index + 1), -1) if p.is_complex() else index
 
 
-def place(optimizer: Any, i: int, p: Tensor) -> tuple[int, int, int, list[int]]:
+def place(context: Context, i: int, p: Tensor) -> tuple[int, int, int, list[int]]:
     """By what an optimizer's i-th parameter draws its gradients' noise, besides the seed and the step.
 
     Returns:
@@ -131,15 +132,15 @@ def place(optimizer: Any, i: int, p: Tensor) -> tuple[int, int, int, list[int]]:
         complex numbers their parts', and how much that of numbers grows along each dimension.
     """
     first, strides = whole_strides(p)
-    stream = GRADIENT + salt(p, optimizer.process_group)
-    return optimizer.number_of(i), stream, first * (2 if p.is_complex() else 1), strides
+    stream = GRADIENT + salt(p, context.process_group)
+    return context.number_of(i), stream, first * (2 if p.is_complex() else 1), strides
 
 
-def rounding(optimizer: Any, i: int, p: Tensor, group: dict[str, Any], name: str, step: int, added: int = 0) -> Tensor:
+def rounding(context: Context, i: int, p: Tensor, group: Group, name: str, step: int, added: int = 0) -> Tensor:
     """The words that round an operand of an optimizer's i-th parameter.
 
     Args:
-        optimizer: Whose.
+        context: Of the optimizer.
         i: The parameter's number.
         p: The parameter.
         group: Its group.
@@ -147,10 +148,10 @@ def rounding(optimizer: Any, i: int, p: Tensor, group: dict[str, Any], name: str
         step: The step's.
         added: To the stream.
     """
-    own = [spec.name for spec in optimizer.rule.active_states(group)]
+    own = [spec.name for spec in context.rule.active_states(group)]
     stream = PARAM if name == "param" else STATES + own.index(name)
-    key = ROUNDING_SEED, stream + added + salt(p, optimizer.process_group)
-    return word(elements(p), optimizer.number_of(i), step, key).to(p.device)
+    key = ROUNDING_SEED, stream + added + salt(p, context.process_group)
+    return word(elements(p), context.number_of(i), step, key).to(p.device)
 
 
 def salt(p: Tensor, process_group: object) -> int:

@@ -51,7 +51,12 @@ Q8_UNSIGNED = Codec("q8_unsigned", (torch.uint8, torch.float32), block=BLOCK)
 CODECS = (*PLAIN, STOCHASTIC, SPLIT, MASTER_BF16, MASTER_FP16, Q8_SIGNED, Q8_UNSIGNED)
 
 # What each role may be stored as, as a tensor of its name. An exact state keeps what float32 can hold.
-LEGAL = {"param": PLAIN, "grad": PLAIN, "state": (*PLAIN, Q8_SIGNED), "exact state": (FP32, FP64)}
+LEGAL: dict[str, tuple[Codec, ...]] = {
+    "param": PLAIN,
+    "grad": PLAIN,
+    "state": (*PLAIN, Q8_SIGNED),
+    "exact state": (FP32, FP64),
+}
 
 AVERAGES = ("ema", "slow")  # states that are the engine's, not the rule's
 

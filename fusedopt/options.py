@@ -7,16 +7,16 @@ They are options of every optimizer, and the same on every engine. A group has t
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt.rule import Group, Hyper, Rule, Scalar, State
+from fusedopt.aliases import Group, ParamGroup
+from fusedopt.rule import Hyper, Rule, Scalar, State
 
 AVERAGE, NOISE, CAUTIOUS = "average", "gradient_noise", "cautious_weight_decay"
 STATE_DTYPE, MASTER = "state_dtype", "master"
@@ -34,17 +34,35 @@ LARGEST_K = float(2**24)
 LARGEST_SEED = 2**32 - 1
 
 
-def _in_domain(kind: str, name: str, value: Any, low: float, high: float) -> Any:
+def _in_domain(kind: str, name: str, value: object, low: float, high: float) -> float | Tensor:
     """A number of Python's own, or a one-element tensor as it is."""
-    is_tensor = isinstance(value, Tensor) and value.numel() == 1
-    if not is_tensor and (isinstance(value, bool) or not isinstance(value, Real)):
+    if isinstance(value, Tensor) and value.numel() == 1:
+        number = float(value)
+    elif not isinstance(value, bool) and isinstance(value, Real):
+        number = int(value) if isinstance(value, Integral) else float(value)
+    else:
         raise TypeError(f"{name} of {kind} is {value!r}; it must be a number or a one-element tensor")
-    if not low <= float(value) <= high:
+    if not low <= number <= high:
         raise ValueError(f"{name} of {kind} is {value!r}; it must lie in [{low:g}, {high:g}]")
-    return value if is_tensor else int(value) if isinstance(value, Integral) else float(value)
+    return value if isinstance(value, Tensor) else number
 
 
-class EMA(namedtuple("EMA", ("decay",))):
+class _EMA(NamedTuple):
+    decay: float | Tensor
+
+
+class _Lookahead(NamedTuple):
+    k: int | Tensor
+    alpha: float | Tensor
+
+
+class _GradientNoise(NamedTuple):
+    eta: float | Tensor
+    gamma: float | Tensor
+    seed: int
+
+
+class EMA(_EMA):
     """An exponential moving average of the parameters.
 
     After a parameter's first step it is the parameter, then ``ema <- decay ema + (1 - decay) p`` after each step, as in
@@ -65,7 +83,7 @@ class EMA(namedtuple("EMA", ("decay",))):
         return super().__new__(cls, _in_domain("EMA", "decay", decay, 0.0, 1.0))
 
 
-class Lookahead(namedtuple("Lookahead", ("k", "alpha"))):
+class Lookahead(_Lookahead):
     """Slow weights, towards which the parameters are put back in every k-th step.
 
     They are the parameter before its first step; in every k-th step of a parameter
@@ -90,11 +108,11 @@ class Lookahead(namedtuple("Lookahead", ("k", "alpha"))):
         steps = _in_domain("Lookahead", "k", k, 1, LARGEST_K)
         if not float(steps).is_integer():
             raise ValueError(f"k of Lookahead is {k!r}; it must be a whole number")
-        steps = steps if isinstance(steps, Tensor) else int(steps)
-        return super().__new__(cls, steps, _in_domain("Lookahead", "alpha", alpha, 0.0, 1.0))
+        whole = steps if isinstance(steps, Tensor) else int(steps)
+        return super().__new__(cls, whole, _in_domain("Lookahead", "alpha", alpha, 0.0, 1.0))
 
 
-class GradientNoise(namedtuple("GradientNoise", ("eta", "gamma", "seed"))):
+class GradientNoise(_GradientNoise):
     """Gaussian noise, added to the gradients after clipping, before weight decay and moments.
 
     Its variance is ``eta / (1 + t) ** gamma`` in step t of a parameter, counted from 0. It depends on the seed, the
@@ -123,13 +141,14 @@ class GradientNoise(namedtuple("GradientNoise", ("eta", "gamma", "seed"))):
             raise TypeError(f"seed of {kind} is {seed!r}; it must be a whole number")
         most = 3.4e38
         eta, gamma = _in_domain(kind, "eta", eta, 0.0, most), _in_domain(kind, "gamma", gamma, 0.0, most)
-        return super().__new__(cls, eta, gamma, _in_domain(kind, "seed", seed, 0, LARGEST_SEED))
+        return super().__new__(cls, eta, gamma, int(_in_domain(kind, "seed", seed, 0, LARGEST_SEED)))
 
 
 Average = EMA | Lookahead
+Kind = type[EMA] | type[Lookahead] | type[GradientNoise]
 
 # By their names in a state dict.
-_KINDS: dict[str, dict[str, type[Any]]] = {
+_KINDS: dict[str, dict[str, Kind]] = {
     AVERAGE: {"ema": EMA, "lookahead": Lookahead},
     NOISE: {"gaussian": GradientNoise},
 }
@@ -137,20 +156,20 @@ _SAY = {
     AVERAGE: "fusedopt.EMA(decay), fusedopt.Lookahead(k, alpha) or None",
     NOISE: "fusedopt.GradientNoise(eta, gamma, seed) or None",
 }
-DEFAULTS: dict[str, Any] = {AVERAGE: None, NOISE: None, CAUTIOUS: False, STATE_DTYPE: None, MASTER: None}
+DEFAULTS: dict[str, object] = {AVERAGE: None, NOISE: None, CAUTIOUS: False, STATE_DTYPE: None, MASTER: None}
 STORAGE = (STATE_DTYPE, MASTER)
 _DTYPE_NAMES = {str(torch.bfloat16): torch.bfloat16, "bfloat16": torch.bfloat16}  # as a state dict has them
 
 # What the engines read of a group beside the rule's hyperparameters, by what asks for it.
-HYPER: dict[type[Any], tuple[Hyper, ...]] = {
+HYPER: dict[type[object], tuple[Hyper, ...]] = {
     EMA: (Hyper("decay", AVERAGE, 0, high=1.0),),
     Lookahead: (Hyper("k", AVERAGE, 0, low=1.0, high=LARGEST_K), Hyper("alpha", AVERAGE, 1, high=1.0)),
     GradientNoise: (Hyper("eta", NOISE, 0), Hyper("gamma", NOISE, 1), Hyper("seed", NOISE, 2, high=LARGEST_SEED)),
 }
-STATES = {EMA: State("ema", exact=True), Lookahead: State("slow", exact=True)}
+STATES: dict[type[object], State] = {EMA: State("ema", exact=True), Lookahead: State("slow", exact=True)}
 
 
-def settle(group: dict[str, Any], where: str) -> None:
+def settle(group: ParamGroup, where: str) -> None:
     """Bring a group's options into the form that engines read; those that are off are not in it.
 
     So what walks through the keys of groups, as checkpoints of torch.distributed do, finds those of torch's optimizers.
@@ -172,17 +191,17 @@ def settle(group: dict[str, Any], where: str) -> None:
     settle_rescale(group, where)
 
 
-def settle_numbers(rule: type[Rule], group: dict[str, Any]) -> None:
+def settle_numbers(rule: type[Rule], group: ParamGroup) -> None:
     """Pairs that are tensors or arrays become tuples of their elements; arrays of one number lose their dimensions."""
     for hyper in (*rule.engine_hyper(), *rule.hyper, *rule.settings):
-        value = group.get(hyper.key)
+        value: object = group.get(hyper.key)
         if hyper.index >= 0 and isinstance(value, (Tensor, np.ndarray)) and value.ndim == 1:
-            group[hyper.key] = tuple(value)
+            group[hyper.key] = tuple(cast("Iterable[object]", value))
         elif isinstance(value, np.ndarray) and value.ndim and value.size == 1:
             group[hyper.key] = value.reshape(())
 
 
-def _state_dtype(group: Group, where: str) -> Any:
+def _state_dtype(group: Group, where: str) -> StateDtype | None:
     value = group.get(STATE_DTYPE)
     value = _DTYPE_NAMES.get(value, value) if isinstance(value, str) else value
     if value not in STATE_DTYPES:
@@ -190,14 +209,14 @@ def _state_dtype(group: Group, where: str) -> Any:
     return value
 
 
-def _master(group: Group, where: str) -> Any:
+def _master(group: Group, where: str) -> Master | None:
     value = group.get(MASTER)
     if value not in MASTERS:
         raise ValueError(f"{MASTER}{where} is {value!r}; it may be None, 'fp32', 'split' or 'stochastic'")
     return value
 
 
-def settle_rescale(group: dict[str, Any], where: str) -> None:
+def settle_rescale(group: ParamGroup, where: str) -> None:
     """The same for ``rescale``, see fusedopt/rescaling.py.
 
     Raises:
@@ -222,13 +241,14 @@ def settle_rescale(group: dict[str, Any], where: str) -> None:
     group.update({EVERY: int(every), RESCALE_STEP: int(group.get(RESCALE_STEP, 0))})
 
 
-def _settled(key: str, group: Group, where: str) -> Any:
-    value, kinds = group.get(key), _KINDS[key]
+def _settled(key: str, group: Group, where: str) -> Average | GradientNoise | None:
+    kinds: dict[str, Callable[..., Average | GradientNoise]] = {**_KINDS[key]}
+    value = group.get(key)
     if value is None:
         return None
     try:
-        if isinstance(value, tuple(kinds.values())):
-            return type(value)(*value)
+        if isinstance(value, tuple(_KINDS[key].values())):
+            return cast("Callable[..., Average | GradientNoise]", type(value))(*value)
         if isinstance(value, (tuple, list)) and value and isinstance(value[0], str) and value[0] in kinds:
             return kinds[value[0]](*value[1:])
     except (TypeError, ValueError) as error:
@@ -236,7 +256,7 @@ def _settled(key: str, group: Group, where: str) -> Any:
     raise TypeError(f"{key}{where} is {value!r}; it must be {_SAY[key]}")
 
 
-def plain(group: Mapping[str, Any]) -> dict[str, Any]:
+def plain(group: Group) -> ParamGroup:
     """A group whose options are of Python's own types; those that are off are left out, as if nobody knew them."""
     saved = {key: value for key, value in group.items() if value or key not in DEFAULTS}
     for key, kinds in _KINDS.items():
@@ -263,14 +283,19 @@ def numbers(groups: Sequence[Group], group: Group) -> list[tuple[Hyper | None, i
         return []
     found: list[tuple[Hyper | None, int]] = []
     for key, size in ((AVERAGE, 2), (NOISE, 3)):
-        own = HYPER.get(type(group.get(key)), ())
+        own = HYPER.get(_kind(group, key), ())
         found += [(h, len(own)) for h in own] + [(None, 0)] * (size - len(own))
     return found
 
 
+def _kind(group: Group, key: str) -> type[object]:
+    value: object = group.get(key)
+    return type(value)
+
+
 def average_state(group: Group) -> State | None:
     """The state that a group's average is kept in."""
-    return STATES.get(type(group.get(AVERAGE)))
+    return STATES.get(_kind(group, AVERAGE))
 
 
 def draws(group: Group) -> bool:

@@ -6,11 +6,10 @@ DeepSpeed and manual schemes put some of the groups in the place of all, and ste
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from fusedopt.aliases import ParamGroups
+from fusedopt.context import Plan
 from fusedopt.ranks import Ranks
-
-Groups = list[dict[str, Any]]
 
 MOST = 1024  # sets that are kept
 TURNS = 4  # a set that was not used for so many times as many steps as there are sets is let go, with all that it holds
@@ -29,8 +28,8 @@ class Planned:
         owners: Which group, by its id, a parameter stands in, by its own.
     """
 
-    groups: Groups
-    plans: list[Any]
+    groups: ParamGroups
+    plans: list[Plan]
     ranks: Ranks
     measures: bool
     used: int = 0
@@ -39,13 +38,13 @@ class Planned:
     def __post_init__(self) -> None:
         self.owners = {id(p): id(group) for group in self.groups for p in group["params"]}
 
-    def is_for(self, measures: bool, process_group: Any) -> bool:
+    def is_for(self, measures: bool, process_group: object) -> bool:
         """Whether a step can use them: which parameters share a plan may depend on what is measured."""
         if self.ranks.process_group is not process_group:
             return False
         return self.measures or not measures or not (self.ranks.are_many or self.ranks.are_hidden)
 
-    def rebind(self, groups: Groups) -> None:
+    def rebind(self, groups: ParamGroups) -> None:
         """The same groups stand in another list now."""
         self.groups = groups
         for plan in self.plans:
@@ -64,7 +63,7 @@ class Plans:
         self.last: Planned | None = None  # that a step used
         self._steps = 0
 
-    def find(self, groups: Groups) -> Planned | None:
+    def find(self, groups: ParamGroups) -> Planned | None:
         """What steps these groups, as far as is known without looking at them."""
         self._steps += 1
         if self.last is None or self.last.groups is not groups:

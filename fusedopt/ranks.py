@@ -4,17 +4,24 @@ Which collectives run in a step, and in which order, depends on how parameters a
 options, never on which gradients there are: a rank that has none takes part with nothing.
 """
 
+# DTensors have no public names for what is asked of them.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusedopt import memory
+from fusedopt.aliases import ProcessGroup
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass(frozen=True)
@@ -26,7 +33,7 @@ class Reduction:
         dims: The mesh's dimensions along which they are sharded. Along others they are replicated.
     """
 
-    mesh: Any = None
+    mesh: DeviceMesh | None = None
     dims: tuple[int, ...] = ()
 
     @classmethod
@@ -40,9 +47,10 @@ class Reduction:
         dims = tuple(d for d, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(d) > 1)
         return cls(mesh, dims) if dims else cls()
 
-    def groups(self) -> Iterator[Any]:
+    def groups(self) -> Iterator[ProcessGroup]:
         """Process groups; reduced over one after another, sums are those of the whole."""
         for d in self.dims:
+            assert self.mesh is not None
             yield self.mesh.get_group(d)
 
 
@@ -61,7 +69,13 @@ class Ranks:
         are_hidden: Whether some parameter is sharded among ranks that nobody named.
     """
 
-    def __init__(self, params: Iterable[Tensor], process_group: Any) -> None:
+    reductions: tuple[Reduction, ...]
+    have_dtensors: bool
+    are_many: bool
+    matter: bool
+    are_hidden: bool
+
+    def __init__(self, params: Iterable[Tensor], process_group: ProcessGroup | None) -> None:
         params = list(params)
         self.have_dtensors = any(map(memory.is_dtensor, params))
         self.reductions = tuple(dict.fromkeys(map(Reduction.of, params))) if self.have_dtensors else (Reduction(),)
@@ -72,7 +86,7 @@ class Ranks:
 
     def refuse_overlap(self) -> None:
         """Raise where ``process_group`` would add up once more what is added up over a mesh."""
-        everyone = set(dist.get_process_group_ranks(self.process_group)) if self.process_group else set()
+        everyone: set[int] = set(dist.get_process_group_ranks(self.process_group)) if self.process_group else set()
         for reduction in self.reductions:
             for group in reduction.groups():
                 common = everyone.intersection(dist.get_process_group_ranks(group))
@@ -89,8 +103,8 @@ class Ranks:
         like = parts[0][1] if parts else torch.zeros((), dtype=torch.float64)
         total = torch.zeros_like(like)
         for reduction in self.reductions:
-            mine = [part.to(like.device) for of, part in parts if of == reduction]
-            total = total + reduced(sum(mine, torch.zeros_like(like)), reduction.groups(), dist.ReduceOp.SUM)
+            parts_here = [part.to(like.device) for of, part in parts if of == reduction]
+            total = total + reduced(sum(parts_here, torch.zeros_like(like)), reduction.groups(), dist.ReduceOp.SUM)
         return reduced(total, self.everyone(), dist.ReduceOp.SUM)
 
     def maximum(self, value: Tensor) -> Tensor:
@@ -98,12 +112,12 @@ class Ranks:
         groups = dict.fromkeys(group for reduction in self.reductions for group in reduction.groups())
         return reduced(value, [*groups, *self.everyone()], dist.ReduceOp.MAX)
 
-    def everyone(self) -> list[Any]:
+    def everyone(self) -> list[ProcessGroup]:
         """The process group, if there is one."""
         return [] if self.process_group is None else [self.process_group]
 
 
-def reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
+def reduced(value: Tensor, groups: Iterable[ProcessGroup], op: dist.ReduceOp.RedOpType) -> Tensor:
     """A value reduced over groups, one after another; it is left as it is."""
     device, value = value.device, value.detach().clone()
     for group in groups:
@@ -113,7 +127,7 @@ def reduced(value: Tensor, groups: Iterable[Any], op: Any) -> Tensor:
     return value.to(device)
 
 
-def _device_of(group: Any) -> str:
+def _device_of(group: ProcessGroup) -> str:
     """The kind of device on which a group reduces, whichever has the value here: on other ranks it may be another."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(",") if ":" in pair)
     for kind, backend in backends.items():

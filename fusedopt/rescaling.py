@@ -7,38 +7,41 @@ direction alone, with a learning rate that stays what it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import codecs, memory, noise, storage
+from fusedopt.aliases import ParamGroup
+from fusedopt.context import Context
 from fusedopt.interrupts import held_back
 from fusedopt.options import ALL, AVERAGE, CHANNEL, EMA, EVERY, RESCALE, RESCALE_STEP, settle_rescale
 from fusedopt.ranks import Ranks, Reduction, reduced
+from fusedopt.state import NewState
 
 
-def is_asked(optimizer: Any) -> bool:
+def is_asked(context: Context) -> bool:
     """Whether any group of an optimizer asks for it. What it asks for is checked."""
-    asking = [g for g, group in enumerate(optimizer.param_groups) if RESCALE in group]
+    asking = [g for g, group in enumerate(context.param_groups) if RESCALE in group]
     for g in asking:
-        settle_rescale(optimizer.param_groups[g], f" (group {g})")
+        settle_rescale(context.param_groups[g], f" (group {g})")
     return bool(asking)
 
 
-def after_step(optimizer: Any, new_state: list[tuple[int, Tensor, tuple[str, ...]]]) -> None:
+def after_step(context: Context, new_state: NewState) -> None:
     """Put what asks for it to unit length, after a step that happened.
 
     Args:
-        optimizer: Whose.
+        context: Of the optimizer.
         new_state: Which parameter, and the names of states that were made for the step.
     """
     new = {id(p) for _, p, names in new_state if "ema" in names}
-    everyone = (p for group in optimizer.param_groups for p in group["params"])
+    everyone = (p for group in context.param_groups for p in group["params"])
     with held_back():
-        rescale(optimizer, {id(p): id(p) in new for p in everyone if p.grad is not None})
+        rescale(context, {id(p): id(p) in new for p in everyone if p.grad is not None})
 
 
 @dataclass(slots=True)
@@ -50,45 +53,46 @@ class _Part:
 
     number: int
     p: Tensor
-    group: dict[str, Any]
+    group: ParamGroup
     squares: Tensor
     reduction: Reduction
 
 
 @torch.no_grad()
-def rescale(optimizer: Any, stepped: Mapping[int, bool]) -> None:
+def rescale(context: Context, stepped: Mapping[int, bool]) -> None:
     """Put an optimizer's parameters to unit length.
 
     Args:
-        optimizer: Whose.
+        context: Of the optimizer.
         stepped: By the ids of the parameters that were stepped, whether their states were made for the step.
     """
-    due, number = [], 0
-    for group in optimizer.param_groups:
+    due: list[tuple[int, Tensor, ParamGroup]] = []
+    number = 0
+    for group in context.param_groups:
         if RESCALE in group:
             group[RESCALE_STEP] += 1
             if group[RESCALE_STEP] % group[EVERY] == 0:
                 due += [(number + k, p, group) for k, p in enumerate(group["params"])]
         number += len(group["params"])
-    parts = [_measured(optimizer, *one) for one in due]
-    ranks = Ranks([part.p for part in parts], optimizer.process_group)
+    parts = [_measured(context, *one) for one in due]
+    ranks = Ranks([part.p for part in parts], context.process_group)
     _add_up(parts, ranks)
     whole = _whole([part for part in parts if part.group[RESCALE] == ALL], ranks)
     goes = any(id(part.p) in stepped for part in parts if part.group[RESCALE] == ALL)
     for part in parts:
         if part.group[RESCALE] == ALL and whole is not None and (goes or ranks.process_group is not None):
-            _apply(optimizer, part, whole.to(part.squares.device), stepped)
+            _apply(context, part, whole.to(part.squares.device), stepped)
         elif part.group[RESCALE] != ALL and id(part.p) in stepped:
-            _apply(optimizer, part, part.squares, stepped)
+            _apply(context, part, part.squares, stepped)
 
 
-def _measured(optimizer: Any, number: int, p: Tensor, group: dict[str, Any]) -> _Part:
-    kind, here = group[RESCALE], storage.values(p, group, optimizer.state.get(p, {}))
+def _measured(context: Context, number: int, p: Tensor, group: ParamGroup) -> _Part:
+    kind, here = group[RESCALE], storage.values(p, group, context.state.get(p, {}))
     wide = torch.promote_types(here.dtype, torch.float32).to_real()
     has_channels = kind == CHANNEL and here.dim() > 1
     rows = here.flatten(1) if has_channels else here.reshape(1, here.numel())
     rows = torch.view_as_real(rows.resolve_conj()).flatten(1) if rows.is_complex() else rows
-    squares = torch.linalg.vector_norm(rows, dim=1, dtype=wide).square()
+    squares = cast("Tensor", torch.linalg.vector_norm(rows, dim=1, dtype=wide)).square()
     reduction = Reduction.of(p)
     if has_channels and reduction.dims:
         across = [d for d in reduction.dims if getattr(p, "placements", ())[d].dim % p.dim() != 0]
@@ -104,7 +108,8 @@ def _add_up(parts: list[_Part], ranks: Ranks) -> None:
         cut = [part for part in parts if part.reduction == reduction]
         flat = torch.cat([part.squares.double() for part in cut])
         flat = reduced(flat, reduction.groups(), torch.distributed.ReduceOp.SUM)
-        for part, squares in zip(cut, flat.split([len(part.squares) for part in cut]), strict=True):
+        pieces = cast("Sequence[Tensor]", flat.split([len(part.squares) for part in cut]))
+        for part, squares in zip(cut, pieces, strict=True):
             part.squares = squares
 
 
@@ -116,40 +121,40 @@ def _whole(parts: list[_Part], ranks: Ranks) -> Tensor | None:
     return reduced(total, ranks.everyone(), torch.distributed.ReduceOp.SUM)
 
 
-def _apply(optimizer: Any, part: _Part, squares: Tensor, stepped: Mapping[int, bool]) -> None:
+def _apply(context: Context, part: _Part, squares: Tensor, stepped: Mapping[int, bool]) -> None:
     """Divide slices by their length, but for those of length 0, and where lr is 0 or the device skipped the step."""
-    here, group = storage.values(part.p, part.group, optimizer.state.get(part.p, {})), part.group
+    here, group = storage.values(part.p, part.group, context.state.get(part.p, {})), part.group
     if not here.numel():
         return
     factor = torch.where(squares > 0, squares.rsqrt(), torch.ones_like(squares))
-    for stays in _stays(optimizer, group, here.device):
+    for stays in _stays(context, group, here.device):
         factor = torch.where(stays, torch.ones_like(factor), factor)
     factor = factor.reshape([-1, *[1] * (here.dim() - 1)]) if len(factor) > 1 else factor.reshape(())
     wide = torch.promote_types(here.dtype, torch.float32)
     moved = here.to(wide) * factor.to(torch.float64 if wide in (torch.float64, torch.complex128) else torch.float32)
     if isinstance(group.get(AVERAGE), EMA) and id(part.p) in stepped:
-        average = memory.local(optimizer.state[part.p]["ema"])
+        average = memory.local(context.state[part.p]["ema"])
         weight = 1.0 if stepped[id(part.p)] else 1 - float(group[AVERAGE].decay)
         average.add_((moved - here).to(average.dtype), alpha=weight)
-    _write(optimizer, part, moved)
+    _write(context, part, moved)
 
 
-def _write(optimizer: Any, part: _Part, moved: Tensor) -> None:
+def _write(context: Context, part: _Part, moved: Tensor) -> None:
     """Round a parameter's new values into it."""
-    state = optimizer.state.get(part.p, {})
+    state = context.state.get(part.p, {})
     operand, words = storage.param_operand(part.p, part.group, state), None
     if operand.codec.draws:
         step = int(part.group[RESCALE_STEP])
-        words = noise.rounding(optimizer, part.number, part.p, part.group, "param", step, noise.RESCALED)
+        words = noise.rounding(context, part.number, part.p, part.group, "param", step, noise.RESCALED)
     codecs.encode(operand, codecs.real(moved), words)
 
 
-def _stays(optimizer: Any, group: dict[str, Any], device: torch.device) -> Iterator[Tensor]:
+def _stays(context: Context, group: ParamGroup, device: torch.device) -> Iterator[Tensor]:
     """Conditions in which nothing moves."""
     if isinstance(group["lr"], Tensor):
         yield group["lr"].detach().to(device, non_blocking=True).reshape(()) == 0
     elif not group["lr"]:
         yield torch.ones((), dtype=torch.bool, device=device)
-    for (of, _), status in optimizer._statuses.items():
+    for (of, _), status in context.statuses.items():
         if of == device:
             yield status.skipped != 0

@@ -28,15 +28,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
-from types import SimpleNamespace
-from typing import Any, ClassVar
 
 from torch import Tensor
 
-Group = Mapping[str, Any]
+from fusedopt.aliases import Group, Tensors, Values
+
 Scalar = float | str | Callable[[Tensor], float]
 
 # A float32 counter stops counting here; it is then replaced by a float64 one.
@@ -77,7 +76,7 @@ class Hyper:
         high = math.nextafter(self.high, -math.inf) if self.high_open or self.high == math.inf else self.high
         return low, high
 
-    def of(self, group: Group) -> Any:
+    def of(self, group: Group) -> float | Tensor:
         """The value as the group has it: a number, or a one-element tensor."""
         value = group[self.key]
         return value[self.index] if self.index >= 0 else value
@@ -93,6 +92,13 @@ class State:
     signed: bool = True  # whether it can be negative
     exact: bool = False  # whether it must keep all that float32 holds
 
+
+# Of a rule's attributes, for those who state types.
+Hypers = tuple[Hyper, ...]
+States = tuple[State, ...]
+Scalars = dict[str, Scalar]
+Names = tuple[str, ...]
+Score = Callable[[Values, Values], float]
 
 LR = Hyper("lr")
 WEIGHT_DECAY = Hyper("weight_decay")
@@ -137,18 +143,18 @@ class Rule(ABC):
         sparse: Whether gradients may be sparse; see ``rests``.
     """
 
-    name: ClassVar[str]
-    hyper: ClassVar[tuple[Hyper, ...]] = ()
-    settings: ClassVar[tuple[Hyper, ...]] = ()
-    states: ClassVar[tuple[State, ...]] = ()
-    scalars: ClassVar[dict[str, Scalar]] = {}
-    decay: ClassVar[str] = "decoupled_weight_decay"
-    step_scale: ClassVar[StepScale] = StepScale.LR
-    measures: ClassVar[tuple[str, ...]] = ()
-    scopes: ClassVar[tuple[str, ...]] = ("tensor",)
-    epilogue: ClassVar[tuple[str, ...]] = ()
-    shared: ClassVar[tuple[str, ...]] = ()
-    sparse: ClassVar[bool] = False
+    name: str
+    hyper: Hypers = ()
+    settings: Hypers = ()
+    states: States = ()
+    scalars: Scalars = {}
+    decay: str = "decoupled_weight_decay"
+    step_scale: StepScale = StepScale.LR
+    measures: Names = ()
+    scopes: Names = ("tensor",)
+    epilogue: Names = ()
+    shared: Names = ()
+    sparse: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -157,7 +163,7 @@ class Rule(ABC):
 
     @staticmethod
     @abstractmethod
-    def prepare(h: SimpleNamespace, s: SimpleNamespace, new_state: bool) -> SimpleNamespace:
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         """Coefficients of one step.
 
         Args:
@@ -168,21 +174,19 @@ class Rule(ABC):
 
     @staticmethod
     @abstractmethod
-    def direction(
-        p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         """``d`` of the step, see ``step_scale``, and the new state. Changes none of its arguments."""
 
     @staticmethod
-    def measure(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         """What is to be added up before the step, in the order of ``measures``. Changes none of its arguments."""
         raise NotImplementedError("a rule with `measures` has measure(p, g, state, c)")
 
-    score: ClassVar[Callable[[SimpleNamespace, SimpleNamespace], float] | None] = None
+    score: Score | None = None
     """``score(c, m)``: a number of a segment, whose maximum over the scope ``finish`` is told; None without."""
 
     @staticmethod
-    def finish(c: SimpleNamespace, s: SimpleNamespace, m: SimpleNamespace) -> None:
+    def finish(c: Values, s: Values, m: Values) -> None:
         """What follows from the sums.
 
         Args:
@@ -194,7 +198,7 @@ class Rule(ABC):
         raise NotImplementedError("a rule that measures has finish(c, s, m)")
 
     @staticmethod
-    def conclude(p: Tensor, g: Tensor, d: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, ...]:
+    def conclude(p: Tensor, g: Tensor, d: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         """What is to be added up after the step, in the order of ``epilogue``; ``p`` and ``state`` are after it."""
         raise NotImplementedError("a rule with an `epilogue` has conclude(p, g, d, state, c)")
 

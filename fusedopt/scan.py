@@ -1,18 +1,91 @@
 """The scan of a step in Python, where no C++ compiler built csrc/host. Same answers, some microseconds a tensor."""
 
+# DTensors have no public names for what is asked of them.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import itertools
 import struct
-from typing import Any
+from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, memory
+from fusedopt.aliases import Group, ParamGroups, ParamState, States
 from fusedopt.layout import NEW_AVERAGE, NEW_STATE, NO_MEMORY, record_width
 from fusedopt.options import CAUTIOUS
-from fusedopt.state import New
+from fusedopt.rule import Hyper
+
+Geometry = tuple[type, int, torch.Size, tuple[int, ...], torch.dtype, torch.device, int, str | None]
+
+
+class Names(NamedTuple):
+    """What is called how, of a group.
+
+    Attributes:
+        states: The rule's, and the average.
+        scalars: The rule's, and what the engine counts.
+        others: What codecs may have besides.
+    """
+
+    states: list[str]
+    scalars: list[str]
+    others: set[str]
+
+
+class Key(NamedTuple):
+    """Where a hyperparameter is in a group, and what it may be.
+
+    Attributes:
+        key: In the group; None for the number 0.
+        place: In the value, if that is a pair or more; else -1.
+        size: Of how many it is one.
+        low, high: What it lies between.
+    """
+
+    key: str | None
+    place: int
+    size: int
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, h: Hyper | None, size: int, most: float) -> Key:
+        """That of a hyperparameter, or of 0; at most so much."""
+        if h is None:
+            return cls(None, -1, 0, 0.0, 0.0)
+        low, high = checks.step_domain(h)
+        return cls(h.key, h.index, size, low, min(high, most))
+
+
+class GroupSpec(NamedTuple):
+    """What a scan must know of a group; csrc/host/groups.cpp reads it by places.
+
+    Attributes:
+        kernel: ``Names``, or a capsule that has them.
+        keys: Of lr, weight decay, the kernel's hyperparameters and the engine's numbers.
+        switches: Keys of options, and whether they are on.
+        decoupled: Whether weight decay is decoupled, or the key of the flag that says so.
+        average: The name of the average; None if there is none.
+        counts: Whether the engine counts steps.
+        master, master_state: What masters are asked for, and the state that has them; None for none.
+        signed: Of each of the rule's states whether it can be negative.
+        constants: Keys and values that must stay as they are.
+    """
+
+    kernel: object
+    keys: list[Key]
+    switches: list[tuple[str, bool]]
+    decoupled: bool | str
+    average: str | None
+    counts: bool
+    master: str | None
+    master_state: str | None
+    signed: list[bool]
+    constants: list[tuple[str, object]]
 
 
 class Scan:
@@ -20,24 +93,22 @@ class Scan:
 
     Args:
         param_groups: The optimizer's.
-        specs: For each group its (states, scalars, hyper) names, averages and what the engine counts among them, and
-            those of what codecs may have besides;
-            (key, index, count, low, high) of lr, weight decay, the rule's hyperparameters and the engine's numbers (a
-            key that is None: 0); (key, truth) of its switches; whether decay is decoupled, or the flag's key; at the
-            end (key, value) of what must stay as it is.
+        specs: For each group what must be known of it.
         state: The optimizer's.
         members: Which parameters are stepped, counted through all groups.
-        new: Those whose states or averages are new.
+        new_states: Those whose states are new.
+        new_averages: Those whose averages are.
         device: Where they are.
     """
 
     def __init__(
         self,
-        param_groups: list[dict[str, Any]],
-        specs: list[tuple[Any, ...]],
-        state: dict[Any, Any],
+        param_groups: ParamGroups,
+        specs: list[GroupSpec],
+        state: States,
         members: list[int],
-        new: New,
+        new_states: list[int],
+        new_averages: list[int],
         device: torch.device,
     ) -> None:
         self._param_groups, self._specs, self._state, self._device = param_groups, specs, state, device
@@ -52,12 +123,12 @@ class Scan:
             first = len(self._rows)
             for p in params:
                 is_member = len(self._rows) in which
-                self._rows.append(_Row(p, spec[0], state.get(p)) if is_member else None)
+                self._rows.append(_Row(p, spec.kernel, state.get(p)) if is_member else None)
             self._has_members.append(any(self._rows[first:]))
-        self._new_state, self._new_average = set(new.states), set(new.averages)
+        self._new_state, self._new_average = set(new_states), set(new_averages)
         self._written = memory.Spans(memory.written(param_groups, state))
         self._gradients: list[Tensor | None] = []
-        self._at: list[tuple[Any, ...] | None] = []  # where they were
+        self._at: list[Geometry | None] = []  # where they were
         self._records: list[list[int]] = []
 
     def scan(self, threads: int) -> bool:
@@ -71,7 +142,7 @@ class Scan:
             self.release()
         return valid
 
-    def rebind(self, param_groups: list[dict[str, Any]]) -> None:
+    def rebind(self, param_groups: ParamGroups) -> None:
         """The same groups stand in another list now."""
         self._param_groups = param_groups
 
@@ -121,11 +192,11 @@ class Scan:
         self._records = []
         for group, spec, has_members in zip(self._groups, self._specs, self._has_members, strict=True):
             if not has_members:
-                self._records.append([0] * record_width(len(spec[1]) - 2))
+                self._records.append([0] * record_width(len(spec.keys) - 2))
                 continue
-            if any(bool(group.get(key)) != on for key, on in spec[2]):
+            if any(bool(group.get(key)) != on for key, on in spec.switches):
                 return False
-            if any(group.get(key) != value for key, value in spec[-1]):
+            if any(group.get(key) != value for key, value in spec.constants):
                 return False
             record = self._record(group, spec)
             if record is None:
@@ -139,29 +210,30 @@ class Scan:
                 return False
         return True
 
-    def _record(self, group: dict[str, Any], spec: tuple[Any, ...]) -> list[int] | None:
-        words = []
-        for key, index, count, low, high in spec[1]:
+    def _record(self, group: Group, spec: GroupSpec) -> list[int] | None:
+        words: list[int] = []
+        for key, place, size, low, high in spec.keys:
             value = 0.0 if key is None else group[key]
-            if index >= 0:
-                if not isinstance(value, (tuple, list)) or len(value) != count:
+            if place >= 0:
+                if not isinstance(value, (tuple, list)) or len(numbers := cast("Sequence[object]", value)) != size:
                     return None
-                value = value[index]
+                value = numbers[place]
             source = self._source(value)
             number = 0.0 if source else checks.number(value, key, "")
             if not source and not low <= number <= high:
                 return None
             words += [_bits(number), source]
-        decoupled = bool(group[spec[3]] if isinstance(spec[3], str) else spec[3])
+        decoupled = bool(group[spec.decoupled] if isinstance(spec.decoupled, str) else spec.decoupled)
         cautious = bool(group.get(CAUTIOUS, False))
         if cautious and not decoupled:
             return None
         return [*words, int(decoupled), -1 if group["maximize"] else 1, int(cautious)]
 
-    def _source(self, value: Any) -> int:
+    def _source(self, value: object) -> int:
         """Where the device finds a hyperparameter; 0 if it does not. Bit 0: as a double."""
-        here = isinstance(value, Tensor) and value.device == self._device and value.numel() == 1
-        if not here or value.dtype not in (torch.float32, torch.float64):
+        if not isinstance(value, Tensor) or value.device != self._device or value.numel() != 1:
+            return 0
+        if value.dtype not in (torch.float32, torch.float64):
             return 0
         if memory.unreadable(value) or memory.shortage(value):
             return 0
@@ -187,21 +259,21 @@ class Scan:
 class _Row:
     """A parameter, and where its tensors were when it was planned."""
 
-    def __init__(self, p: Tensor, names: tuple[list[str], ...], state: Any) -> None:
+    def __init__(self, p: Tensor, names: object, state: ParamState | None) -> None:
         self.p, self.state = p, state
         self.items = list(state.items()) if state is not None else []
-        states, scalars, _, others = names
-        tensors = [None if state is None else state.get(name) for name in (*states, *scalars)]
+        assert isinstance(names, Names)
+        tensors = [None if state is None else state.get(name) for name in (*names.states, *names.scalars)]
         self.is_whole = all(isinstance(t, Tensor) for t in tensors)
-        tensors += [value for name, value in self.items if name in others]
+        tensors += [value for name, value in self.items if name in names.others]
         self.tensors = [p, *(t for t in tensors if isinstance(t, Tensor))]
         self.at = self.where()
-        given = None if p.grad is None else memory.local(p.grad)
-        g = memory.local(p) if given is None or memory.unreadable(given, lazily=True) else memory.resolved(given)
+        own = None if p.grad is None else memory.local(p.grad)
+        g = memory.local(p) if own is None or memory.unreadable(own, lazily=True) else memory.resolved(own)
         self.gradient_dtype, self.gradient_stride = g.dtype, memory.significant(g)
         self.gradient_place = None if p.grad is None else (g.data_ptr(), g.stride())  # the planner saw that it may be
 
-    def is_unchanged(self, state: Any, g: Tensor | None) -> bool:
+    def is_unchanged(self, state: ParamState | None, g: Tensor | None) -> bool:
         """Whether everything is as it was, and a gradient, if there is one, is of the planned kind."""
         if state is not self.state or self.where() != self.at:
             return False
@@ -225,12 +297,12 @@ class _Row:
             return memory.is_dtensor(p) == memory.is_dtensor(g)
         return g.device_mesh == p.device_mesh and g.placements == p.placements
 
-    def where(self) -> list[tuple[Any, ...]]:
+    def where(self) -> list[tuple[Geometry, object]]:
         """The geometry of all tensors; asking for the address makes a lazy clone a copy of its own."""
         return [(where(memory.local(t)), t._spec if memory.is_dtensor(t) else None) for t in self.tensors]
 
 
-def where(t: Tensor) -> tuple[Any, ...]:
+def where(t: Tensor) -> Geometry:
     """A tensor's geometry."""
     nbytes = t.untyped_storage().nbytes()
     return type(t), t.data_ptr(), t.shape, t.stride(), t.dtype, t.device, nbytes, memory.unreadable(t)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory, options, storage
+from fusedopt.aliases import Group, ParamState, Stored
 from fusedopt.rule import LAST_FLOAT_STEP, Rule, Scalar
+
+NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for a step
 
 
 class New(NamedTuple):
@@ -26,11 +29,10 @@ class New(NamedTuple):
     averages: list[int]
 
     @classmethod
-    def of(cls, rule: type[Rule], made: Iterable[tuple[int, Tensor, tuple[str, ...]]]) -> New:
+    def of(cls, rule: type[Rule], made: NewState) -> New:
         """By the names of what was made."""
         own = {*(spec.name for spec in rule.states), *rule.scalars}
         averages = {spec.name for spec in options.STATES.values()}
-        made = list(made)
         return cls(*([i for i, _, names in made if kind & set(names)] for kind in (own, averages)))
 
     def among(self, members: Iterable[int]) -> New:
@@ -42,7 +44,7 @@ class New(NamedTuple):
 HALVES = (torch.bfloat16, torch.float16, torch.complex32)
 
 
-def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def initial_state(rule: type[Rule], p: Tensor, group: Group) -> dict[str, Tensor]:
     """What a rule has of a parameter before its first step: scalars, then tensors."""
     state = {name: _scalar(_first(value, p, group)) for name, value in rule.scalars.items()}
     for spec in rule.active_states(group):
@@ -51,11 +53,11 @@ def initial_state(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[st
     return state
 
 
-def _first(value: Scalar, p: Tensor, group: dict[str, Any]) -> Any:
+def _first(value: Scalar, p: Tensor, group: Group) -> float:
     return value(p) if callable(value) else group[value] if isinstance(value, str) else value
 
 
-def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+def initial_options(rule: type[Rule], p: Tensor, group: Group) -> dict[str, Tensor]:
     """The same of what the engine has: its count of steps, the master, and the average, which is the parameter."""
     state = {options.STEP: _scalar(0.0)} if options.counts(rule, group) else {}
     state |= storage.new_master(p, group)
@@ -66,11 +68,11 @@ def initial_options(rule: type[Rule], p: Tensor, group: dict[str, Any]) -> dict[
     return state
 
 
-def _scalar(value: Any) -> Tensor:
+def _scalar(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=_scalar_dtype(), device="cpu")
 
 
-def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:
+def widened(rule: type[Rule], state: ParamState) -> ParamState:
     """A state from elsewhere, what must be exact as wide as float32: torch's is as wide as the parameter.
 
     Torch's momentum of sparse gradients is sparse; here it is not.
@@ -82,12 +84,12 @@ def widened(rule: type[Rule], state: dict[Any, Any]) -> dict[Any, Any]:
     return {**state, **{key: t.to(torch.promote_types(t.dtype, torch.float32)) for key, t in halves.items()}}
 
 
-def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy: bool) -> dict[Any, Any]:
+def adopt_state(rule: type[Rule], p: Tensor, state: Stored, *, copy: bool) -> ParamState:
     """A parameter's state from another optimizer or a checkpoint, in the form that engines take.
 
     Tensors keep their dtype and go to the parameter's device; scalars become float tensors on the CPU.
     """
-    adopted: dict[Any, Any] = {}
+    adopted: ParamState = {}
     tensors = storage.names_of(rule)
     for key, value in state.items():
         if key in rule.scalars or key == options.STEP:
@@ -103,7 +105,7 @@ def adopt_state(rule: type[Rule], p: Tensor, state: dict[Hashable, Any], *, copy
     return adopted
 
 
-def unfit(counter: Any, device: torch.device, value: float | None = None) -> bool:
+def unfit(counter: object, device: torch.device, value: float | None = None) -> bool:
     """Whether a scalar state is not a float there, or a float32 at the end of its exact range.
 
     Args:
@@ -118,19 +120,24 @@ def unfit(counter: Any, device: torch.device, value: float | None = None) -> boo
     return (float(counter) if value is None else value) >= LAST_FLOAT_STEP
 
 
-def lacks_state(rule: type[Rule], state: dict[str, Any], group: dict[str, Any], device: torch.device) -> bool:
+def lacks_state(rule: type[Rule], state: Stored, group: Group, device: torch.device) -> bool:
     """Whether a parameter lacks a state that its group's options ask for, or has a counter unfit to count there."""
     tensors = storage.tensors_of(rule, group, state)
     scalars = [state.get(name) for name in options.scalars_of(rule, group)]
     return any(state.get(name) is None for name in tensors) or any(s is None or unfit(s, device) for s in scalars)
 
 
-def is_far(t: Any) -> bool:
+def numbers(t: Tensor) -> list[float]:
+    """A vector's elements; waits for its device."""
+    return cast("list[float]", t.tolist())
+
+
+def is_far(t: object) -> TypeGuard[Tensor]:
     """Whether reading a tensor's value means waiting for a device."""
     return isinstance(t, Tensor) and t.device.type != "cpu"
 
 
-def _counter(value: Any) -> Tensor:
+def _counter(value: Tensor | float) -> Tensor:
     """A scalar state of its own: float64 if it was or must be, else float32. One that is far stays so, unread."""
     if is_far(value) and value.is_floating_point() and not value.dim():
         return value.detach().clone()
@@ -146,7 +153,7 @@ def _made(number: float, wide: bool) -> Tensor:
 class StepCounters:
     """What scalar states are, and those to be made: all of a device at once, for it is slow to ask one by one."""
 
-    def __init__(self, states: Iterable[dict[str, Any]], names: Iterable[str]) -> None:
+    def __init__(self, states: Iterable[Stored], names: Iterable[str]) -> None:
         far: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
         for value in (state[name] for state in states for name in names if name in state):
             if is_far(value) and not value.dim():
@@ -155,15 +162,15 @@ class StepCounters:
         self._read = {
             id(t): number
             for ts in far.values()
-            for t, number in zip(ts, torch.stack([t.detach() for t in ts]).tolist(), strict=True)
+            for t, number in zip(ts, numbers(torch.stack([t.detach() for t in ts])), strict=True)
         }
-        self._wanted: dict[torch.device, list[tuple[dict[str, Any], str, Tensor]]] = defaultdict(list)
+        self._wanted: dict[torch.device, list[tuple[ParamState, str, Tensor]]] = defaultdict(list)
 
-    def unfit(self, value: Any, device: torch.device) -> bool:
+    def unfit(self, value: object, device: torch.device) -> bool:
         """Whether it cannot count there."""
         return unfit(value, device, self._read.get(id(value)))
 
-    def want(self, state: dict[str, Any], name: str, value: Any, device: torch.device) -> None:
+    def want(self, state: ParamState, name: str, value: Tensor | float, device: torch.device) -> None:
         """One is to be made of a value, there."""
         wide = isinstance(value, Tensor) and value.dtype == torch.float64
         number = self._read[id(value)] if id(value) in self._read else float(value)

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, codecs, memory, operands, storage
+from fusedopt.aliases import Group, Stored
 from fusedopt.options import MASTER, STATE_DTYPE, STATES, STEP
-from fusedopt.rule import Group, Rule
+from fusedopt.rule import Rule
 
 
-def parameter(
-    rule: type[Rule], p: Tensor, group: Group, state: Mapping[str, Any], name: object, optimizer: str
-) -> None:
+def parameter(rule: type[Rule], p: Tensor, group: Group, state: Stored, name: object, optimizer: str) -> None:
     """A parameter's gradient and state, as far as it has them, can be stepped with."""
     if p.grad is not None:
         checks.gradient(rule, p, p.grad, group, name, optimizer)
@@ -27,7 +25,7 @@ def parameter(
         storage_stays(rule, p, group, state, name)
 
 
-def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
+def state_tensors(rule: type[Rule], p: Tensor, state: Stored, name: object) -> None:
     """The states that a parameter has fit it; those it lacks are not asked for."""
     for spec in (*rule.states, *STATES.values()):
         key, value = spec.name, state.get(spec.name)
@@ -54,9 +52,7 @@ def state_tensors(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: o
             checks.number(value, f"state {key!r} of {name}", "")
 
 
-def own_tensor(
-    p: Tensor, state: Mapping[str, Any], key: str, shape: Sequence[int], dtype: torch.dtype, name: object
-) -> None:
+def own_tensor(p: Tensor, state: Stored, key: str, shape: Sequence[int], dtype: torch.dtype, name: object) -> None:
     """A state that is not the rule's, if there is one, is what a codec has there."""
     value, what = state.get(key), f"state {key!r} of {name}"
     if value is None:
@@ -69,7 +65,7 @@ def own_tensor(
         raise ValueError(f"{what} is not contiguous (strides {here.stride()})")
 
 
-def state_tensor(p: Tensor, value: Any, shape: Sequence[int], what: str) -> None:
+def state_tensor(p: Tensor, value: object, shape: Sequence[int], what: str) -> None:
     """A state is a tensor of a shape, spread as its parameter is, and with all of its memory."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{what} is {type(value).__name__}, not a tensor")
@@ -86,7 +82,7 @@ def state_tensor(p: Tensor, value: Any, shape: Sequence[int], what: str) -> None
         raise ValueError(f"{what} is not a tensor with memory of its own for each element")
 
 
-def storage_stays(rule: type[Rule], p: Tensor, group: Group, state: Mapping[str, Any], name: object) -> None:
+def storage_stays(rule: type[Rule], p: Tensor, group: Group, state: Stored, name: object) -> None:
     """What a parameter's states are stored as is what its group asks for."""
     convert = f"fusedopt.convert_state(optimizer, {STATE_DTYPE}=..., {MASTER}=...) converts it"
     for spec in rule.active_states(group):
@@ -108,19 +104,19 @@ def storage_stays(rule: type[Rule], p: Tensor, group: Group, state: Mapping[str,
             )
 
 
-def _is_float_elsewhere(value: Any) -> bool:
+def _is_float_elsewhere(value: object) -> bool:
     """Whether a value is a number for which a device would have to be waited for."""
     return isinstance(value, Tensor) and value.device.type != "cpu" and value.numel() == 1 and value.is_floating_point()
 
 
-def state_devices(rule: type[Rule], p: Tensor, state: Mapping[str, Any], name: object) -> None:
+def state_devices(rule: type[Rule], p: Tensor, state: Stored, name: object) -> None:
     """A parameter's states are where it is."""
     for key in storage.names_of(rule) & set(state):
         if state[key] is not None and state[key].device != p.device:
             raise RuntimeError(f"state {key!r} of {name} is on {state[key].device}, the parameter on {p.device}")
 
 
-def whole_state(rule: type[Rule], state: Mapping[str, Any], group: Group, name: object) -> None:
+def whole_state(rule: type[Rule], state: Stored, group: Group, name: object) -> None:
     """A loaded state is empty, or has all that its group's options ask for."""
     needed = {s.name for s in rule.active_states(group)}
     required = needed | rule.scalars.keys()

@@ -21,13 +21,14 @@ whose blocks of 256 elements no shard cuts. The others' states are float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import codecs, memory, options
+from fusedopt.aliases import Group, Stored
 from fusedopt.operands import (
     AVERAGES,
     BF16,
@@ -44,7 +45,10 @@ from fusedopt.operands import (
     plain,
 )
 from fusedopt.options import EIGHT_BIT, MASTER, STATE_DTYPE
-from fusedopt.rule import Group, Rule, State
+from fusedopt.rule import Rule, State
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor, Shard
 
 LOW, WHOLE = "param_low", "master"  # states that have what a parameter cannot hold
 MASTER_STATES = {"split": LOW, "fp32": WHOLE}
@@ -94,18 +98,19 @@ def names_of(rule: type[Rule]) -> set[str]:
 
 def fits_blocks(p: Tensor) -> bool:
     """Whether a parameter's states can have 8 bits; of a DTensor the same on all ranks."""
-    slices, length = codecs.slices_of(p.shape)
+    _, length = codecs.slices_of(p.shape)
     if p.is_complex() or p.numel() < SMALLEST or (p.dim() > 1 and length < SHORTEST):
         return False
     return not memory.is_dtensor(p) or all(_cuts_no_block(p, d) for d in range(len(p.placements)))
 
 
-def _cuts_no_block(p: Any, mesh_dim: int) -> bool:
+def _cuts_no_block(p: DTensor, mesh_dim: int) -> bool:
     """Whether a placement leaves blocks whole, and shards of scales are the scales of shards."""
-    placed = p.placements[mesh_dim]
+    placements = cast("tuple[Shard, ...]", p.placements)  # as far as they have a dimension
+    placed = placements[mesh_dim]
     if placed.is_replicate() or (placed.dim == 0 and p.dim() > 1):
         return True
-    alone = sum(not other.is_replicate() and other.dim == placed.dim for other in p.placements) == 1
+    alone = [other.dim for other in placements if not other.is_replicate()].count(placed.dim) == 1
     if placed.is_partial() or placed.dim > 1 or not alone:
         return False
     size = p.device_mesh.size(mesh_dim)
@@ -206,7 +211,7 @@ def master_of(p: Tensor, values: Tensor, group: Group) -> dict[str, Tensor]:
 # ----------------------------------------------------------------------------------------------------------- operands
 
 
-def param_operand(p: Tensor, group: Group, state: Mapping[str, Any]) -> Operand:
+def param_operand(p: Tensor, group: Group, state: Stored) -> Operand:
     """A parameter as it is stored on this rank; before its first step it has no master yet."""
     here, name = memory.local(p), master_state(group)
     if name is None:
@@ -216,13 +221,13 @@ def param_operand(p: Tensor, group: Group, state: Mapping[str, Any]) -> Operand:
     return Operand("param", param_codec(here.dtype, group), (here, memory.local(state[name])))
 
 
-def values(p: Tensor, group: Group, state: Mapping[str, Any]) -> Tensor:
+def values(p: Tensor, group: Group, state: Stored) -> Tensor:
     """What a parameter stands for on this rank: its master, if it has one, else itself."""
     operand = param_operand(p, group, state)
     return memory.local(p) if len(operand.tensors) == 1 else codecs.decode(operand, torch.float32)
 
 
-def state_operand(spec: State, group: Group, state: Mapping[str, Any]) -> Operand:
+def state_operand(spec: State, group: Group, state: Stored) -> Operand:
     """A state as it is stored on this rank."""
     here = memory.local(state[spec.name])
     if here.dtype == torch.uint8:
@@ -234,7 +239,7 @@ def state_operand(spec: State, group: Group, state: Mapping[str, Any]) -> Operan
     return Operand(spec.name, codec, (here,))
 
 
-def operands_of(rule: type[Rule], p: Tensor, g: Tensor, group: Group, state: Mapping[str, Any]) -> list[Operand]:
+def operands_of(rule: type[Rule], p: Tensor, g: Tensor, group: Group, state: Stored) -> list[Operand]:
     """A row's operands on this rank, in the order of their roles.
 
     Args:
@@ -248,7 +253,7 @@ def operands_of(rule: type[Rule], p: Tensor, g: Tensor, group: Group, state: Map
     return [param_operand(p, group, state), Operand("grad", _plain(g.dtype), (g,)), *stored]
 
 
-def tensors_of(rule: type[Rule], group: Group, state: Mapping[str, Any]) -> list[str]:
+def tensors_of(rule: type[Rule], group: Group, state: Stored) -> list[str]:
     """The names of all state tensors that a step of a parameter uses, missing ones among them."""
     names = [spec.name for spec in options.states_of(rule, group)]
     names += [scale_of(name) for name in names if getattr(state.get(name), "dtype", None) == torch.uint8]

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fusedopt import memory
+from fusedopt.aliases import Group
 from fusedopt.passes import Pass
 from fusedopt.ranks import Ranks, Reduction, reduced
 from fusedopt.rule import Rule
@@ -45,7 +46,11 @@ class Segments:
         n_scopes: How many there are.
     """
 
-    def __init__(self, scope: str, groups: Sequence[dict[str, Any]]) -> None:
+    first: list[int]
+    scopes: list[int]
+    n_scopes: int
+
+    def __init__(self, scope: str, groups: Sequence[Group]) -> None:
         self.scope = scope
         params = [p for group in groups for p in group["params"]]
         counts = (segments_of(p) if scope == CHANNEL else 1 for p in params)
@@ -74,7 +79,13 @@ class Sums:
         device: Where the plan keeps them.
     """
 
-    def __init__(self, rule: type[Rule], scope: str, groups: Sequence[dict[str, Any]], device: Any) -> None:
+    places: Segments
+    segments: Tensor
+    wholes: Tensor
+    largest: Tensor
+    epilogue: Tensor
+
+    def __init__(self, rule: type[Rule], scope: str, groups: Sequence[Group], device: torch.device) -> None:
         self.places = places = Segments(scope, groups)
         n_measures, n_scopes = len(rule.measures), 0 if scope == TENSOR else places.n_scopes
 
@@ -90,6 +101,17 @@ class Sums:
         return self.segments, self.wholes, self.largest, self.epilogue
 
 
+class HasSums(Protocol):
+    """A plan, as far as its sums go."""
+
+    reduction: Reduction
+
+    @property
+    def sums(self) -> Sums | None:
+        """What it keeps; None if its rule adds nothing up."""
+        ...
+
+
 class Joint:
     """What plans and ranks join of their sums, between the passes of a step.
 
@@ -100,20 +122,20 @@ class Joint:
         ranks: Of its parameters.
     """
 
-    def __init__(self, rule: type[Rule], scope: str, groups: Sequence[dict[str, Any]], ranks: Ranks | None) -> None:
+    def __init__(self, rule: type[Rule], scope: str, groups: Sequence[Group], ranks: Ranks | None) -> None:
         self._rule, self._scope, self._groups, self._ranks = rule, scope, groups, ranks
         self._params = [p for group in groups for p in group["params"]]
 
     @classmethod
     def of(
-        cls, rule: type[Rule], scope: str, groups: Sequence[dict[str, Any]], ranks: Ranks | None, plans: Sequence[Any]
+        cls, rule: type[Rule], scope: str, groups: Sequence[Group], ranks: Ranks | None, plans: Sequence[HasSums]
     ) -> Joint | None:
         """What plans need; None where each has all that it needs by itself."""
         if not rule.has_sums() or not (ranks or (len(plans) > 1 and scope in (GROUP, ALL))):
             return None
         return cls(rule, scope, groups, ranks)
 
-    def measured(self, plans: Sequence[Any], run: Callable[[Pass], Any]) -> None:
+    def measured(self, plans: Sequence[HasSums], run: Callable[[Pass], object]) -> None:
         """Do the passes before the update.
 
         Args:
@@ -126,7 +148,7 @@ class Joint:
         run(Pass.SCOPES)
         self._join_scopes(plans)
 
-    def concluded(self, plans: Sequence[Any], run: Callable[[Pass], Any]) -> None:
+    def concluded(self, plans: Sequence[HasSums], run: Callable[[Pass], object]) -> None:
         """Do the pass after it; see ``measured``."""
         if self._rule.epilogue:
             self._join_epilogue(plans)
@@ -137,7 +159,7 @@ class Joint:
         self.measured([], lambda passes: None)
         self.concluded([], lambda passes: None)
 
-    def _join_segments(self, plans: Sequence[Any]) -> None:
+    def _join_segments(self, plans: Sequence[HasSums]) -> None:
         """Add up segments of which parts are on other ranks."""
         total, first = self._total(plans, "segments"), Segments(self._scope, self._groups).first
         for reduction, members in self._by_reduction(inner=True):
@@ -145,7 +167,7 @@ class Joint:
             total[at] = reduced(total[at], reduction.groups(), dist.ReduceOp.SUM)
         self._give(plans, "segments", total)
 
-    def _join_scopes(self, plans: Sequence[Any]) -> None:
+    def _join_scopes(self, plans: Sequence[HasSums]) -> None:
         """Add up scopes of which other plans or ranks have segments, and find the largest scores there."""
         if self._scope == TENSOR:
             return
@@ -159,10 +181,10 @@ class Joint:
                 total = reduced(total, self._ranks.everyone(), op)
             self._give(plans, name, total)
 
-    def _join_epilogue(self, plans: Sequence[Any]) -> None:
+    def _join_epilogue(self, plans: Sequence[HasSums]) -> None:
         """Add up what was added up in the step."""
         if self._scope in (GROUP, ALL) and self._ranks:
-            parts = [(plan.reduction, plan.sums.epilogue) for plan in plans]
+            parts = [(plan.reduction, plan.sums.epilogue) for plan in plans if plan.sums]
             total = self._ranks.sum(parts or [(Reduction(), self._none("epilogue"))])
         else:
             total = self._total(plans, "epilogue")
@@ -183,7 +205,7 @@ class Joint:
                 which.setdefault(of, []).append(i)
         return list(which.items())
 
-    def _total(self, plans: Sequence[Any], name: str) -> Tensor:
+    def _total(self, plans: Sequence[HasSums], name: str) -> Tensor:
         """What plans have found, all of it: of each thing one plan has found something, and the others nothing."""
         found = [getattr(plan.sums, name) for plan in plans]
         if not found:
@@ -193,10 +215,10 @@ class Joint:
 
     def _none(self, name: str) -> Tensor:
         """What a rank has that steps nothing."""
-        none = getattr(Sums(self._rule, self._scope, self._groups, "cpu"), name)
+        none = getattr(Sums(self._rule, self._scope, self._groups, torch.device("cpu")), name)
         return none.fill_(-math.inf) if name == "largest" else none
 
     @staticmethod
-    def _give(plans: Iterable[Any], name: str, total: Tensor) -> None:
+    def _give(plans: Iterable[HasSums], name: str, total: Tensor) -> None:
         for plan in plans:
             getattr(plan.sums, name).copy_(total, non_blocking=True)

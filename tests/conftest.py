@@ -39,13 +39,27 @@ if "triton" in AVAILABLE:
     interpreter.patch()
 
 
-def engine_fixture(names):
-    """The fixture ``engine`` of tests that may be of engines ON_GPU as well, and so take a ``device``."""
-    lenient = pytest.mark.filterwarnings("default")  # of streams, contexts and prototypes: they differ by version
+def engine_fixture(names, in_python=False):
+    """The fixture ``engine`` of tests that may be of engines ON_GPU as well, and so take a ``device``.
 
-    @pytest.fixture(params=[pytest.param(name, marks=[lenient] if name in ON_GPU else []) for name in names])
-    def engine(request):
-        return request.param
+    Args:
+        names: Of the engines.
+        in_python: Whether what engines on a device scan is scanned in Python, too, as where no C++ compiler built the
+            other scan. Their plans are the same: Triton's, where it is not the only one, is for the night.
+    """
+    lenient = pytest.mark.filterwarnings("default")  # of streams, contexts and prototypes: they differ by version
+    params = [pytest.param(name, marks=[lenient] if name in ON_GPU else []) for name in names]
+    for name in [name for name in ("cuda", "triton") if name in AVAILABLE] if in_python else ():
+        params.append(
+            pytest.param(f"{name}, scanned in Python", marks=[pytest.mark.nightly] if len(params) > len(names) else [])
+        )
+
+    @pytest.fixture(params=params)
+    def engine(request, monkeypatch):
+        name, _, how = request.param.partition(", ")
+        if how:
+            monkeypatch.setenv("FUSEDOPT_HOST", "python")
+        return name
 
     return engine
 

@@ -39,7 +39,7 @@ def cpu_kernels():
     spec = spec_from_file_location(name, target)
     module = module_from_spec(spec)
     spec.loader.exec_module(module)
-    return {(k["rule"], tuple(k["states"])): k for k in module.kernels()}
+    return cpu.kernels_of(module)
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fusedopt.bench import arena, measure, timing, workload
+from fusedopt.bench import arena, looks, measure, timing, workload
 from fusedopt.engines import cpu
 
 ENGINE = "eager" if cpu.available() else "cpu"
@@ -14,4 +14,4 @@ def quick(monkeypatch):
     monkeypatch.setattr(timing, "FLUSHED", {"cpu": 2**12, "cuda": 2**12})
     monkeypatch.setattr(measure, "FLUSHED", timing.FLUSHED)
     monkeypatch.setattr(arena, "MOST_TIMES", 1)
-    monkeypatch.setattr(arena, "HOST_ROUNDS", 1)
+    monkeypatch.setattr(looks, "HOST_ROUNDS", 1)

@@ -165,69 +165,86 @@ Channel, Sharing, Concluding, Layer = map(_optimizer, (ChannelRule, SharingRule,
 SCOPED = [(of, scope) for of in (Channel, Sharing, Concluding, Layer) for scope in of.rule.scopes]
 
 
-def textbook(of, scope, groups, grads, states, factor=1.0):
-    """One step in float64, from the equations above; ``states`` are dicts, one for each parameter.
+LR, MU, BETA, EPSILON, WD = 0.01, 0.9, 0.9, 1e-8, 0.1
+
+
+class Textbook:
+    """One step in float64, from the equations above.
 
     Args:
         of: The optimizer's class.
         scope: Its scope.
         groups: Lists of float64 tensors, which are changed.
         grads: Their gradients; None without.
-        states: Of each parameter.
+        states: Of each parameter, dicts.
         factor: Of the gradients.
     """
-    lr, mu, beta, eps, wd = 0.01, 0.9, 0.9, 1e-8, 0.1
-    flat = [(k, p) for k, group in enumerate(groups) for p in group]
-    live = [i for i, g in enumerate(grads) if g is not None]
-    g = {i: grads[i] * factor for i in live}
-    for i in live:
-        states[i]["step"] = states[i].get("step", 0) + 1
 
-    def of_scope(i):
-        same = {"all": lambda j: True, "group": lambda j: flat[j][0] == flat[i][0]}.get(scope, lambda j: j == i)
+    def __init__(self, of, scope, groups, grads, states, factor=1.0):
+        self.scope, self.states = scope, states
+        self.flat = [(k, p) for k, group in enumerate(groups) for p in group]
+        self.live = [i for i, g in enumerate(grads) if g is not None]
+        self.g = {i: grads[i] * factor for i in self.live}
+        for i in self.live:
+            states[i]["step"] = states[i].get("step", 0) + 1
+        {Channel: self.channel, Sharing: self.sharing, Concluding: self.concluding, Layer: self.layer}[of]()
+
+    def of_scope(self, i):
+        """The parameters that a parameter's sums are taken over."""
+        flat = self.flat
+        same = {"all": lambda j: True, "group": lambda j: flat[j][0] == flat[i][0]}.get(self.scope, lambda j: j == i)
         return list(filter(same, range(len(flat))))
 
-    if of is Channel:
-        for i in live:
-            p, x = flat[i][1], states[i]
+    def with_gradient(self, i):
+        """Those of them that are stepped."""
+        return [j for j in self.of_scope(i) if j in self.g]
+
+    def channel(self):
+        for i in self.live:
+            p, x = self.flat[i][1], self.states[i]
             n = len(p) if p.dim() > 1 else 1
-            rows, slices = (t.reshape(n, t.numel() // max(n, 1)) for t in (p, g[i]))
+            rows, slices = (t.reshape(n, t.numel() // max(n, 1)) for t in (p, self.g[i]))
             pp, gg = (rows**2 + 1).sum(1), (slices**2).sum(1)
             largest = (pp / x["step"] / (1 + gg)).max() if len(rows) else 0
-            scale = (2 + largest / (1 + pp.sum())) / (gg.sqrt() + eps) / (1 + gg.sum().sqrt())
-            x["b"] = mu * x.get("b", 0) + (scale[:, None] * slices).reshape(p.shape)
-            p.mul_(1 - lr * wd).sub_(lr * x["b"])
-    elif of is Sharing:
-        squares = {i: float((g[i] ** 2).sum()) for i in live}
+            scale = (2 + largest / (1 + pp.sum())) / (gg.sqrt() + EPSILON) / (1 + gg.sum().sqrt())
+            x["b"] = MU * x.get("b", 0) + (scale[:, None] * slices).reshape(p.shape)
+            p.mul_(1 - LR * WD).sub_(LR * x["b"])
+
+    def sharing(self):
+        g, states = self.g, self.states
+        squares = {i: float((g[i] ** 2).sum()) for i in self.live}
         before = [x.get("level") for x in states]
-        for i, (_, p) in enumerate(flat):
-            here = [j for j in of_scope(i) if j in g]
+        for i, (_, p) in enumerate(self.flat):
+            here = self.with_gradient(i)
             if not here or (i not in g and before[i] is None):
                 continue
-            known = [before[j] for j in of_scope(i) if before[j] is not None]
-            level = mu * (known[0] if known else 1.0) + (1 - mu) * sum(squares[j] for j in here) ** 0.5
+            known = [before[j] for j in self.of_scope(i) if before[j] is not None]
+            level = MU * (known[0] if known else 1.0) + (1 - MU) * sum(squares[j] for j in here) ** 0.5
             states[i]["level"] = level
             if i in g:
                 largest = max(squares[j] / states[j]["step"] for j in here)
                 scale = (1 + squares[i] / states[i]["step"]) / (1 + largest) / (1 + level)
-                p.mul_(1 - lr * wd).sub_(lr * scale * g[i])
-    elif of is Concluding:
+                p.mul_(1 - LR * WD).sub_(LR * scale * g[i])
+
+    def concluding(self):
+        g, states, is_alone = self.g, self.states, self.scope == "tensor"
         length, along, before = {}, {}, [(x.get("length"), x.get("along")) for x in states]
-        for i in live:
-            p, x = flat[i][1], states[i]
-            known = [before[j] for j in of_scope(i) if before[j][0] is not None] if scope != "tensor" else [before[i]]
+        for i in self.live:
+            p, x = self.flat[i][1], states[i]
+            known = [before[i]] if is_alone else [before[j] for j in self.of_scope(i) if before[j][0] is not None]
             a, b = known[0] if known and known[0][0] is not None else (0.0, 0.0)
-            x["b"] = mu * x.get("b", 0) + (1 + abs(b)) / (1 + a) / x["step"] * g[i]
-            p.mul_(1 - lr * wd).sub_(lr * x["b"])
+            x["b"] = MU * x.get("b", 0) + (1 + abs(b)) / (1 + a) / x["step"] * g[i]
+            p.mul_(1 - LR * WD).sub_(LR * x["b"])
             length[i], along[i] = float((x["b"] ** 2 + 1).sum()), float((x["b"] * g[i]).sum())
-        for i in range(len(flat)):
-            here = [j for j in of_scope(i) if j in g]
-            if here and (i in g or (before[i][0] is not None and scope != "tensor")):
+        for i in range(len(self.flat)):
+            here = self.with_gradient(i)
+            if here and (i in g or (before[i][0] is not None and not is_alone)):
                 states[i]["length"], states[i]["along"] = (sum(v[j] for j in here) for v in (length, along))
-    else:
-        for i in live:
-            p, x = flat[i][1], states[i]
-            square = float((g[i] ** 2).sum())
-            x["norm_sq"] = x["norm_sq"] + (1 - beta) * (square - x["norm_sq"]) if "norm_sq" in x else square
-            x["b"] = mu * x.get("b", 0) + g[i] / (x["norm_sq"] ** 0.5 + eps) + wd * p
-            p.sub_(lr * x["b"])
+
+    def layer(self):
+        for i in self.live:
+            p, x, g = self.flat[i][1], self.states[i], self.g[i]
+            square = float((g**2).sum())
+            x["norm_sq"] = x["norm_sq"] + (1 - BETA) * (square - x["norm_sq"]) if "norm_sq" in x else square
+            x["b"] = MU * x.get("b", 0) + g / (x["norm_sq"] ** 0.5 + EPSILON) + WD * p
+            p.sub_(LR * x["b"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import close
 from sharding import whole
-from test_sharding_clients import batches, loss, mine, model
+from test_sharding_clients import batches, loss, model, part_of
 
 import fusedopt
 
@@ -40,7 +40,7 @@ def accelerated(kind, make, fuses, clip):
     module, optimizer = accelerator.prepare(module, make(module.parameters()))
     found = []
     for batch in batches():
-        value = loss(module, mine(batch))
+        value = loss(module, part_of(batch))
         accelerator.backward(value)
         norm = accelerator.clip_grad_norm_(module.parameters(), clip)
         optimizer.step()

@@ -23,10 +23,10 @@ each_module = pytest.mark.parametrize("module", MODULES)
 @pytest.mark.parametrize("form", ["list", "names", "group", "added"])
 def test_a_parameter_given_twice_is_warned_of_once(name, module, form):
     (p,) = params((3,))
-    given = {"names": [("a", p), ("b", p)], "group": [{"params": [p, p]}], "added": params((2,))}.get(form, [p, p])
+    argument = {"names": [("a", p), ("b", p)], "group": [{"params": [p, p]}], "added": params((2,))}.get(form, [p, p])
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        optimizer = getattr(MODULES[module], name)(given)
+        optimizer = getattr(MODULES[module], name)(argument)
         if form == "added":
             assert not seen
             optimizer.add_param_group({"params": (p, p)})

@@ -207,10 +207,10 @@ def test_copies_and_pickles_go_on():
     steps(o, parameters, 2)
     for other in (copy.deepcopy(o), pickle.loads(pickle.dumps(o))):
         assert other.param_groups[0]["average"] == EMA
-        mine = other.param_groups[0]["params"]
-        for p, q in zip(parameters, mine, strict=True):
+        copies = other.param_groups[0]["params"]
+        for p, q in zip(parameters, copies, strict=True):
             assert torch.equal(other.average_of(q), o.average_of(p))
-        steps(other, mine, 1)
+        steps(other, copies, 1)
 
 
 def test_fused_optimizers_can_average(engine):

@@ -14,6 +14,7 @@ from torch import nn
 
 import fusedopt
 from fusedopt import planner
+from fusedopt.stepper import Stepper
 
 
 def model():
@@ -182,7 +183,7 @@ def test_plans_of_groups_that_are_made_anew_do_not_pile_up():
     for _ in range(5):
         optimizer.param_groups = [dict(optimizer.param_groups[0])]
         optimizer.step()
-    assert len(optimizer._kept._by_groups) == 1 and optimizer.state[p]["step"] == 5
+    assert len(optimizer._stepper.plans._by_groups) == 1 and optimizer.state[p]["step"] == 5
 
 
 def test_without_the_handle_nothing_stays_alive():
@@ -203,13 +204,14 @@ def test_an_interrupt_leaves_whole_steps(monkeypatch):
     fusedopt.step_in_backward(optimizer)
     seen = []
 
-    def interrupted(*arguments, step=fusedopt.AdamW._step):
-        step(*arguments)
+    def interrupted(*arguments, step=Stepper.step):
+        told = step(*arguments)
         seen.append(1)
         if len(seen) == 1:
             signal.raise_signal(signal.SIGINT)
+        return told
 
-    monkeypatch.setattr(fusedopt.AdamW, "_step", interrupted)
+    monkeypatch.setattr(Stepper, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         loss(module, 0).backward()
     done = [p for p in module.parameters() if p in optimizer.state]

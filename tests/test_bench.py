@@ -99,25 +99,6 @@ def test_figures_of_a_row():
     assert ours.bytes_per_parameter == pytest.approx(16, abs=0.1) and ours.host > 0 and ours.peak_memory is not None
 
 
-class Event:
-    def __init__(self, name, start, length, device="CPU"):
-        self.name, self.start_ns, self.duration_ns = (lambda value=value: value for value in (name, start, length))
-        self.device_type = lambda: getattr(torch.autograd.DeviceType, device)
-
-
-def test_what_the_profiler_saw():
-    host = [
-        Event("aten::add", 0, 10),
-        Event("aten::mul", 12, 20),
-        Event("aten::to", 14, 5),
-        Event("Optimizer.step", 0, 99),
-    ]
-    assert arena.operators(host) == 2 and arena.operators([]) == 0
-    device = [Event("step_kernel", 0, 5, "CUDA"), Event("Memcpy HtoD", 6, 1, "CUDA"), Event("cudaLaunchKernel", 0, 1)]
-    annotation = Event("Optimizer.step#AdamW.step", 0, 99, "CUDA")  # of the host, on the device's line of time
-    assert arena.kernels([*host, *device, annotation]) == [("step_kernel", 5e-9)]
-
-
 def test_bytes_of_a_step():
     for case, states in (("SGD", 1), ("AdamW", 2), ("AMSGrad", 3)):
         footprint = Footprint.of(tiny(case))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fusedopt.bench import arena, markdown, suites, table, timing, workload
+from fusedopt.bench import looks, markdown, suites, table, timing, workload
 from fusedopt.bench.measure import Bench
 from fusedopt.bench.optimizers import CASES
 from fusedopt.bench.rows import Result, Row
@@ -69,14 +69,10 @@ def test_it_is_of_the_kernels_of_a_step_that_was_prepared(monkeypatch):
             return SimpleNamespace(kineto_results=SimpleNamespace(events=lambda: events))
 
     monkeypatch.setattr(torch.profiler, "profile", Profile)
-    here = SimpleNamespace(
-        _device=torch.device("cuda"),
-        _watch=SimpleNamespace(prepare=lambda step: done.append("prepare")),
-        _synchronize=lambda: done.append("wait"),
-    )
-    contender = SimpleNamespace(peer=None)
-    one = SimpleNamespace(contender=contender, step=lambda: done.append("step"))
-    assert arena.Arena._profiled(here, one) == (2, pytest.approx(5e-6))
+    monkeypatch.setattr(looks, "_synchronize", lambda device: done.append("wait"))
+    watch = SimpleNamespace(prepare=lambda step: done.append("prepare"))
+    one = SimpleNamespace(contender=SimpleNamespace(peer=None), step=lambda: done.append("step"))
+    assert looks.profiled(one, torch.device("cuda"), watch) == (2, pytest.approx(5e-6))
     assert done == ["prepare", "wait", "profile", "step", "wait"]
 
 
@@ -87,6 +83,6 @@ def test_a_row_keeps_it(monkeypatch, found):
     case = Workload(suites.find("3x100"), CASES["AdamW"])
     ours, limit = Bench(("eager",), (), repeats=1).run(case)
     assert ours.launches > 0 and ours.device_time is None and limit.device_time is None
-    monkeypatch.setattr(arena.Arena, "_profiled", lambda self, one: found)
+    monkeypatch.setattr(looks, "profiled", lambda *_: found)
     ours, limit = Bench(("eager",), (), repeats=1).run(case)
     assert (ours.launches, ours.device_time) == found and limit.device_time is None

@@ -147,8 +147,8 @@ def test_verify_reports_the_gate(passed, tmp_path, monkeypatch, capsys):
     def verify(names, optimizers, progress):
         asked.append((names, optimizers))
         progress("AdamW on eager, float32")
-        verdicts = [("float32", True), ("bfloat16", passed)]
-        return [gate.Result("AdamW", "eager", dtype, "torch 2", 1e-7, 2e-7, "ulp", ok) for dtype, ok in verdicts]
+        outcomes = [("float32", True), ("bfloat16", passed)]
+        return [gate.Result("AdamW", "eager", dtype, "torch 2", 1e-7, 2e-7, "ulp", ok) for dtype, ok in outcomes]
 
     monkeypatch.setattr(gate, "verify", verify)
     command = ["verify", "--engine", "eager", "--optimizer", "AdamW", "--json", str(tmp_path / "verify.json")]

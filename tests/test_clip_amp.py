@@ -8,7 +8,7 @@ from conftest import AVAILABLE
 from helpers import ALL, TORCH, assert_same, fewer, fill_gradients, fill_growing_gradients, params, snapshot
 
 import fusedopt
-from fusedopt import optimizer as optimizer_module
+from fusedopt import stepper
 from fusedopt.ranks import Ranks
 
 SHAPES = [(4097,), (33, 7), (), (0,), (5,)]
@@ -89,27 +89,27 @@ def among_others(monkeypatch, add):
         def sum(self, parts):
             return add(sum(part for _, part in parts))
 
-    monkeypatch.setattr(optimizer_module, "Ranks", Others)
+    monkeypatch.setattr(stepper, "Ranks", Others)
 
 
 def test_ranks_add_up_between_the_passes(engine, monkeypatch):
     """They are given the sum of squares before any parameter is updated, and the step clips by their answer."""
-    ps, given = params((300,), (5, 3), dtype=torch.float64), []
+    ps, seen = params((300,), (5, 3), dtype=torch.float64), []
     fill_gradients(ps)
     expected = [p.detach() - p.grad / (2 * sum(q.grad.square().sum() for q in ps).sqrt() + 1e-6) for p in ps]
     before = [p.detach().clone() for p in ps]
 
     def between(squared):
         assert all(map(torch.equal, ps, before))
-        given.append(float(squared))
+        seen.append(float(squared))
         return 4 * squared
 
     among_others(monkeypatch, between)
     optimizer = fusedopt.SGD(ps, lr=1.0, max_grad_norm=1.0, engine=engine)
     optimizer.step()
     torch.testing.assert_close([p.detach() for p in ps], expected)
-    torch.testing.assert_close(given, [float(sum(q.grad.square().sum() for q in ps))])
-    torch.testing.assert_close(optimizer.grad_norm, 2 * torch.tensor(given[0], dtype=torch.float64).sqrt())
+    torch.testing.assert_close(seen, [float(sum(q.grad.square().sum() for q in ps))])
+    torch.testing.assert_close(optimizer.grad_norm, 2 * torch.tensor(seen[0], dtype=torch.float64).sqrt())
 
 
 def test_norm_only_when_asked(engine):
@@ -225,7 +225,7 @@ def test_who_unscales():
         optimizer = fusedopt.SGD(ps, handles_amp=handles_amp)
         assert optimizer._step_supports_amp_scaling is handles_amp
         scaler, calls = torch.amp.GradScaler("cpu", init_scale=8.0), []
-        optimizer.register_step_pre_hook(lambda *given, calls=calls: calls.append(given))
+        optimizer.register_step_pre_hook(lambda *seen, calls=calls: calls.append(seen))
         for value in (1.0, INF):
             scaler.scale(ps[0].sum() * value).backward()
             scaler.step(optimizer)

@@ -158,4 +158,4 @@ def test_all_tables_are_kept_for_graphs_and_streams():
     optimizer = fusedopt.AdamW(ps, engine="cuda")
     optimizer.step()
     (plan,) = optimizer._plans
-    assert isinstance(plan, cuda.Plan) and any(t is plan.table.borders for t in plan.tensors())
+    assert isinstance(plan, cuda.CudaPlan) and any(t is plan.table.borders for t in plan.tensors())

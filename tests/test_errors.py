@@ -6,10 +6,13 @@ import math
 
 import pytest
 import torch
+from conftest import AVAILABLE, engine_fixture
 from helpers import ALL, assert_same, fill_gradients, params, snapshot
 
 import fusedopt
 from fusedopt import planner
+
+engine = engine_fixture(AVAILABLE, in_python=True)
 
 NAN = float("nan")
 BAD = [

@@ -240,7 +240,7 @@ import json, sys
 import triton
 from fusedopt import LAMB, AdamW
 from fusedopt.inspection.code import of_cubin
-from fusedopt.triton_kernels import ahead
+from fusedopt.inspection import ahead
 from fusedopt.triton_kernels.kernels import KERNELS, constants
 signatures = (
     "dense param=bf16 grad=bf16 exp_avg=fp32 exp_avg_sq=fp32",
@@ -272,7 +272,7 @@ import triton
 import triton_rules
 from fusedopt.engines import triton as engine
 from fusedopt.inspection.code import of_amdgcn, of_cubin
-from fusedopt.triton_kernels import ahead
+from fusedopt.inspection import ahead
 from fusedopt.triton_kernels.kernels import KERNELS, constants
 from sum_rules import SCOPED
 arch, tile = {arch!r}, engine.TILES["cuda" if {arch!r}.isdigit() else "hip"]

@@ -31,7 +31,7 @@ def step(o, loss=1.5, gradients=True, **more):
     return o.step(loss=loss, **more)
 
 
-def given(ps, others):
+def give(ps, others):
     """The gradients of some to others."""
     for p, q in zip(ps, others, strict=True):
         q.grad = p.grad.clone()
@@ -74,7 +74,7 @@ def test_online_noise_needs_the_losses_of_samples(name, engine):
     other = getattr(fusedopt, name)(others, engine=engine, r="online")
     other.load_state_dict(o.state_dict())
     step(o, 2.0, per_sample_loss=torch.tensor([1.0, 3.0]))
-    given(ps, others)
+    give(ps, others)
     step(other, torch.tensor([1.0, 3.0], requires_grad=True), gradients=False)
     for a, b in zip(ps, others, strict=True):
         assert torch.equal(a, b)
@@ -143,7 +143,7 @@ def test_resumes_bit_for_bit(name, engine, more):
                 one.predict()
         fill_gradients(ps)
         for these in (again, third):
-            given(ps, these)
+            give(ps, these)
         for one in (o, other, unpickled):
             one.step(loss=0.7, per_sample_loss=samples)
     for p, q, r in zip(ps, again, third, strict=True):

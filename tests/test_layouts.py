@@ -9,7 +9,7 @@ from helpers import TORCH, close, decay, pair, randn, same_gradients
 
 import fusedopt
 
-engine = engine_fixture(AVAILABLE + ON_GPU)
+engine = engine_fixture(AVAILABLE + ON_GPU, in_python=True)
 
 
 def layouts(device="cpu", shape=(4, 6, 5, 3)):
@@ -27,7 +27,7 @@ LAYOUTS = [name for name, _ in layouts()]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("of_parameter", "of_gradient"), list(itertools.product(LAYOUTS, LAYOUTS)))
 def test_layouts(engine, device, of_parameter, of_gradient, dtype):
-    start, given = (dict(layouts(device))[name].to(dtype) for name in (of_parameter, of_gradient))
+    start, gradient = (dict(layouts(device))[name].to(dtype) for name in (of_parameter, of_gradient))
     p = torch.nn.Parameter(start)
     if of_parameter in ("gaps", "rows apart") and dtype == torch.float32:
         frame = start._base.clone() if start._base is not None else None
@@ -38,7 +38,7 @@ def test_layouts(engine, device, of_parameter, of_gradient, dtype):
     a = fusedopt.AdamW([p], engine=engine, max_grad_norm=0.5)
     b = fusedopt.AdamW([q], engine="eager", max_grad_norm=0.5)
     for _ in range(3):
-        p.grad, q.grad = given, given.contiguous().double()
+        p.grad, q.grad = gradient, gradient.contiguous().double()
         a.step(), b.step()
         q.data = q.data.to(dtype).double()
     assert p.stride() == strides

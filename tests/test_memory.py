@@ -42,8 +42,8 @@ def plain(g):
 def test_gradient_of_an_odd_kind(kind, steps):
     ours, a, theirs, b = stepped("auto", steps=steps, weight_decay=0.1)
     for odd in (True, False):
-        given = [kind(q.grad) if odd and i == 1 else q.grad for i, q in enumerate(theirs)]
-        for p, q, g in zip(ours, theirs, given, strict=True):
+        grads = [kind(q.grad) if odd and i == 1 else q.grad for i, q in enumerate(theirs)]
+        for p, q, g in zip(ours, theirs, grads, strict=True):
             p.grad, q.grad = g, g
         a.step(), b.step()
         assert_equal(ours, a, theirs, b)

@@ -1,10 +1,16 @@
 """Parameters, states and lists that change between steps are seen."""
 
+import os
+
 import pytest
 import torch
+from conftest import AVAILABLE, engine_fixture
 from helpers import close, fewer, fill_gradients, pair, params, same_gradients
 
 import fusedopt
+from fusedopt.scan import Scan
+
+engine = engine_fixture(AVAILABLE, in_python=True)
 
 
 def repoint(ps):
@@ -157,3 +163,12 @@ def test_parts_of_dtensors(engine, mesh):
     for p, q in zip(ours, theirs, strict=True):
         close(p.detach()._local_tensor, q.detach())
         assert a.state[p]["exp_avg"].placements == p.placements
+
+
+def test_who_scans(engine):
+    (p,) = params((3,))
+    fill_gradients([p])
+    optimizer = fusedopt.SGD([p], engine=engine)
+    optimizer.step()
+    (plan,) = optimizer._plans
+    assert isinstance(getattr(plan, "_scan", None), Scan) == (os.environ.get("FUSEDOPT_HOST") == "python")

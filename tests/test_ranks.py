@@ -160,13 +160,13 @@ def sums_of_parts(engine):
     a = fusedopt.SGD(ours, lr=0.1, max_grad_norm=1.0, engine=engine)
     b = torch.optim.SGD(theirs, lr=0.1)
     for t in range(6):
-        given = [torch.randn(4, 3) for _ in range(2)]
+        grads = [torch.randn(4, 3) for _ in range(2)]
         if t != 2:
-            ours[0].grad = DTensor.from_local(given[0] * (get_rank() + 1), mesh, [Partial()])
-            ours[1].grad = placed(given[1], (mesh, [Replicate()]))
+            ours[0].grad = DTensor.from_local(grads[0] * (get_rank() + 1), mesh, [Partial()])
+            ours[1].grad = placed(grads[1], (mesh, [Replicate()]))
         else:
-            ours[0].grad, ours[1].grad = (placed(g, (mesh, p.placements)) for g, p in zip(given, ours, strict=True))
-        theirs[0].grad, theirs[1].grad = given[0] * (1 if t == 2 else 3), given[1]
+            ours[0].grad, ours[1].grad = (placed(g, (mesh, p.placements)) for g, p in zip(grads, ours, strict=True))
+        theirs[0].grad, theirs[1].grad = grads[0] * (1 if t == 2 else 3), grads[1]
         a.step()
         close(a.grad_norm, nn.utils.clip_grad_norm_(theirs, 1.0))
         b.step()

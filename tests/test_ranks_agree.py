@@ -27,13 +27,13 @@ def one_rank_plans_anew(engine):
     a = fusedopt.AdamW(ours, lr=0.1, max_grad_norm=1.0, engine=engine)
     b = torch.optim.AdamW(theirs, lr=0.1)
     for t in range(9):
-        given = [torch.randn(4, 3) for _ in range(2)]
+        grads = [torch.randn(4, 3) for _ in range(2)]
         if t % 2:
-            ours[0].grad = DTensor.from_local(given[0] / 2, mesh, [Partial()])
+            ours[0].grad = DTensor.from_local(grads[0] / 2, mesh, [Partial()])
         else:
-            ours[0].grad = placed(given[0], (mesh, [Replicate()]))
-        ours[1].grad = placed(given[1], (mesh, [Shard(0)]))
-        theirs[0].grad, theirs[1].grad = given
+            ours[0].grad = placed(grads[0], (mesh, [Replicate()]))
+        ours[1].grad = placed(grads[1], (mesh, [Shard(0)]))
+        theirs[0].grad, theirs[1].grad = grads
         if t in (2, 3, 4) and get_rank() == 1:
             ours[t % 2]._local_tensor = ours[t % 2]._local_tensor.clone()
         found = t in (3, 6)

@@ -23,11 +23,11 @@ def knowing(engine):
     """The engine has the rules of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         if engine == "cpu":
-            known = {**cpu._kernels(), **rule_builds.cpu_kernels()}
-            patch.setattr(cpu, "_kernels", lambda: known)
+            known = {**cpu.kernels(), **rule_builds.cpu_kernels()}
+            patch.setattr(cpu, "kernels", lambda: known)
         elif engine == "cuda":
             patch.setattr(cuda, "load", rule_builds.cuda_extension)
-            cuda._variants.cache_clear()
+            cuda.kernels.cache_clear()
         elif engine == "triton":
             import triton_rules
 
@@ -35,7 +35,7 @@ def knowing(engine):
         try:
             yield
         finally:
-            cuda._variants.cache_clear()
+            cuda.kernels.cache_clear()
 
 
 def places(kind):

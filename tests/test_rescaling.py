@@ -22,7 +22,7 @@ def unit(p, kind):
     return (rows / rows.norm(dim=1, keepdim=True)).reshape(p.shape)
 
 
-def given(ps, others):
+def give(ps, others):
     for p, q in zip(ps, others, strict=True):
         q.grad = None if p.grad is None else p.grad.clone()
 
@@ -36,7 +36,7 @@ def test_steps_end_at_unit_length(engine, name, kind):
     other = getattr(fusedopt, name)(qs, lr=0.1, engine="eager")
     for _ in range(3):
         fill_gradients(ps)
-        given(ps, qs)
+        give(ps, qs)
         o.step(), other.step()
         with torch.no_grad():
             length = torch.cat([q.flatten() for q in qs]).norm()

@@ -26,7 +26,7 @@ def batches(count=5):
     return [(torch.randn(8, 6), torch.randn(8, 1)) for _ in range(count)]
 
 
-def mine(batch):
+def part_of(batch):
     """A rank's part of a batch."""
     from torch.distributed import get_rank, get_world_size
 
@@ -69,7 +69,7 @@ def train_fsdp2(name, clip, hybrid):
     build, b = optimizers(ours, sharded, name, lr=0.02, weight_decay=0.1)
     a, c = build(max_grad_norm=clip), optimizers(ours, alone, name, lr=0.02, weight_decay=0.1)[1]
     for batch in batches():
-        for module, optimizer, part in ((ours, a, mine(batch)), (sharded, b, mine(batch)), (alone, c, batch)):
+        for module, optimizer, part in ((ours, a, part_of(batch)), (sharded, b, part_of(batch)), (alone, c, batch)):
             optimizer.zero_grad()
             loss(module, part).backward()
             if clip and optimizer is not a:
@@ -133,7 +133,7 @@ def train_mixed_precision():
     for batch in batches():
         for module, optimizer in ((ours, a), (theirs, b)):
             optimizer.zero_grad()
-            x, y = mine(batch)
+            x, y = part_of(batch)
             loss(module, (x.bfloat16(), y)).backward()
         norm = whole(nn.utils.clip_grad_norm_(theirs.parameters(), 0.5))
         a.step(), b.step()
@@ -156,7 +156,7 @@ def train_fsdp1(clip, original):
     a = fusedopt.AdamW(ours.parameters(), lr=0.02, max_grad_norm=clip, process_group=ours.process_group)
     b = torch.optim.AdamW(alone.parameters(), lr=0.02)
     for batch in batches():
-        for module, optimizer, part in ((ours, a, mine(batch)), (alone, b, batch)):
+        for module, optimizer, part in ((ours, a, part_of(batch)), (alone, b, batch)):
             optimizer.zero_grad()
             loss(module, part).backward()
         norm = nn.utils.clip_grad_norm_(alone.parameters(), clip)
@@ -224,7 +224,7 @@ def scale_together(kind, sharded_scaler, unscales):
     scaler = (ShardedGradScaler if sharded_scaler else torch.amp.GradScaler)("cpu", init_scale=256.0)
     for t, batch in enumerate(batches(4)):
         optimizer.zero_grad()
-        scaler.scale(loss(module, mine(batch))).backward()
+        scaler.scale(loss(module, part_of(batch))).backward()
         before = [whole(p).clone() for p in module.parameters()]
         if t in (0, 2) and get_rank() == 1:
             g = next(p.grad for p in module.parameters() if p.grad.numel())
@@ -253,7 +253,7 @@ def save(folder, name, ours):
     optimizer = getattr(fusedopt if ours else torch.optim, name)(module.parameters(), lr=0.02, weight_decay=0.1)
     for batch in batches(3):
         optimizer.zero_grad()
-        loss(module, mine(batch)).backward()
+        loss(module, part_of(batch)).backward()
         optimizer.step()
     state = {"model": module.state_dict(), "optimizer": get_optimizer_state_dict(module, optimizer)}
     dcp.save(state, checkpoint_id=folder)
@@ -279,7 +279,7 @@ def load(folder, name, ours):
         b.step()
         if t >= 3:
             optimizer.zero_grad()
-            loss(module, mine(batch)).backward()
+            loss(module, part_of(batch)).backward()
             optimizer.step()
     assert optimizer.param_groups[0]["lr"] == 0.02
     for p, q in zip(module.parameters(), alone.parameters(), strict=True):
@@ -308,7 +308,7 @@ def state_dicts(full, flat):
     a = fusedopt.AdamW(ours.parameters(), lr=0.02, max_grad_norm=1.0)
     for batch in batches(2):
         a.zero_grad()
-        loss(ours, mine(batch)).backward()
+        loss(ours, part_of(batch)).backward()
         a.step()
     a.zero_grad()
     saved = copy.deepcopy(get_optimizer_state_dict(ours, a, options=options))
@@ -319,7 +319,7 @@ def state_dicts(full, flat):
     for batch in batches(2):
         for module, optimizer in ((ours, a), (other, b)):
             optimizer.zero_grad()
-            loss(module, mine(batch)).backward()
+            loss(module, part_of(batch)).backward()
             optimizer.step()
     for p, q in zip(ours.parameters(), other.parameters(), strict=True):
         assert torch.equal(whole(p), whole(q))
@@ -339,7 +339,7 @@ def release_in_backward():
     handle = fusedopt.step_in_backward(a)
     for batch in batches():
         for module, optimizer in ((ours, a), (sharded, b)):
-            loss(module, mine(batch)).backward()
+            loss(module, part_of(batch)).backward()
             optimizer.step()
             optimizer.zero_grad()
         assert all(p.grad is None for p in ours.parameters())

@@ -176,12 +176,12 @@ def test_foreign_entries_survive(engine):
     ps = params((3,))
     optimizer = fusedopt.AdamW(ps, engine=engine)
     advance(optimizer, ps, 1, 1)
-    optimizer.state[ps[0]]["note"] = "mine"
+    optimizer.state[ps[0]]["note"] = "kept"
     optimizer.param_groups[0]["tag"] = 7
     state = through_file(optimizer.state_dict())
     other = fusedopt.AdamW(copy.deepcopy(ps), engine=engine)
     other.load_state_dict(state)
-    assert other.state[other.param_groups[0]["params"][0]]["note"] == "mine" and other.param_groups[0]["tag"] == 7
+    assert other.state[other.param_groups[0]["params"][0]]["note"] == "kept" and other.param_groups[0]["tag"] == 7
     advance(other, other.param_groups[0]["params"], 1, 1)
 
 

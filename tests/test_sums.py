@@ -7,12 +7,13 @@ import rule_builds
 import torch
 from conftest import AVAILABLE
 from helpers import close
-from sum_rules import SCOPED, Channel, Concluding, Layer, Sharing, textbook
+from sum_rules import SCOPED, Channel, Concluding, Layer, Sharing, Textbook
 
 import fusedopt
+from fusedopt.context import StepRequest
 from fusedopt.engines import cpu, cuda, tables
-from fusedopt.launch import Scaling
 from fusedopt.passes import Pass
+from fusedopt.scaling import Scaling
 from fusedopt.sums import Segments
 
 SMALL = [(6, 5), (3,), (1,), (4, 3, 2, 2), (), (0,), (0, 4), (5, 0), (2, 70), (17,)]
@@ -23,15 +24,15 @@ SHAPES = [*SMALL, (2, 3000), (700, 3), (1, 2000)]
 def rules_of_tests(engine, monkeypatch):
     """The engine knows them."""
     if engine == "cpu":
-        known = {**cpu._kernels(), **rule_builds.cpu_kernels()}
-        monkeypatch.setattr(cpu, "_kernels", lambda: known)
+        known = {**cpu.kernels(), **rule_builds.cpu_kernels()}
+        monkeypatch.setattr(cpu, "kernels", lambda: known)
     elif engine == "cuda":
         extension = rule_builds.cuda_extension()
         monkeypatch.setattr(cuda, "load", lambda: extension)
-        cuda._variants.cache_clear()
+        cuda.kernels.cache_clear()
         yield
         monkeypatch.undo()
-        cuda._variants.cache_clear()
+        cuda.kernels.cache_clear()
         return
     elif engine == "triton":
         import triton_rules
@@ -68,7 +69,7 @@ def run(of, scope, engine, steps=5, shapes=None, dtype=torch.float32, limit=1e-5
         norm = math.sqrt(sum(float((g**2).sum()) for g in grads if g is not None))
         clip = options.get("max_grad_norm")
         a.step()
-        textbook(of, scope, [truth[:4], truth[4:]], grads, states, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
+        Textbook(of, scope, [truth[:4], truth[4:]], grads, states, min(1.0, clip / (norm + 1e-6)) if clip else 1.0)
     for p, q, x in zip(ours, truth, states, strict=True):
         close(p.double(), q, limit)
         for name in of.rule.scalars:
@@ -171,10 +172,10 @@ def test_passes_by_themselves(engine, of, scope):
                 if not plan.scan():
                     a.step()  # plans anew
                     break
-                squared = plan.run(Pass.NORM, Scaling(), math.inf, False, None)[0]
+                squared = plan.run(Pass.NORM, StepRequest(Scaling()), None).squared_norm
                 squared = squared.clone() if isinstance(squared, torch.Tensor) else squared
                 for each in (Pass.SUMS, Pass.SCOPES, Pass.UPDATE, Pass.EPILOGUE):
-                    plan.run(plan.passes & each, Scaling(), 1.0, False, squared)
+                    plan.run(plan.passes & each, StepRequest(Scaling(), 1.0), squared)
                 plan.finish()
         results.append([p.detach().clone() for p in ps])
     for p, q in zip(*results, strict=True):

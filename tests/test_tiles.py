@@ -22,9 +22,10 @@ from helpers import (
 
 import fusedopt
 from fusedopt import engines
+from fusedopt.context import StepRequest
 from fusedopt.engines import cuda, tables, triton
-from fusedopt.launch import Scaling
 from fusedopt.passes import Pass
+from fusedopt.scaling import Scaling
 
 ENGINES = ON_GPU or [name for name in AVAILABLE if name == "cuda"]
 pytestmark = pytest.mark.skipif(not ENGINES, reason="needs a GPU, or a C++ compiler")
@@ -106,7 +107,7 @@ def test_step_tables_of_all_sizes(engine, device, count):
 @pytest.mark.parametrize("name", ALL)
 def test_one_launch_with_clipping_and_mixed_states(monkeypatch, engine, device, name):
     launches = []
-    plan = engines.ENGINES[engine].Plan
+    plan = engines.ENGINES[engine].plan
     launch = plan.launch
     monkeypatch.setattr(plan, "launch", lambda self, *a: launches.append(a[0]) or launch(self, *a))
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
@@ -184,9 +185,9 @@ def test_two_launches_with_a_hook_between(engine, device):
     a.step(), b.step()
     (plan,) = b._plans
     assert plan.scan()
-    squared, _, _ = plan.run(Pass.NORM, Scaling(), math.inf, False, None)
+    squared, _, _ = plan.run(Pass.NORM, StepRequest(Scaling()), None)
     total = squared * 4
-    _, norm, _ = plan.run(Pass.UPDATE, Scaling(), 1.0, False, total)
+    _, norm, _ = plan.run(Pass.UPDATE, StepRequest(Scaling(), 1.0), total)
     close(norm.float(), 2 * a.grad_norm)
     for p, q in zip(ours, theirs, strict=True):
         factor = 1 / (2 * a.grad_norm + 1e-6)

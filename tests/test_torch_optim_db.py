@@ -303,8 +303,8 @@ PAIRS = {
 def test_numbers_of_every_kind(name, kind):
     """Of which torch takes most, some by chance."""
     numbers = {k: v for k, v in getattr(fusedopt, name)(model()).defaults.items() if type(v) is float}
-    given = getattr(fusedopt, name)(model(), **{key: KINDS[kind](value) for key, value in numbers.items()})
-    assert_same_training(given, getattr(torch.optim, name)(model(), foreach=False))
+    ours = getattr(fusedopt, name)(model(), **{key: KINDS[kind](value) for key, value in numbers.items()})
+    assert_same_training(ours, getattr(torch.optim, name)(model(), foreach=False))
 
 
 @each
@@ -313,14 +313,14 @@ def test_pairs_of_every_kind(name, kind):
     pairs = {k: v for k, v in getattr(fusedopt, name)(model()).defaults.items() if isinstance(v, tuple)}
     if not pairs:
         pytest.skip("it has none")
-    given = getattr(fusedopt, name)(model(), **{key: PAIRS[kind](value) for key, value in pairs.items()})
+    ours = getattr(fusedopt, name)(model(), **{key: PAIRS[kind](value) for key, value in pairs.items()})
     theirs = getattr(torch.optim, name)(model(), foreach=False)
-    assert_same_training(given, theirs)
+    assert_same_training(ours, theirs)
     if kind == "tensor":
         for key in pairs:
-            given.param_groups[0][key] = PAIRS[kind](theirs.param_groups[0][key])
-        assert_same_training(given, theirs)
-    given.load_state_dict(copy.deepcopy(given.state_dict()))
+            ours.param_groups[0][key] = PAIRS[kind](theirs.param_groups[0][key])
+        assert_same_training(ours, theirs)
+    ours.load_state_dict(copy.deepcopy(ours.state_dict()))
 
 
 @pytest.mark.parametrize("wrong", [np.array([0.9, 0.9, 0.9]), torch.zeros(3), "ab", np.array([2.0, 0.9])])
@@ -365,24 +365,24 @@ ERRORS = {name: INFOS[name].optim_error_inputs_func("cpu", torch.float32) for na
 def test_errors(name, which):
     """Of the same type; with torch's words, or ours, which name the argument, its group and what it may be."""
     case = ERRORS[name][which]
-    given, at = case.optimizer_error_input, case.error_on
-    params = model() if given.params is None else given.params
+    wanted, at = case.optimizer_error_input, case.error_on
+    params = model() if wanted.params is None else wanted.params
 
     def run(module):
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)
-            optimizer = getattr(module, name)(params, **given.kwargs)
+            optimizer = getattr(module, name)(params, **wanted.kwargs)
             if at == common.OptimizerErrorEnum.STEP_ERROR:
                 train(optimizer, 1)
 
     with pytest.raises(case.error_type, match=case.error_regex):
         run(torch.optim)
-    if (name, given.desc) in DIFFERENCES:
+    if (name, wanted.desc) in DIFFERENCES:
         return run(fusedopt)
     with pytest.raises(case.error_type) as raised:
         run(fusedopt)
     said = str(raised.value)
-    wrong = list(given.kwargs)[-1] if given.kwargs else None
+    wrong = list(wanted.kwargs)[-1] if wanted.kwargs else None
     assert re.search(case.error_regex, said) or (wrong and wrong in said and "group 0" in said and "must" in said)
 
 

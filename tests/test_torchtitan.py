@@ -31,8 +31,8 @@ def test_every_hyperparameter_may_be_a_key_of_a_group(name):
         "cautious_weight_decay"
     }
     options = {key: usual.param_groups[0][key] for key in keys if key in usual.param_groups[0]}
-    given = cls([{"params": [p], "param_names": ["weight"], **options, "lr": 0.125}])
-    group = given.state_dict()["param_groups"][0]
+    ours = cls([{"params": [p], "param_names": ["weight"], **options, "lr": 0.125}])
+    group = ours.state_dict()["param_groups"][0]
     assert group["lr"] == 0.125 and group["param_names"] == ["weight"]
     assert {key: group[key] for key in options if key != "lr"} == {k: v for k, v in options.items() if k != "lr"}
 

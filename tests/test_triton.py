@@ -202,7 +202,7 @@ def test_status_stays_on_the_device():
     for expected in (1, 2):
         ps[0].grad = torch.full((5,), math.inf)
         optimizer.step()
-        assert optimizer._skipped == 0 and int(plan.status.skipped_steps) == expected == optimizer.skipped_steps
+        assert optimizer._stepper.skipped == 0 and int(plan.status.skipped_steps) == expected == optimizer.skipped_steps
     assert optimizer.grad_norm is plan.status.narrow_norm and optimizer.state[ps[0]]["step"] == 1
     optimizer.param_groups[0]["amsgrad"] = True  # needs another plan; what was counted stays
     fill_gradients(ps)

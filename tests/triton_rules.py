@@ -1,8 +1,11 @@
 """The Triton rules of sum_rules.py: classes in place of modules."""
 
+from functools import cache
+
 import triton
 import triton.language as tl
 
+from fusedopt.engines import triton as engine
 from fusedopt.triton_kernels import rules
 
 
@@ -125,3 +128,4 @@ def know(monkeypatch):
     """The Triton engine has them, too."""
     known = {**rules.by_name(), **{rule.name: rule for rule in (Channel, Sharing, Concluding, Layer)}}
     monkeypatch.setattr(rules, "by_name", lambda: known)
+    monkeypatch.setattr(engine, "kernels", cache(engine.kernels.__wrapped__))

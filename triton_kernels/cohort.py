@@ -17,6 +17,8 @@ from fusedopt.triton_kernels.walk import (
     SKIP_NONFINITE,
     load_hyper,
     load_number,
+    load_scalars,
+    to_type,
 )
 
 DECOUPLED, SIGN, CAUTIOUS = (tl.constexpr(int(flag)) for flag in GroupFlag)
@@ -118,3 +120,41 @@ def counted(scalars):
     for k in tl.static_range(len(scalars)):
         out = out + ((scalars[k] + 1 if k == 0 else scalars[k]),)
     return out
+
+
+@triton.jit
+def prepare_cohort(
+    rows, step_table, records, row, factor, PREPARE: tl.constexpr, STEP_SCALE: tl.constexpr, N_SCALARS: tl.constexpr,
+    N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, C: tl.constexpr,
+    T: tl.constexpr,
+):  # fmt: skip
+    """What the rows of a row's cohort have in common.
+
+    Returns:
+        The cohort; its scalars before and after the step; how many steps were counted; the rule's coefficients, of type
+        C; and the engine's scalars, of type T.
+    """
+    cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
+    active = cohort >= 0
+    record = record_of(records, cohort, N_HYPER, OPTIONS)
+    scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
+    c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
+    steps = count_of(rows + row * WIDTH, scalars, active, OPTIONS)
+    engine = engine_scalars(record, factor, active, cohort, steps, STEP_SCALE, N_HYPER, OPTIONS)
+    return cohort, scalars, after, steps, to_type(c, C), to_type(engine, T)
+
+
+@triton.jit
+def is_of_cohort(
+    rows, step_table, row, more, cohort, scalars, steps, N_SCALARS: tl.constexpr, OPTIONS: tl.constexpr,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Whether a row is of a cohort with these scalars and steps, if there is more to do at all."""
+    same = more & (cohort_of(rows, step_table, row, more, WIDTH) == cohort)
+    active = same & (cohort >= 0)
+    own = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
+    for k in tl.static_range(N_SCALARS):
+        same = same & (own[k] == scalars[k])
+    if OPTIONS == "engine":
+        same = same & (count_of(rows + row * WIDTH, own, active, OPTIONS) == steps)
+    return same

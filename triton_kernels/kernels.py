@@ -1,4 +1,27 @@
-"""The kernels by their names, and what those that a rule needs are specialised to."""
+"""The kernels by their names, and what those that a rule needs are specialised to.
+
+Arguments of all of them:
+
+=====================================================  ==============================================================
+``rows``, ``tiles``, ``shares``, ``borders``,          the tables of fusedopt/layout.py
+``layouts``, ``step_table``, ``partials``,
+``numbers``, ``counts``, ``row_sums``
+``grad_scale``, ``found_inf``                          one float32 each: the loss scale, and what is not 0 to skip
+``sums``                                               the rule's tables, see adding.py; None if it adds nothing up
+``concluded``                                          what was added up of each scope, see fusedopt/sums.py
+``n_rows``, ``n_shares``, ``n_borders``, ``n_scopes``  how many there are
+``passes``                                             bits of Pass, for kernels that do parts of several
+``DIRECTION``, ``PREPARE``, ``MEASURE``, ``SCORE``,    the rule's, see rules/; None if it has none
+``FINISH``, ``CONCLUDE``, ``STEP_SCALE``
+``N_STATES``                                           how many states rows have at most, averages among them
+``N_SCALARS``, ``N_HYPER``                             how many the rule has
+``OPTIONS``, ``SUMS``, ``SIGNATURES``                  see signatures.py
+``WIDTH``                                              words of a row of ``rows``
+``TILE``                                               elements of a tile, a power of two
+``STAGES``                                             rounds of the loops over full tiles that are under way at once;
+                                                       None to leave that to Triton
+=====================================================  ==============================================================
+"""
 
 from __future__ import annotations
 

@@ -82,25 +82,7 @@ def norm(
     rows, tiles, shares, layouts, row_sums, step_table, partials, numbers, counts, n_shares, SUMS: tl.constexpr,
     SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Writes the sum of the squares of all gradients to the first of ``numbers``.
-
-    Args:
-        rows: See fusedopt/layout.py for these nine.
-        tiles: Tiles before each row.
-        shares: Where each begins.
-        layouts: Of strided rows.
-        row_sums: Where a row's segments are; None where rows are one.
-        step_table: What changes from step to step.
-        partials: A sum for each share.
-        numbers: What is told of the step.
-        counts: The same.
-        n_shares: How many.
-        SUMS: See signatures.py.
-        SIGNATURES: See signatures.py.
-        WIDTH: Of ``rows``.
-        TILE: Elements of a tile, a power of two.
-        STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
-    """
+    """Writes the sum of the squares of all gradients to the first of ``numbers``. kernels.py says what is what."""
     share = tl.program_id(0)
     while share < n_shares:
         following = claim(n_shares, counts + SHARES_MEASURED)

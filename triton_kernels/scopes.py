@@ -38,16 +38,7 @@ def fold(
 ):  # fmt: skip
     """Adds up the slots of segments that have tiles in several shares, into ``segments``.
 
-    Of each such segment whoever looks at the first share that begins inside of it does.
-
-    Args:
-        tiles: Tiles before each row.
-        shares: Where each begins.
-        step_table: What changes from step to step.
-        sums: The rule's sums.
-        n_shares: How many.
-        SUMS: What there is to add up.
-        TILE: Elements of a tile.
+    Of each such segment whoever looks at the first share that begins inside of it does. kernels.py says what is what.
     """
     row_sums, slots, epilogue_slots, segments, wholes, largest = sums
     N: tl.constexpr = n_measures(SUMS)
@@ -103,23 +94,7 @@ def scopes(
     rows, step_table, sums, n_rows, n_scopes, SCORE: tl.constexpr, PREPARE: tl.constexpr, N_STATES: tl.constexpr,
     N_SCALARS: tl.constexpr, N_HYPER: tl.constexpr, OPTIONS: tl.constexpr, SUMS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Adds segments up over scopes of active rows, and finds their largest scores.
-
-    Args:
-        rows: What stands as long as a plan.
-        step_table: What changes from step to step.
-        sums: The rule's sums.
-        n_rows: How many.
-        n_scopes: How many.
-        SCORE: The rule's; None if it has none.
-        PREPARE: The rule's.
-        N_STATES: How many states rows have at most, averages among them.
-        N_SCALARS: How many scalars the rule has.
-        N_HYPER: How many hyperparameters.
-        OPTIONS: See signatures.py.
-        SUMS: What there is to add up.
-        WIDTH: Of ``rows``.
-    """
+    """Adds segments up over scopes of active rows, and finds their largest scores. kernels.py says what is what."""
     row_sums, slots, epilogue_slots, segments, wholes, highest = sums
     N: tl.constexpr = n_measures(SUMS)
     records = step_table + GRADS + n_rows
@@ -201,18 +176,7 @@ def epilogue(
 ):  # fmt: skip
     """Adds up over scopes what a step concluded, and puts it into scalars of all rows of which anything is stepped.
 
-    Args:
-        rows: What stands as long as a plan.
-        step_table: What changes from step to step.
-        counts: What is told of the step: whether it was skipped.
-        sums: The rule's sums.
-        concluded: What was added up of each scope, see fusedopt/sums.py.
-        n_rows: How many.
-        n_scopes: How many.
-        passes: Bits of Pass: after UPDATE it is added up; in EPILOGUE it is put into scalars.
-        N_STATES: How many states the rule has at most.
-        SUMS: What there is to add up.
-        WIDTH: Of ``rows``.
+    kernels.py says what is what.
     """
     row_sums, slots, epilogue_slots, segments, wholes, highest = sums
     N: tl.constexpr = n_listed(SUMS, "epilogue")

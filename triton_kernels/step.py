@@ -7,13 +7,10 @@ from fusedopt.triton_kernels.adding import add_up, store_sums, tell, zeros
 from fusedopt.triton_kernels.cohort import (
     NARROW_NORM,
     NORM,
-    cohort_of,
-    count_of,
-    counted,
     decide,
-    engine_scalars,
     first_scalar,
-    record_of,
+    is_of_cohort,
+    prepare_cohort,
 )
 from fusedopt.triton_kernels.counting import count_borders, count_cohort, count_steps, share_scalars
 from fusedopt.triton_kernels.operands import averaged, decayed, operands
@@ -45,9 +42,7 @@ from fusedopt.triton_kernels.walk import (
     SKIPPED_STEPS,
     claim,
     is_last,
-    load_hyper,
     load_i32,
-    load_scalars,
     row_of,
     segment,
     share_of,
@@ -157,6 +152,52 @@ def _both(totals, found):
     return out
 
 
+@triton.jit
+def _cohort(
+    rows, tiles, layouts, step_table, share, begin, end, row, left, cohort, scalars, after, steps, c, engine, sums,
+    DIRECTION: tl.constexpr, FINISH: tl.constexpr, CONCLUDE: tl.constexpr, N_SCALARS: tl.constexpr,
+    OPTIONS: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Steps the rows of a cohort that the tiles [begin, end) of a share have, from one on back.
+
+    Returns:
+        The row before them, and how many tiles are left.
+    """
+    active = cohort >= 0
+    same = left > 0
+    while same:
+        low, high = segment(tiles, row, begin, end)
+        words, grad, signature = row_of(rows, step_table, row, WIDTH)
+        n_tiles, slot = high, None
+        if FINISH is not None:
+            n_tiles = load_i32(tiles + row + 1) - load_i32(tiles + row)
+        if CONCLUDE is not None:
+            slot = sums[2] + (share + row) * n_listed(SUMS, "epilogue")
+            if active == 0:
+                store_sums(slot, zeros(n_listed(SUMS, "epilogue")))
+        for k in tl.static_range(count(SIGNATURES)):
+            if active & (signature == k):
+                _row(
+                    rows, words, layouts, grad, row, low, high, n_tiles, engine, c, after, sums, slot, DIRECTION,
+                    FINISH, CONCLUDE, SUMS, SIGNATURES, k, FIRST, WIDTH, TILE, STAGES,
+                )  # fmt: skip
+        left -= high - low
+        row -= 1
+        same = is_of_cohort(rows, step_table, row, left > 0, cohort, scalars, steps, N_SCALARS, OPTIONS, FIRST, WIDTH)
+    return row, left
+
+
+@triton.jit
+def _tell(step_table, numbers, counts, norm, skipped):
+    """What becomes of the step."""
+    measured = tl.load(step_table + MEASURED) != 0
+    tl.store(numbers + NORM, norm, mask=measured)
+    tl.store((numbers + NARROW_NORM).to(tl.pointer_type(tl.float32)), norm.to(tl.float32), mask=measured)
+    tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
+    tl.store(counts + SKIPPED, skipped.to(tl.int32))
+
+
 @triton.jit(
     do_not_specialize=["n_rows", "n_shares", "n_borders"], do_not_specialize_on_alignment=["grad_scale", "found_inf"]
 )
@@ -167,42 +208,12 @@ def step(
     OPTIONS: tl.constexpr, SUMS: tl.constexpr, SIGNATURES: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One step of every row that has a gradient, unless it is skipped.
-
-    Args:
-        rows: See fusedopt/layout.py for these eight.
-        tiles: Tiles before each row.
-        shares: Where each begins.
-        borders: Rows that no share has whole.
-        layouts: Of strided rows.
-        step_table: What changes from step to step.
-        numbers: What is told of the step; the squared norm, if it was measured.
-        counts: The same.
-        grad_scale: One float, the loss scale.
-        found_inf: One float; not 0 to skip the step.
-        sums: See adding.py; None if the rule adds nothing up.
-        n_rows: How many.
-        n_shares: How many.
-        n_borders: How many.
-        DIRECTION: The rule's, see rules/.
-        PREPARE: The rule's.
-        FINISH: The rule's; None if it measures nothing.
-        CONCLUDE: The rule's; None if it has no epilogue.
-        STEP_SCALE: The rule's.
-        N_STATES: How many states rows have at most, averages among them.
-        N_SCALARS: How many scalars the rule has.
-        N_HYPER: How many hyperparameters.
-        OPTIONS: See signatures.py.
-        SUMS: See signatures.py.
-        SIGNATURES: See signatures.py.
-        WIDTH: Of ``rows``.
-        TILE: Elements of a tile, a power of two.
-        STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
-    """
+    """One step of every row that has a gradient, unless it is skipped. kernels.py says what is what."""
     records = step_table + GRADS + n_rows
     factor, skipped, norm = decide(step_table, numbers, grad_scale, found_inf)
     FIRST: tl.constexpr = first_scalar(N_STATES)
     T: tl.constexpr = widest(SIGNATURES)
+    C: tl.constexpr = T if FINISH is None else tl.float64
     if skipped == 0:
         claimed = tl.program_id(0)
         while claimed < n_shares:
@@ -211,55 +222,25 @@ def step(
             begin, end, first_row, row = share_of(shares, share)
             left = end - begin
             while left > 0:  # rows of one cohort after another: `prepare` runs when the cohort changes
-                cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
-                active = cohort >= 0
-                record = record_of(records, cohort, N_HYPER, OPTIONS)
-                scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
-                c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
-                c = to_type(c, T if FINISH is None else tl.float64)
-                steps = count_of(rows + row * WIDTH, scalars, active, OPTIONS)
-                engine = engine_scalars(record, factor, active, cohort, steps, STEP_SCALE, N_HYPER, OPTIONS)
-                engine = to_type(engine, T)
                 last = row
-                same = left > 0
-                while same:
-                    low, high = segment(tiles, row, begin, end)
-                    words, grad, signature = row_of(rows, step_table, row, WIDTH)
-                    n_tiles, slot = high, None
-                    if FINISH is not None:
-                        n_tiles = load_i32(tiles + row + 1) - load_i32(tiles + row)
-                    if CONCLUDE is not None:
-                        slot = sums[2] + (share + row) * n_listed(SUMS, "epilogue")
-                        if active == 0:
-                            store_sums(slot, zeros(n_listed(SUMS, "epilogue")))
-                    for k in tl.static_range(count(SIGNATURES)):
-                        if active & (signature == k):
-                            _row(
-                                rows, words, layouts, grad, row, low, high, n_tiles, engine, c, after, sums, slot,
-                                DIRECTION, FINISH, CONCLUDE, SUMS, SIGNATURES, k, FIRST, WIDTH, TILE, STAGES,
-                            )  # fmt: skip
-                    left -= high - low
-                    row -= 1
-                    same = left > 0
-                    same = same & (cohort_of(rows, step_table, row, same, WIDTH) == cohort)
-                    ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
-                    for k in tl.static_range(N_SCALARS):
-                        same = same & (ahead[k] == scalars[k])
-                    if OPTIONS == "engine":
-                        same = same & (count_of(rows + row * WIDTH, ahead, same & active, OPTIONS) == steps)
+                cohort, scalars, after, steps, c, engine = prepare_cohort(
+                    rows, step_table, records, row, factor, PREPARE, STEP_SCALE, N_SCALARS, N_HYPER, OPTIONS, FIRST,
+                    WIDTH, C, T,
+                )  # fmt: skip
+                row, left = _cohort(
+                    rows, tiles, layouts, step_table, share, begin, end, row, left, cohort, scalars, after, steps, c,
+                    engine, sums, DIRECTION, FINISH, CONCLUDE, N_SCALARS, OPTIONS, SUMS, SIGNATURES, FIRST, WIDTH,
+                    TILE, STAGES,
+                )  # fmt: skip
                 if OPTIONS == "engine":
-                    if active:
+                    if cohort >= 0:
                         count_steps(rows, tiles, row + 1, last, begin, end, steps, WIDTH)
                 if (N_SCALARS > 0) & (FINISH is None):
-                    if active:
+                    if cohort >= 0:
                         count_cohort(rows, tiles, row + 1, last, begin, end, after, FIRST, WIDTH)
             claimed = following
     if is_last(counts):
-        measured = tl.load(step_table + MEASURED) != 0
-        tl.store(numbers + NORM, norm, mask=measured)
-        tl.store((numbers + NARROW_NORM).to(tl.pointer_type(tl.float32)), norm.to(tl.float32), mask=measured)
-        tl.store(counts + SKIPPED_STEPS, tl.load(counts + SKIPPED_STEPS) + skipped.to(tl.int32))
-        tl.store(counts + SKIPPED, skipped.to(tl.int32))
+        _tell(step_table, numbers, counts, norm, skipped)
         if (skipped == 0) & ((N_SCALARS > 0) | (OPTIONS == "engine")):
             count_borders(
                 rows, borders, step_table, records, n_borders, sums, PREPARE, FINISH, N_SCALARS, N_HYPER, OPTIONS, SUMS,

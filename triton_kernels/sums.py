@@ -4,15 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.adding import add_up, store_sums
-from fusedopt.triton_kernels.cohort import (
-    cohort_of,
-    count_of,
-    counted,
-    decide,
-    engine_scalars,
-    first_scalar,
-    record_of,
-)
+from fusedopt.triton_kernels.cohort import decide, first_scalar, is_of_cohort, prepare_cohort
 from fusedopt.triton_kernels.operands import operands
 from fusedopt.triton_kernels.signatures import compute, count, in_channels, n_measures, states, widest
 from fusedopt.triton_kernels.tile import (
@@ -29,9 +21,7 @@ from fusedopt.triton_kernels.walk import (
     SUMS_WIDTH,
     claim,
     is_last,
-    load_hyper,
     load_i32,
-    load_scalars,
     row_of,
     segment,
     share_of,
@@ -108,34 +98,12 @@ def sums(
 ):  # fmt: skip
     """Adds up what the rule measures of every row that has a gradient, unless the step is skipped.
 
-    Args:
-        rows: See fusedopt/layout.py for these seven.
-        tiles: Tiles before each row.
-        shares: Where each begins.
-        layouts: Of strided rows.
-        step_table: What changes from step to step.
-        numbers: What is told of the step; the squared norm, if it was measured.
-        counts: The same.
-        grad_scale: One float, the loss scale.
-        found_inf: One float; not 0 to skip the step.
-        sums: See adding.py; ``segments`` and ``slots`` are written.
-        n_rows: How many.
-        n_shares: How many.
-        MEASURE: The rule's, see rules/.
-        PREPARE: The rule's.
-        N_STATES: How many states rows have at most, averages among them.
-        N_SCALARS: How many scalars the rule has.
-        N_HYPER: How many hyperparameters.
-        OPTIONS: See signatures.py.
-        SUMS: See signatures.py.
-        SIGNATURES: See signatures.py.
-        WIDTH: Of ``rows``.
-        TILE: Elements of a tile, a power of two.
-        STAGES: Rounds of the loops over full tiles under way at once; None to leave that to Triton.
+    kernels.py says what is what; ``segments`` and ``slots`` of the sums are written.
     """
     records = step_table + GRADS + n_rows
     factor, skipped, norm = decide(step_table, numbers, grad_scale, found_inf)
     FIRST: tl.constexpr = first_scalar(N_STATES)
+    T: tl.constexpr = widest(SIGNATURES)
     if skipped == 0:
         share = tl.program_id(0)
         while share < n_shares:
@@ -143,34 +111,25 @@ def sums(
             begin, end, row, last_row = share_of(shares, share)
             left = end - begin
             while left > 0:  # rows of one cohort after another, as in step.py
-                cohort = cohort_of(rows, step_table, row, row >= 0, WIDTH)
-                active = cohort >= 0
-                record = record_of(records, cohort, N_HYPER, OPTIONS)
-                scalars = load_scalars(rows, row, active, FIRST, N_SCALARS, WIDTH)
-                c, after = PREPARE(load_hyper(record, active, 2, N_HYPER), counted(scalars), (cohort & 1) != 0)
-                c = to_type(c, widest(SIGNATURES))
-                steps = count_of(rows + row * WIDTH, scalars, active, OPTIONS)
-                engine = engine_scalars(record, factor, active, cohort, steps, "lr", N_HYPER, OPTIONS)
-                engine = to_type(engine, widest(SIGNATURES))
+                cohort, scalars, after, steps, c, engine = prepare_cohort(
+                    rows, step_table, records, row, factor, PREPARE, "lr", N_SCALARS, N_HYPER, OPTIONS, FIRST, WIDTH,
+                    T, T,
+                )  # fmt: skip
                 same = left > 0
                 while same:
                     low, high = segment(tiles, row, begin, end)
                     n_tiles = load_i32(tiles + row + 1) - load_i32(tiles + row)
                     words, grad, signature = row_of(rows, step_table, row, WIDTH)
                     for k in tl.static_range(count(SIGNATURES)):
-                        if active & (signature == k):
+                        if (cohort >= 0) & (signature == k):
                             _row(
                                 words, layouts, grad, row, share, low, high, n_tiles, engine, c, sums, MEASURE, SUMS,
                                 SIGNATURES, k, TILE, STAGES,
                             )  # fmt: skip
                     left -= high - low
                     row += 1
-                    same = left > 0
-                    same = same & (cohort_of(rows, step_table, row, same, WIDTH) == cohort)
-                    ahead = load_scalars(rows, row, same & active, FIRST, N_SCALARS, WIDTH)
-                    for k in tl.static_range(N_SCALARS):
-                        same = same & (ahead[k] == scalars[k])
-                    if OPTIONS == "engine":
-                        same = same & (count_of(rows + row * WIDTH, ahead, same & active, OPTIONS) == steps)
+                    same = is_of_cohort(
+                        rows, step_table, row, left > 0, cohort, scalars, steps, N_SCALARS, OPTIONS, FIRST, WIDTH
+                    )
             share = following
     is_last(counts)

@@ -92,7 +92,7 @@ __device__ __forceinline__ KeyOf<Rule> key_without_gradient(const Tables& t, int
 
 // Of the cohort of a key: its scalars after the step, and its coefficients.
 template <class Rule>
-struct Prepared {
+struct CohortStep {
   double scalars[kScalars<Rule> + 1];
   double counted;  // by the engine, after the step
   CohortCoefficients<Rule, double> coefficients;
@@ -126,10 +126,10 @@ __device__ __forceinline__ void advance(const Arguments<Words>& a, const KeyOf<R
 }
 
 template <class Rule, int Words>
-__device__ __forceinline__ Prepared<Rule> prepare_cohort(const Arguments<Words>& a, const KeyOf<Rule>& key,
-                                                         double factor) {
+__device__ __forceinline__ CohortStep<Rule> prepare_cohort(const Arguments<Words>& a, const KeyOf<Rule>& key,
+                                                           double factor) {
   const int record = record_of<Rule>(a.tables, key), flags = record + 2 * (2 + kHyper<Rule> + a.tables.n_options);
-  Prepared<Rule> p;
+  CohortStep<Rule> p;
   p.coefficients.engine = engine_scalars<Rule>(
       factor * static_cast<double>(step_word(a, flags + kSign)), record_number(a, record, 0),
       record_number(a, record, 1), step_word(a, flags + kDecoupled) != 0, step_word(a, flags + kCautious) != 0);
@@ -170,8 +170,8 @@ __device__ __forceinline__ void finish_segment(const Tables& t, int row, int seg
 // The same of a cohort's coefficients, for a segment alone.
 template <class Rule>
 __device__ __forceinline__ CohortCoefficients<Rule, double> finished(const Tables& t, int row, int segment,
-                                                                     const Prepared<Rule>& prepared) {
-  Prepared<Rule> p = prepared;
+                                                                     const CohortStep<Rule>& prepared) {
+  CohortStep<Rule> p = prepared;
   finish_segment<Rule>(t, row, segment, reinterpret_cast<double*>(&p.coefficients.rule), p.scalars);
   return p.coefficients;
 }
@@ -187,9 +187,9 @@ __device__ __forceinline__ void store_scalars(const Tables& t, int row, const do
 
 // Counts the step in a row of a cohort.
 template <class Rule>
-__device__ __forceinline__ void count_row(const Tables& t, int row, const Prepared<Rule>& prepared) {
+__device__ __forceinline__ void count_row(const Tables& t, int row, const CohortStep<Rule>& prepared) {
   if constexpr (kMeasures<Rule> > 0) {
-    Prepared<Rule> p = prepared;
+    CohortStep<Rule> p = prepared;
     const int segment = static_cast<int>(sums_of(t, row)[kFirstSegment]);
     finish_segment<Rule>(t, row, segment, reinterpret_cast<double*>(&p.coefficients.rule), p.scalars);
     store_scalars<Rule>(t, row, p.scalars);
@@ -204,14 +204,14 @@ __device__ __forceinline__ void count_row(const Tables& t, int row, const Prepar
 
 // Counts the step in those of a cohort's rows [first, last] that are whole in a share: nobody else reads their scalars.
 template <class Rule, int Words>
-__device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Share& mine, int first, int last,
-                                             const Prepared<Rule>& prepared) {
+__device__ __forceinline__ void count_cohort(const Arguments<Words>& a, const Share& own, int first, int last,
+                                             const CohortStep<Rule>& prepared) {
   const Tables& t = a.tables;
   if constexpr (kScalars<Rule> > 0 || kHasOptions<Rule>) {
 #pragma unroll 1
     for (int row = first + static_cast<int>(threadIdx.x); row <= last; row += kThreads) {
       const int begin = static_cast<int>(t.tiles[row]), end = static_cast<int>(t.tiles[row + 1]);
-      const bool is_whole = mine.begin <= begin && begin < end && end <= mine.end;
+      const bool is_whole = own.begin <= begin && begin < end && end <= own.end;
       if (is_whole && grad_word(a, row)) count_row<Rule>(t, row, prepared);
     }
   }
@@ -227,7 +227,7 @@ __device__ __forceinline__ void count_borders(const Arguments<Words>& a) {
       const int row = static_cast<int>(t.borders[k]);
       const KeyOf<Rule> key(a, row);
       if (key.number < 0) continue;
-      Prepared<Rule> prepared;  // without a use unless the rule advances
+      CohortStep<Rule> prepared;  // without a use unless the rule advances
       advance<Rule>(a, key, prepared.scalars, reinterpret_cast<double*>(&prepared.coefficients.rule));
       prepared.counted = key.counted + 1;
       count_row<Rule>(t, row, prepared);

@@ -82,7 +82,7 @@ template <bool AddsUp, int Words>
 __device__ __forceinline__ void measure(const Arguments<Words>& a) {
   const Tables& t = a.tables;
   each_claim(t.n_shares, t.counts + kSharesMeasured, [&](int number) {
-    const Share mine = share(t, number);
+    const Share own = share(t, number);
     double sum = 0;
     const auto add = [&](const auto& row, int first, int count) {
       row.template split<kForwards>(
@@ -95,7 +95,7 @@ __device__ __forceinline__ void measure(const Arguments<Words>& a) {
             }
           });
     };
-    each_row<kForwards>(t, mine.begin, mine.end, mine.first_row, [&](int index, int first, int count) {
+    each_row<kForwards>(t, own.begin, own.end, own.first_row, [&](int index, int first, int count) {
       const Row<kGrad, kGrad + 1> row(a, index);
       if (!row.active) return;
       if constexpr (AddsUp) {

@@ -82,10 +82,10 @@ struct Unit {
 template <int N>
 __device__ __forceinline__ void add_slots(const Tables& t, const double* slots, const Unit& unit, int number,
                                           double* sums) {
-  const Share mine = share(t, number);
-  const int tiles = (mine.end - mine.begin + kRunsPerShare - 1) / kRunsPerShare;
-  const int first = (max(unit.begin, mine.begin) - mine.begin) / tiles;
-  const int last = (min(unit.end, mine.end) - 1 - mine.begin) / tiles;
+  const Share own = share(t, number);
+  const int tiles = (own.end - own.begin + kRunsPerShare - 1) / kRunsPerShare;
+  const int first = (max(unit.begin, own.begin) - own.begin) / tiles;
+  const int last = (min(unit.end, own.end) - 1 - own.begin) / tiles;
   for (int run = first; run <= last; ++run) {
     const double* slot = slots + static_cast<std::int64_t>(number * kRunsPerShare + run + unit.number) * N;
 #pragma unroll
@@ -110,12 +110,12 @@ __device__ __forceinline__ void add_units(const Tables& t, const double* slots, 
     theirs.end = __shfl_sync(kAll, unit.end, lane);
     theirs.number = __shfl_sync(kAll, unit.number, lane);
     const int first = __shfl_sync(kAll, unit.first_share, lane), last = __shfl_sync(kAll, unit.last_share, lane);
-    double mine[N] = {};
+    double own[N] = {};
 #pragma unroll 1
-    for (int number = first + lane_id(); number <= last; number += 32) add_slots<N>(t, slots, theirs, number, mine);
+    for (int number = first + lane_id(); number <= last; number += 32) add_slots<N>(t, slots, theirs, number, own);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const double sum = __shfl_sync(kAll, warp_sum(mine[k]), 0);
+      const double sum = __shfl_sync(kAll, warp_sum(own[k]), 0);
       if (lane_id() == lane) sums[k] = sum;
     }
   }

@@ -22,9 +22,10 @@ struct Largest {
   }
 };
 
-// The N operands of the rule, of which Coded ones may be stored otherwise than plainly.
+// The N operands of a rule, and of those of its states that are blocks of 8-bit codes the way to memory and back. None
+// is, unless Coded.
 template <class Fetch, class T, int N, bool Coded>
-struct Stored {
+struct Codes {
   static constexpr int kStates = N - kFirstState;
   static constexpr int kCount = Fetch::kCount;
   static constexpr bool kHasCodes = Coded && Fetch::kTakesBlocks;
@@ -32,142 +33,6 @@ struct Stored {
 
   typename Fetch::Raw raw[N];
   T values[N][kCount];
-
-  template <class Row>
-  __device__ __forceinline__ void fetch(const Row& row, const Fetch& at) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) {
-      if (kHasPairs && k >= kFirstState && has_blocks(row.signature.codec(k))) continue;
-      at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
-    }
-    if constexpr (kHasPairs) {
-      if (row.signature.has(kBlocks)) fetch_pairs(row, at);
-    }
-    if constexpr (Coded) {
-      typename Fetch::Raw beside = {};
-      if (row.signature.has(kPartner)) {
-        at.fetch_behind(beside, row.address[kParam][1], partner_of(row), row.partner_column());
-      }
-      decode_param(row, beside);
-    } else {
-      decode<Fetch>(values[kParam], raw[kParam], row.signature.codec(kParam));
-    }
-    decode<Fetch>(values[kGrad], raw[kGrad], row.signature.codec(kGrad));
-#pragma unroll
-    for (int k = kFirstState; k < N; ++k) {
-      if (kHasCodes && has_blocks(row.signature.codec(k))) {
-        decode_codes(row, at, k);
-      } else {
-        decode<Fetch>(values[k], raw[k], as_plain(row.signature.codec(k)));
-      }
-    }
-  }
-
-  // step: from 0 on, of the words that round.
-  template <class Row>
-  __device__ __forceinline__ void put(const Row& row, const Fetch& at, std::uint32_t step,
-                                      [[maybe_unused]] const Largest<kStates>& largest) {
-    if constexpr (Coded) {
-      put_param(row, at, step);
-    } else {
-      put_plain(row, at, kParam);
-    }
-#pragma unroll
-    for (int k = kFirstState; k < N; ++k) {
-      if (kHasCodes && has_blocks(row.signature.codec(k))) {
-        put_codes(row, at, k, largest.of[k - kFirstState]);
-      } else if (Coded && row.signature.codec(k) == Codec::stochastic) {
-        put_rounded(row, at, k, step);
-      } else {
-        put_plain(row, at, k);
-      }
-    }
-    if constexpr (kHasPairs) {
-      if (row.signature.has(kBlocks)) put_pairs(row, at);
-    }
-  }
-
-  // What a first pass over a block finds, instead of writing.
-  __device__ __forceinline__ void measure(const Fetch& at, Largest<kStates>& largest) const {
-#pragma unroll
-    for (int k = kFirstState; k < N; ++k) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        if (at.is_active(i)) largest.add(k - kFirstState, static_cast<float>(values[k][i]));
-      }
-    }
-  }
-
- private:
-  template <class Row>
-  static __device__ __forceinline__ Codec partner_of(const Row& row) {
-    return row.signature.codec(kParam) == Codec::split ? Codec::bf16 : Codec::f32;
-  }
-  static __device__ __forceinline__ Codec as_plain(Codec codec) {
-    return Coded && codec == Codec::stochastic ? Codec::bf16 : codec;
-  }
-  static __device__ __forceinline__ float whole(typename Fetch::Raw& raw, int i) {
-    return __uint_as_float(static_cast<unsigned>(Fetch::word(raw, i)));
-  }
-
-  template <class Row>
-  __device__ __forceinline__ void decode_param(const Row& row, typename Fetch::Raw& beside) {
-    const Codec codec = row.signature.codec(kParam);
-    if (codec == Codec::split) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[kParam][i] = joined(Fetch::half(raw[kParam], i), Fetch::half(beside, i));
-      }
-    } else if (row.signature.has(kPartner)) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        values[kParam][i] = current_master(Fetch::half(raw[kParam], i), whole(beside, i), codec);
-      }
-    } else {
-      decode<Fetch>(values[kParam], raw[kParam], as_plain(codec));
-    }
-  }
-
-  template <class Row>
-  __device__ __forceinline__ void put_param(const Row& row, const Fetch& at, std::uint32_t step) {
-    const Codec codec = row.signature.codec(kParam);
-    if (row.signature.has(kPartner)) {
-      typename Fetch::Raw beside = {};
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const auto value = static_cast<float>(values[kParam][i]);
-        Fetch::set_half(raw[kParam], i, rounded_master(value, codec));
-        if (codec == Codec::split) {
-          Fetch::set_half(beside, i, missing(value));
-        } else {
-          Fetch::word(beside, i) = __float_as_uint(value);
-        }
-      }
-      at.put(raw[kParam], row.address[kParam][0], Codec::bf16, kParam);
-      at.put_behind(beside, row.address[kParam][1], partner_of(row), row.partner_column());
-    } else if (codec == Codec::stochastic) {
-      put_rounded(row, at, kParam, step);
-    } else {
-      put_plain(row, at, kParam);
-    }
-  }
-
-  template <class Row>
-  __device__ __forceinline__ void put_plain(const Row& row, const Fetch& at, int k) {
-    encode<Fetch>(raw[k], values[k], row.signature.codec(k));
-    at.put(raw[k], row.address[k][0], row.signature.codec(k), k);
-  }
-
-  template <class Row>
-  __device__ __forceinline__ void put_rounded(const Row& row, const Fetch& at, int k, std::uint32_t step) {
-    std::uint32_t words[kCount];
-    rounding_words(words, row.draw(/*seed=*/0, step, k == kParam ? 1 : k), row, at);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      Fetch::set_half(raw[k], i, rounded_by(static_cast<float>(values[k][i]), words[i]));
-    }
-    at.put(raw[k], row.address[k][0], Codec::bf16, k);
-  }
 
   template <class Row>
   __device__ __forceinline__ void decode_codes(const Row& row, const Fetch& at, int k) {
@@ -251,6 +116,154 @@ struct Stored {
       uint4* const to = pair_of(row, at, k);
       if (to) Fetch::store(to, uint4{words[0][0], words[0][1], words[0][2], words[0][3]});
     }
+  }
+};
+
+// The N operands of the rule, of which Coded ones may be stored otherwise than plainly.
+template <class Fetch, class T, int N, bool Coded>
+struct Stored : Codes<Fetch, T, N, Coded> {
+  using Base = Codes<Fetch, T, N, Coded>;
+  using Base::kCount;
+  using Base::kHasCodes;
+  using Base::kHasPairs;
+  using Base::kStates;
+  using Base::raw;
+  using Base::values;
+
+  template <class Row>
+  __device__ __forceinline__ void fetch(const Row& row, const Fetch& at) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      if (kHasPairs && k >= kFirstState && has_blocks(row.signature.codec(k))) continue;
+      at.fetch(raw[k], row.address[k][0], row.signature.codec(k), k);
+    }
+    if constexpr (kHasPairs) {
+      if (row.signature.has(kBlocks)) this->fetch_pairs(row, at);
+    }
+    if constexpr (Coded) {
+      typename Fetch::Raw beside = {};
+      if (row.signature.has(kPartner)) {
+        at.fetch_behind(beside, row.address[kParam][1], partner_of(row), row.partner_column());
+      }
+      decode_param(row, beside);
+    } else {
+      decode<Fetch>(values[kParam], raw[kParam], row.signature.codec(kParam));
+    }
+    decode<Fetch>(values[kGrad], raw[kGrad], row.signature.codec(kGrad));
+#pragma unroll
+    for (int k = kFirstState; k < N; ++k) {
+      if (kHasCodes && has_blocks(row.signature.codec(k))) {
+        this->decode_codes(row, at, k);
+      } else {
+        decode<Fetch>(values[k], raw[k], as_plain(row.signature.codec(k)));
+      }
+    }
+  }
+
+  // step: from 0 on, of the words that round.
+  template <class Row>
+  __device__ __forceinline__ void put(const Row& row, const Fetch& at, std::uint32_t step,
+                                      [[maybe_unused]] const Largest<kStates>& largest) {
+    if constexpr (Coded) {
+      put_param(row, at, step);
+    } else {
+      put_plain(row, at, kParam);
+    }
+#pragma unroll
+    for (int k = kFirstState; k < N; ++k) {
+      if (kHasCodes && has_blocks(row.signature.codec(k))) {
+        this->put_codes(row, at, k, largest.of[k - kFirstState]);
+      } else if (Coded && row.signature.codec(k) == Codec::stochastic) {
+        put_rounded(row, at, k, step);
+      } else {
+        put_plain(row, at, k);
+      }
+    }
+    if constexpr (kHasPairs) {
+      if (row.signature.has(kBlocks)) this->put_pairs(row, at);
+    }
+  }
+
+  // What a first pass over a block finds, instead of writing.
+  __device__ __forceinline__ void measure(const Fetch& at, Largest<kStates>& largest) const {
+#pragma unroll
+    for (int k = kFirstState; k < N; ++k) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        if (at.is_active(i)) largest.add(k - kFirstState, static_cast<float>(values[k][i]));
+      }
+    }
+  }
+
+ private:
+  template <class Row>
+  static __device__ __forceinline__ Codec partner_of(const Row& row) {
+    return row.signature.codec(kParam) == Codec::split ? Codec::bf16 : Codec::f32;
+  }
+  static __device__ __forceinline__ Codec as_plain(Codec codec) {
+    return Coded && codec == Codec::stochastic ? Codec::bf16 : codec;
+  }
+  static __device__ __forceinline__ float whole(typename Fetch::Raw& raw, int i) {
+    return __uint_as_float(static_cast<unsigned>(Fetch::word(raw, i)));
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void decode_param(const Row& row, typename Fetch::Raw& beside) {
+    const Codec codec = row.signature.codec(kParam);
+    if (codec == Codec::split) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values[kParam][i] = joined(Fetch::half(raw[kParam], i), Fetch::half(beside, i));
+      }
+    } else if (row.signature.has(kPartner)) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        values[kParam][i] = current_master(Fetch::half(raw[kParam], i), whole(beside, i), codec);
+      }
+    } else {
+      decode<Fetch>(values[kParam], raw[kParam], as_plain(codec));
+    }
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void put_param(const Row& row, const Fetch& at, std::uint32_t step) {
+    const Codec codec = row.signature.codec(kParam);
+    if (row.signature.has(kPartner)) {
+      typename Fetch::Raw beside = {};
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const auto value = static_cast<float>(values[kParam][i]);
+        Fetch::set_half(raw[kParam], i, rounded_master(value, codec));
+        if (codec == Codec::split) {
+          Fetch::set_half(beside, i, missing(value));
+        } else {
+          Fetch::word(beside, i) = __float_as_uint(value);
+        }
+      }
+      at.put(raw[kParam], row.address[kParam][0], Codec::bf16, kParam);
+      at.put_behind(beside, row.address[kParam][1], partner_of(row), row.partner_column());
+    } else if (codec == Codec::stochastic) {
+      put_rounded(row, at, kParam, step);
+    } else {
+      put_plain(row, at, kParam);
+    }
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void put_plain(const Row& row, const Fetch& at, int k) {
+    encode<Fetch>(raw[k], values[k], row.signature.codec(k));
+    at.put(raw[k], row.address[k][0], row.signature.codec(k), k);
+  }
+
+  template <class Row>
+  __device__ __forceinline__ void put_rounded(const Row& row, const Fetch& at, int k, std::uint32_t step) {
+    std::uint32_t words[kCount];
+    rounding_words(words, row.draw(/*seed=*/0, step, k == kParam ? 1 : k), row, at);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      Fetch::set_half(raw[k], i, rounded_by(static_cast<float>(values[k][i]), words[i]));
+    }
+    at.put(raw[k], row.address[k][0], Codec::bf16, k);
   }
 };
 

@@ -17,7 +17,7 @@ struct Team {
 // Puts what this warp's tiles of [begin, end) measure, which one cohort's rows have, into the slots of its run.
 template <class Rule, int Words>
 __device__ __forceinline__ void measure_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
-                                              const Prepared<Rule>& of_cohort) {
+                                              const CohortStep<Rule>& of_cohort) {
   constexpr int n = kMeasures<Rule>;
   using RowType = RowOf<Rule>;
   const Tables& t = a.tables;
@@ -56,11 +56,11 @@ __device__ __forceinline__ void measure_sums(const Arguments<Words>& a, double f
   const Tables& t = a.tables;
   Cohorts<Rules...> cohorts;
   each_claim(t.n_shares, t.counts + kSharesSummed, [&](int number) {
-    const Share mine = share(t, number);
-    const Run run(mine, number);
-    int near = mine.last_row;
-    for (int end = mine.end; end > mine.begin; end = cohorts.begin) {
-      cohorts.go(a, mine, end, near, factor);
+    const Share own = share(t, number);
+    const Run run(own, number);
+    int near = own.last_row;
+    for (int end = own.end; end > own.begin; end = cohorts.begin) {
+      cohorts.go(a, own, end, near, factor);
       __syncthreads();
       near = max(cohorts.first - 1, 0);
       if (!cohorts.is_active) continue;

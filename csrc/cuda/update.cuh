@@ -138,7 +138,7 @@ __device__ __forceinline__ void with_type(const RowOf<Rule>& row, const CohortCo
 // rules that conclude they are those of a run.
 template <class Rule, int Words>
 __device__ __forceinline__ void update_tiles(const Arguments<Words>& a, int begin, int end, int last_row, int run,
-                                             const Prepared<Rule>& of_cohort) {
+                                             const CohortStep<Rule>& of_cohort) {
   constexpr int kStep = kEpilogue<Rule> > 0 ? kBackwardsInRun : kBackwards;
   const Tables& t = a.tables;
   each_row<kStep>(t, begin, end, last_row, [&](int index, int first, int count) {
@@ -202,8 +202,8 @@ __device__ __forceinline__ void with_variant(int number, Call call) {
 
 // What a block has prepared.
 template <class Rule>
-__device__ __forceinline__ Prepared<Rule>& prepared() {
-  FUSEDOPT_SHARED(Prepared<Rule>, of_block);
+__device__ __forceinline__ CohortStep<Rule>& prepared() {
+  FUSEDOPT_SHARED(CohortStep<Rule>, of_block);
   return of_block;
 }
 
@@ -223,14 +223,14 @@ struct Cohorts {
 
   // Goes to the cohort that has tile end - 1 of a share, and has one thread prepare what is not yet.
   template <int Words>
-  __device__ __forceinline__ void go(const Arguments<Words>& a, const Share& mine, int end, int near, double factor) {
+  __device__ __forceinline__ void go(const Arguments<Words>& a, const Share& own, int end, int near, double factor) {
     FUSEDOPT_SHARED(Key, prepared_for);
     row = seek(a.tables, near, end - 1);
     with_variant(a.tables, [&]<class Variant>() {
       const Key key(a, row);
       is_active = key.number >= 0;
-      first = first_of_cohort(a, key, row, mine.first_row);
-      begin = max(mine.begin, static_cast<int>(a.tables.tiles[first]));
+      first = first_of_cohort(a, key, row, own.first_row);
+      begin = max(own.begin, static_cast<int>(a.tables.tiles[first]));
       const bool is_new = is_active && !(has_prepared && key == prepared_for);
       if (kPrefetch && is_new) prefetch_tile<Variant>(a, begin, end, row);
       __syncthreads();  // all know the key, and are done with what was prepared before
@@ -251,8 +251,8 @@ __device__ __forceinline__ const Decision& update(const Arguments<Words>& a, aut
   const Tables& t = a.tables;
   Cohorts<Rules...> cohorts;
   if (kEarlyPrepare) {
-    const Share mine = share(t, t.n_shares - 1 - static_cast<int>(blockIdx.x));
-    if (mine.begin < mine.end) cohorts.go(a, mine, mine.end, mine.last_row, 1);
+    const Share own = share(t, t.n_shares - 1 - static_cast<int>(blockIdx.x));
+    if (own.begin < own.end) cohorts.go(a, own, own.end, own.last_row, 1);
   }
   const Decision& decision = meet();
   if (decision.skipped) return decision;
@@ -261,19 +261,19 @@ __device__ __forceinline__ const Decision& update(const Arguments<Words>& a, aut
         t, [&]<class Rule>() { prepared<Rule>().coefficients.engine.gradient_factor *= decision.factor; });
   }
   each_claim(t.n_shares, t.counts + kSharesUpdated, [&](int claim) {
-    const Share mine = share(t, t.n_shares - 1 - claim);
-    int near = mine.last_row;
-    for (int end = mine.end; end > mine.begin; end = cohorts.begin) {
-      cohorts.go(a, mine, end, near, decision.factor);
+    const Share own = share(t, t.n_shares - 1 - claim);
+    int near = own.last_row;
+    for (int end = own.end; end > own.begin; end = cohorts.begin) {
+      cohorts.go(a, own, end, near, decision.factor);
       __syncthreads();
       near = max(cohorts.first - 1, 0);
       if (!cohorts.is_active) continue;
       cohorts.with_variant(t, [&]<class Rule>() {
-        const Run run(mine, t.n_shares - 1 - claim);
+        const Run run(own, t.n_shares - 1 - claim);
         const int first = kEpilogue<Rule> > 0 ? max(cohorts.begin, run.begin) : cohorts.begin;
         const int last = kEpilogue<Rule> > 0 ? min(end, run.end) : end;
         update_tiles<Rule>(a, first, last, cohorts.row, run.number, prepared<Rule>());
-        count_cohort<Rule>(a, mine, cohorts.first, cohorts.row, prepared<Rule>());
+        count_cohort<Rule>(a, own, cohorts.first, cohorts.row, prepared<Rule>());
       });
     }
   });

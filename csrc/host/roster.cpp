@@ -175,13 +175,13 @@ GradientExpectation Roster::gradient_of(Entry& entry, const Expectation& param) 
   GradientExpectation like{
       nullptr,    0, 0, param.dims, param.dims + ndim, param.dtype, param.device_type, param.device_index,
       param.ndim, 0, {}};
-  PyObject* given = torch.grad(entry.whole);
-  if (given && torch.is_dtensor(given) && torch.is_dtensor(entry.whole)) {
-    const auto whole = py::reinterpret_steal<py::object>(given);
-    given = torch.local(given);
+  PyObject* held = torch.grad(entry.whole);
+  if (held && torch.is_dtensor(held) && torch.is_dtensor(entry.whole)) {
+    const auto whole = py::reinterpret_steal<py::object>(held);
+    held = torch.local(held);
   }
-  if (given && torch.is_readable(given)) given = torch.resolved(given, entry.param.is_complex);
-  const auto gradient = py::reinterpret_steal<py::object>(given);
+  if (held && torch.is_readable(held)) held = torch.resolved(held, entry.param.is_complex);
+  const auto gradient = py::reinterpret_steal<py::object>(held);
   if (!gradient) throw py::error_already_set();
   Geometry g;
   entry.gradient_dtype = entry.param.dtype;

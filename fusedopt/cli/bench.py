@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from importlib import import_module
 
 HELP = "time the step beside other packages' and beside what memory allows"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options, and its own commands."""
-    from fusedopt.bench import options  # pyright: ignore[reportMissingImports]
-
-    options.add_arguments(parser)
+    import_module("fusedopt.bench.options").add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, compare or report."""
-    from fusedopt.bench import command  # pyright: ignore[reportMissingImports]
-
-    return command.run(args)
+    return import_module("fusedopt.bench.command").run(args)

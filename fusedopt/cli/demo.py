@@ -17,12 +17,12 @@ from __future__ import annotations
 import argparse
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.markup import escape
 
 import fusedopt
+from fusedopt.aliases import Json
 from fusedopt.cli import machine, race, report
 from fusedopt.optimizers import OPTIMIZERS
 
@@ -85,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     }
     generator = torch.Generator().manual_seed(training.SEED)
     sample = text.decode(ours.model.continue_text(text.encode("The "), SAMPLE_LENGTH, generator))
+    difference = max(abs(a - b) for a, b in zip(runs["torch"].losses, ours.losses, strict=True))
     content = {
         "optimizer": args.optimizer,
         "steps": steps,
@@ -92,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
         "engine": training.engine(ours.optimizer),
         "runs": results,
         "optimizer_speedup": runs["torch"].median_ms() / ours.median_ms(),
-        "max_loss_difference": max(abs(a - b) for a, b in zip(runs["torch"].losses, ours.losses, strict=True)),
+        "max_loss_difference": difference,
         "sample": sample,
         "versions": machine.versions(),
     }
     _print(content, {key: r.label for key, r in runs.items()})
-    plot.draw(args.output, runs, content["max_loss_difference"])
+    plot.draw(args.output, runs, difference)
     report.console.print(f"Wrote {args.output}")
     report.write_json(args.json, content)
     return 0
@@ -110,7 +111,7 @@ def _positive(value: str) -> int:
     return number
 
 
-def _print(content: dict[str, Any], labels: dict[str, str]) -> None:
+def _print(content: Json, labels: dict[str, str]) -> None:
     rows = {
         "final training loss": ("train_loss", ".4f"),
         "held-out loss": ("held_out_loss", ".4f"),

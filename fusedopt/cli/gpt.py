@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,10 @@ class Shape:
 class Text:
     """The topics of Python's own documentation as character numbers; the last tenth is held out."""
 
+    characters: list[str]
+    train: Tensor
+    held_out: Tensor
+
     def __init__(self) -> None:
         from pydoc_data.topics import topics
 
@@ -38,7 +43,7 @@ class Text:
 
     def decode(self, numbers: Tensor) -> str:
         """The text of which these are the numbers."""
-        return "".join(self.characters[i] for i in numbers.tolist())
+        return "".join(self.characters[i] for i in cast("list[int]", numbers.tolist()))
 
 
 def batch(numbers: Tensor, size: int, context: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -60,10 +65,13 @@ class Block(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        width, self.heads = shape.width, shape.heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        width = shape.width
+        self.heads: int = shape.heads
+        self.norm1: nn.Module = nn.LayerNorm(width)
+        self.norm2: nn.Module = nn.LayerNorm(width)
+        self.qkv: nn.Module = nn.Linear(width, 3 * width)
+        self.out: nn.Module = nn.Linear(width, width)
+        self.mlp: nn.Module = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (batch, time, width) to the same shape."""
@@ -79,11 +87,11 @@ class GPT(nn.Module):
 
     def __init__(self, characters: int, shape: Shape) -> None:
         super().__init__()
-        self.context = shape.context
-        self.embedding = nn.Embedding(characters, shape.width)
-        self.position = nn.Embedding(shape.context, shape.width)
-        self.blocks = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
-        self.norm = nn.LayerNorm(shape.width)
+        self.context: int = shape.context
+        self.embedding: nn.Embedding = nn.Embedding(characters, shape.width)
+        self.position: nn.Embedding = nn.Embedding(shape.context, shape.width)
+        self.blocks: nn.Module = nn.Sequential(*(Block(shape) for _ in range(shape.layers)))
+        self.norm: nn.Module = nn.LayerNorm(shape.width)
         for table in (self.embedding, self.position):
             nn.init.normal_(table.weight, std=0.02)
 

@@ -14,15 +14,18 @@ JSON::
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from itertools import product
-from typing import Any
+from typing import cast
 
 import torch
 from rich.markup import escape
 
 from fusedopt import host, options, storage
+from fusedopt.aliases import Json
 from fusedopt.cli import machine, report
 from fusedopt.engines import ENGINES
+from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import OPTIMIZERS
 from fusedopt.rule import Rule
 
@@ -56,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _engines() -> dict[str, dict[str, Any]]:
+def _engines() -> dict[str, Json]:
     reasons = {name: engine.available() for name, engine in ENGINES.items()}
     return {name: {"available": reason is None, "reason": reason} for name, reason in reasons.items()}
 
@@ -70,7 +73,7 @@ def _stepped(engines: list[str]) -> dict[str, dict[str, list[str]]]:
 
 
 def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
-    make: type[Any] = OPTIMIZERS[name]
+    make = cast("Callable[..., FusedOptimizer]", OPTIMIZERS[name])
     p = torch.nn.Parameter(torch.ones(3, dtype=dtype, device=ENGINES[engine].home()))
     p.grad = torch.ones_like(p)
     try:
@@ -82,9 +85,9 @@ def _steps(name: str, engine: str, dtype: torch.dtype) -> bool:
     return True
 
 
-def _bytes() -> list[dict[str, Any]]:
+def _bytes() -> list[Json]:
     """What optimizers with two states and with one hold for each parameter besides its gradient."""
-    rows = []
+    rows: list[Json] = []
     for label, dtype in STORAGE.items():
         for state_dtype, master in product(options.STATE_DTYPES, options.MASTERS):
             group = {options.STATE_DTYPE: state_dtype, options.MASTER: master}
@@ -97,13 +100,13 @@ def _bytes() -> list[dict[str, Any]]:
     return rows
 
 
-def _held(rule: type[Rule], dtype: torch.dtype, group: dict[str, Any]) -> float:
+def _held(rule: type[Rule], dtype: torch.dtype, group: Json) -> float:
     specs = rule.active_states(dict.fromkeys(rule.switches(), False))
     codecs = [storage.param_codec(dtype, group), *(storage.state_codec(spec, dtype, group) for spec in specs)]
     return sum(codec.dtypes[0].itemsize + sum(t.itemsize / codec.block for t in codec.dtypes[1:]) for codec in codecs)
 
 
-def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) -> None:
+def _print(content: Json, stepped: dict[str, dict[str, list[str]]]) -> None:
     here = content["machine"]
     about = report.table("This machine", "", "")
     about.show_header = False
@@ -141,7 +144,7 @@ def _print(content: dict[str, Any], stepped: dict[str, dict[str, list[str]]]) ->
     report.console.print(f"\n{escape(_built(content['build']))}")
 
 
-def _built(build: dict[str, dict[str, Any]]) -> str:
+def _built(build: dict[str, Json]) -> str:
     """What was compiled, by what and for what, in a line."""
     parts = [
         f"{engine} for {', '.join(made['targets'])} by {made['compiler']} in {made['seconds']:.0f} s"

@@ -86,7 +86,7 @@ def _of_triton(names: list[str], args: argparse.Namespace) -> list[Report]:
     if not jobs:
         raise report.CommandError(f"no --dtype takes --state-dtype {args.state_dtype} and --master {args.master}")
     workers = min(torch.get_num_threads(), len(jobs), WORKERS)
-    kernels = []
+    kernels: list[Report] = []
     with report.progress_bar() as bar, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         task = bar.add_task("", total=len(jobs))
         for done in pool.map(triton.inspect, jobs):

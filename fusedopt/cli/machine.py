@@ -5,11 +5,11 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import fusedopt
+from fusedopt.aliases import Json
 from fusedopt.engines import cpu
 
 
@@ -24,7 +24,7 @@ def versions() -> dict[str, str]:
     return result
 
 
-def machine() -> dict[str, Any]:
+def machine() -> Json:
     """The platform, CPU, ISA level of the CPU engine (None without it), threads that torch uses, and GPUs."""
     return {
         "platform": platform.platform(),

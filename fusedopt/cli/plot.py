@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from fusedopt.aliases import Json
 from fusedopt.cli.report import CommandError
 
 COLORS = {"torch": "#e8a33d", "fusedopt": "#1f5fa8"}
 
 
-def draw(path: Path, runs: dict[str, Any], difference: float) -> None:
+if TYPE_CHECKING:
+    from fusedopt.cli.training import Run
+
+
+def draw(path: Path, runs: dict[str, Run], difference: float) -> None:
     """Draw both loss curves on top of each other, and the times of the steps, into a PNG file.
 
     Args:
@@ -32,7 +37,7 @@ def draw(path: Path, runs: dict[str, Any], difference: float) -> None:
     _save(figure, path)
 
 
-def draw_race(path: Path, runs: dict[str, Any], held_out: dict[str, float]) -> None:
+def draw_race(path: Path, runs: dict[str, Run], held_out: dict[str, float]) -> None:
     """Draw the losses of all runs, and how long the steps of each took, into a PNG file.
 
     Args:
@@ -60,7 +65,8 @@ def draw_race(path: Path, runs: dict[str, Any], held_out: dict[str, float]) -> N
 
 def _smooth(losses: list[float]) -> list[float]:
     """Means in which a loss is forgotten over a thirtieth of the steps."""
-    decay, mean, weight, result = 1 - 1 / max(1, len(losses) // 30), 0.0, 0.0, []
+    decay, mean, weight = 1 - 1 / max(1, len(losses) // 30), 0.0, 0.0
+    result: list[float] = []
     for loss in losses:
         mean, weight = decay * mean + (1 - decay) * loss, decay * weight + (1 - decay)
         result.append(mean / weight)
@@ -84,8 +90,8 @@ def _save(figure: Figure, path: Path) -> None:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
-def _losses(axes: Axes, runs: dict[str, Any], difference: float) -> None:
-    styles: dict[str, dict[str, Any]] = {
+def _losses(axes: Axes, runs: dict[str, Run], difference: float) -> None:
+    styles: dict[str, Json] = {
         "torch": {"linewidth": 5, "alpha": 0.6},
         "fusedopt": {"linewidth": 1.1},
     }
@@ -97,7 +103,7 @@ def _losses(axes: Axes, runs: dict[str, Any], difference: float) -> None:
     axes.legend(frameon=False)
 
 
-def _times(axes: Axes, runs: dict[str, Any]) -> None:
+def _times(axes: Axes, runs: dict[str, Run]) -> None:
     for key, run in runs.items():
         steps, median = range(1, len(run.step_ms) + 1), run.median_ms()
         axes.plot(steps, run.step_ms, ".", markersize=2.5, alpha=0.45, color=COLORS[key])

@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import argparse
 import math
-from typing import Any
 
 import torch
 
+from fusedopt.aliases import Json
 from fusedopt.cli import machine, report
 from fusedopt.optimizers import OPTIMIZERS
 
 STEPS = 300
 # What each is given: of rates that are 1, 2 or 5 times a power of ten, the one with the least held-out loss after as
 # many steps.
-ARGUMENTS: dict[str, dict[str, Any]] = {
+ARGUMENTS: dict[str, Json] = {
     "AMAdamW": {"lr": 5e-3},
     "AMSGD": {"lr": 2.0},
     "ASGD": {"lr": 0.5},
@@ -68,21 +68,20 @@ def run(args: argparse.Namespace) -> int:
         f"threads: {torch.get_num_threads()}.\n"
     )
     training.show(runs, text, steps)
+    held_out = {name: one.held_out_loss(text.held_out) for name, one in runs.items()}
     results = {
         name: {
             "arguments": ARGUMENTS[name],
             "engine": training.engine(one.optimizer),
             "train_loss": one.train_loss(),
-            "held_out_loss": one.held_out_loss(text.held_out),
+            "held_out_loss": held_out[name],
             "optimizer_ms": one.median_ms(),
             "losses": one.losses,
         }
-        for name, one in runs.items()
+        for name, one in sorted(runs.items(), key=lambda item: _order(held_out[item[0]]))
     }
-    results = dict(sorted(results.items(), key=lambda item: _order(item[1]["held_out_loss"])))
     content = {"steps": steps, "parameters": parameters, "runs": results, "versions": machine.versions()}
     _print(content)
-    held_out = {name: row["held_out_loss"] for name, row in results.items()}
     plot.draw_race(args.output, {name: runs[name] for name in results}, held_out)
     report.console.print(f"\nWrote {args.output}")
     report.write_json(args.json, content)
@@ -94,7 +93,7 @@ def _order(loss: float) -> tuple[bool, float]:
     return math.isnan(loss), loss
 
 
-def _print(content: dict[str, Any]) -> None:
+def _print(content: Json) -> None:
     columns = ("optimizer", "arguments", "engine", "held-out loss", "training loss", "ms per step")
     table = report.table(f"{content['steps']} steps; losses in nats per character", *columns, numeric=columns[3:])
     for name, row in content["runs"].items():

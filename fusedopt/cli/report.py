@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-console = Console(highlight=False)
+from fusedopt.aliases import Json
+
+console: Console = Console(highlight=False)
 
 
 class CommandError(Exception):
@@ -58,7 +59,7 @@ def check_writable(path: Path | None) -> None:
         raise CommandError(f"cannot write {path}: it is a folder")
 
 
-def write_json(path: Path | None, content: dict[str, Any]) -> None:
+def write_json(path: Path | None, content: Json) -> None:
     """Write a command's result, if a file was asked for.
 
     Raises:

@@ -6,15 +6,16 @@ import inspect
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 import fusedopt
+from fusedopt.aliases import Arguments
 from fusedopt.cli import report
 from fusedopt.cli.gpt import GPT, Shape, Text, batch
 from fusedopt.engines import cpu
@@ -43,13 +44,13 @@ class Run:
     schedule: LambdaLR
     clips_itself: bool
     measures: bool = False  # its steps are told the loss
-    losses: list[float] = field(default_factory=list)  # nats per character
-    step_ms: list[float] = field(default_factory=list)  # clipping and the optimizer's step
+    losses: list[float] = field(default_factory=list[float])  # nats per character
+    step_ms: list[float] = field(default_factory=list[float])  # clipping and the optimizer's step
     seconds: float = 0.0
 
     def train(self, x: Tensor, y: Tensor) -> None:
         """One step of training."""
-        step: Any = self.optimizer.step
+        step = cast("Callable[..., object]", self.optimizer.step)
         predict = getattr(self.optimizer, "predict", None)
         start = time.perf_counter()
         if predict:
@@ -84,7 +85,9 @@ class Run:
         return statistics.fmean(self.model.loss(x, y).item() for x, y in pairs)
 
 
-def new_run(kind: Any, label: str, arguments: dict[str, Any], steps: int, characters: int, shape: Shape) -> Run:
+def new_run(
+    kind: type[torch.optim.Optimizer], label: str, arguments: Arguments, steps: int, characters: int, shape: Shape
+) -> Run:
     """A run of an optimizer; all have the same start, gradients clipped to the same norm, and the same schedule.
 
     Args:
@@ -99,7 +102,8 @@ def new_run(kind: Any, label: str, arguments: dict[str, Any], steps: int, charac
     model = GPT(characters, shape)
     is_ours = issubclass(kind, fusedopt.FusedOptimizer)
     clips = {"max_grad_norm": MAX_GRAD_NORM} if is_ours else {}
-    optimizer = kind(model if kind is fusedopt.NSGD else model.parameters(), **clips, **arguments)
+    make = cast("Callable[..., torch.optim.Optimizer]", kind)
+    optimizer = make(model if kind is fusedopt.NSGD else model.parameters(), **clips, **arguments)
     schedule = LambdaLR(optimizer, lambda step: _warmup_cosine(step / steps))
     measures = "loss" in inspect.signature(optimizer.step).parameters
     return Run(label, model, optimizer, schedule, is_ours, measures)
@@ -117,7 +121,7 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
     Returns:
         The runs "torch" and "fusedopt".
     """
-    arguments: dict[str, Any] = OPTIONS.get(optimizer, {"lr": LEARNING_RATE})
+    arguments: Arguments = OPTIONS.get(optimizer, {"lr": LEARNING_RATE})
     theirs, ours = getattr(torch.optim, optimizer), getattr(fusedopt, optimizer)
     # torch's fastest; where it has no fused implementation, what it chooses by itself.
     fused = {"fused": True} if "fused" in inspect.signature(theirs).parameters else {}
@@ -128,9 +132,9 @@ def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[
     }
 
 
-def engine(optimizer: Any) -> str:
+def engine(optimizer: torch.optim.Optimizer) -> str:
     """What runs the step of one of our optimizers that has done one: ``cpu (v4)``."""
-    names = dict.fromkeys(stepping.name for stepping in optimizer.engines)
+    names = dict.fromkeys(stepping.name for stepping in cast("fusedopt.FusedOptimizer", optimizer).engines)
     return ", ".join(f"cpu ({cpu.load()[2]})" if name == "cpu" else name for name in names)
 
 

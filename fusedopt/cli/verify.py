@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fusedopt import engines
 from fusedopt.cli import machine, report
 from fusedopt.cli.info import STORAGE
+
+if TYPE_CHECKING:
+    from fusedopt.verification.gate import Result
 
 HELP = "check every optimizer on every engine against an independent implementation"
 SHORT = {str(dtype).removeprefix("torch."): label for label, dtype in STORAGE.items()}
@@ -32,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the gate, print its verdicts, and write the JSON file if one was asked for."""
+    """Run the gate, print what it finds, and write the JSON file if one was asked for."""
     from fusedopt.verification import gate
 
     names, wanted = _engines(args.engine), _optimizers(args.optimizer)
@@ -67,13 +70,13 @@ def _optimizers(asked: list[str] | None) -> list[str] | None:
     return asked
 
 
-def _print(results: list[Any]) -> None:
-    headings = ("optimizer", "engine", "dtype", "oracle", "error", "limit", "verdict")
+def _print(results: list[Result]) -> None:
+    headings = ("optimizer", "engine", "dtype", "oracle", "error", "limit", "result")
     units = ", ".join(f"{SHORT[dtype]} {unit}" for dtype, unit in {r.dtype: r.unit for r in results}.items())
     table = report.table(f"Errors against their limits ({units})", *headings, numeric=("error", "limit"))
     for r in results:
-        verdict = "[green]pass[/]" if r.passed else "[bold red]MISS[/]"
-        table.add_row(r.optimizer, r.engine, SHORT[r.dtype], r.oracle, f"{r.error:.1e}", f"{r.limit:.1e}", verdict)
+        result = "[green]pass[/]" if r.passed else "[bold red]MISS[/]"
+        table.add_row(r.optimizer, r.engine, SHORT[r.dtype], r.oracle, f"{r.error:.1e}", f"{r.limit:.1e}", result)
     report.console.print(table)
     for note in dict.fromkeys(f"{r.optimizer} on {r.engine}, {SHORT[r.dtype]}: {r.note}" for r in results if r.note):
         report.console.print(note)

@@ -1,37 +1,23 @@
-"""The engines: what applies a rule to many tensors. Each is a module with the same few functions.
-
-``DEVICES`` are the kinds of devices that an engine is for; all, where it has none. ``available() -> None | str`` says
-why it cannot run here, ``home() -> device`` which device it is for here, ``accepts(p, group, rule, state) -> None |
-str`` why it cannot step a parameter by a rule, ``step_device(p) -> device`` where it keeps the parameter's step.
-``Plan(optimizer, members, new, nth)`` is what one step runs on: lists of parameters, counted through all groups, and
-how many plans of the same device come before it. It has its engine's ``name`` and its ``members``. ``scan()`` reads
-what the step needs and holds the gradients until ``finish()``, ``check()`` raises if a tensor is not what it was then,
-``run()`` measures, updates, or both, and ``stepped_members`` are those updated since the scan. A plan that is
-``asynchronous`` belongs to one device, and tells the status of its steps in tensors there; others know it when ``run``
-returns. One that is ``indivisible`` has a ``step()``, which does all that in one call: no Python runs in it from the
-end of the scan on.
-"""
+"""The engines, each a module; see ``Engine`` of fusedopt/context.py."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks
+from fusedopt.aliases import Group, Stored
+from fusedopt.context import Context, Engine, Plan
 from fusedopt.engines import cpu, cuda, eager, tables, triton
+from fusedopt.engines.fitness import unsteppable
 from fusedopt.rule import Rule
 from fusedopt.state import New
 from fusedopt.sums import TENSOR
 
-StepStatus = tables.StepStatus
-
 # In the order in which "auto" prefers them.
-ENGINES: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
+ENGINES: dict[str, Engine] = {"cpu": cpu, "cuda": cuda, "triton": triton, "eager": eager}
 
 _warned = False  # that engines are missing, once in a process
 
@@ -60,7 +46,7 @@ def require(name: str) -> None:
         raise RuntimeError(f"engine {name!r} is not available: {reason}")
 
 
-def check_group(name: str, group: dict[str, Any], rule: type[Rule], scope: str) -> None:
+def check_group(name: str, group: Group, rule: type[Rule], scope: str) -> None:
     """A group's options can be honoured by the engine that was asked for."""
     if group["differentiable"] and name not in ("auto", "eager"):
         raise ValueError(f"differentiable=True runs on engine 'eager', not {name!r}")
@@ -68,9 +54,7 @@ def check_group(name: str, group: dict[str, Any], rule: type[Rule], scope: str) 
         raise ValueError(f"differentiable=True does not go through sums over {scope!r}; it does over 'tensor'")
 
 
-def choose(
-    name: str, p: Tensor, group: dict[str, Any], rule: type[Rule], state: Mapping[str, Any], label: object
-) -> str:
+def choose(name: str, p: Tensor, group: Group, rule: type[Rule], state: Stored, label: object) -> str:
     """The engine that steps a parameter.
 
     Args:
@@ -92,7 +76,7 @@ def choose(
         if reason is None:
             if candidate == "eager" and name == "auto" and p.grad is not None and not _warned:
                 missing = _missing(p.device)
-                if missing and not checks.unsteppable(p, group, rule, state):
+                if missing and not unsteppable(p, group, rule, state):
                     _tell(p.device, missing)
             return candidate
     raise RuntimeError(f"{label}: engine {name!r} cannot step it: {reason}")
@@ -100,7 +84,7 @@ def choose(
 
 def _missing(device: torch.device) -> list[str]:
     """The engines for a kind of device that cannot run here, and why."""
-    kinds = {name: getattr(engine, "DEVICES", ()) for name, engine in ENGINES.items()}
+    kinds = {name: engine.DEVICES for name, engine in ENGINES.items()}
     reasons = {name: ENGINES[name].available() for name, own in kinds.items() if device.type in own}
     return [f"engine {name!r} is not available: {reason}" for name, reason in reasons.items() if reason]
 
@@ -119,12 +103,12 @@ def _tell(device: torch.device, missing: list[str]) -> None:
 
 def step_device(name: str, p: Tensor) -> torch.device:
     """Where an engine keeps a parameter's step."""
-    return ENGINES[name].step_device(p)
+    return p.device if ENGINES[name].ASYNCHRONOUS else torch.device("cpu")
 
 
 def plan_device(name: str, p: Tensor) -> torch.device | None:
     """The device that a plan of the engine with this parameter belongs to; None if one plan serves all."""
-    return p.device if ENGINES[name].Plan.asynchronous else None
+    return p.device if ENGINES[name].ASYNCHRONOUS else None
 
 
 def refuse_capture(device: torch.device) -> None:
@@ -132,6 +116,6 @@ def refuse_capture(device: torch.device) -> None:
     tables.refuse_capture(device, "a step needed new states, or found other tensors than the one before,")
 
 
-def plan(name: str, optimizer: Any, members: list[int], new: New, nth: int) -> Any:
+def plan(name: str, context: Context, members: list[int], new: New, nth: int) -> Plan:
     """What an engine needs to step its parameters, of any groups of the optimizer."""
-    return ENGINES[name].Plan(optimizer, members, new, nth)
+    return ENGINES[name].plan(context, members, new, nth)

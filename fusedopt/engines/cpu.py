@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host, noise, options
+from fusedopt import host, noise, options
+from fusedopt.aliases import Group, ParamGroups, Stored
+from fusedopt.context import Context, KernelInfo, Outcome, StepRequest
+from fusedopt.engines.fitness import kernel_lacking, unsteppable
+from fusedopt.host import GroupSpec
 from fusedopt.passes import Pass
+from fusedopt.ranks import Reduction
 from fusedopt.rule import Rule
 from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
-DEVICES = ("cpu",)
+DEVICES: tuple[str, ...] = ("cpu",)
+ASYNCHRONOUS: bool = False
 
 
 @cache  # of success only: an exception is not remembered
-def load() -> tuple[Any, Any, str]:
+def load() -> tuple[ModuleType, ModuleType, str]:
     """The host extension, the engine build for this CPU, and its ISA level.
 
     Raises:
@@ -44,13 +49,20 @@ def _isa_level(highest: str) -> str:
 
 
 @cache
-def _kernels() -> dict[tuple[str, tuple[str, ...]], dict[str, Any]]:
-    return {(k["rule"], tuple(k["states"])): k for k in load()[1].kernels()}
+def kernels() -> dict[str, KernelInfo]:
+    """What the build for this CPU has of each rule; its handles are capsules of kernels."""
+    return kernels_of(load()[1])
 
 
-def kernel(rule: type[Rule], group: Any) -> dict[str, Any]:
-    """The kernel of a rule with the states that a group's flags ask for."""
-    return _kernels()[rule.name, tuple(s.name for s in rule.active_states(group))]
+def kernels_of(build: ModuleType) -> dict[str, KernelInfo]:
+    """What a build has of each rule."""
+    found: dict[str, KernelInfo] = {}
+    variants: dict[str, dict[tuple[str, ...], object]] = {}
+    for k in build.kernels():
+        rule, names = k["rule"], (tuple(k[what]) for what in ("hyper", "scalars", "measures", "epilogue"))
+        variants.setdefault(rule, {})[tuple(k["states"])] = k["kernel"]
+        found[rule] = KernelInfo(rule, variants[rule], *names)
+    return found
 
 
 def available() -> str | None:
@@ -62,15 +74,11 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
+def accepts(p: Tensor, group: Group, rule: type[Rule], state: Stored) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type not in DEVICES:
         return f"it is on {p.device}"
-    if (rule.name, tuple(s.name for s in rule.active_states(group))) not in _kernels():
-        return f"rule {rule.name!r} has no C++ kernel"
-    if reason := checks.named_otherwise(rule, kernel(rule, group)):
-        return reason
-    return checks.unsteppable(p, group, rule, state)
+    return kernel_lacking(rule, group, kernels(), "C++") or unsteppable(p, group, rule, state)
 
 
 def home() -> torch.device:
@@ -78,43 +86,36 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def step_device(p: Tensor) -> torch.device:
-    """Where the engine keeps a parameter's step."""
-    return torch.device("cpu")
-
-
-class Plan:
-    """The parameters of an optimizer that this engine steps."""
+class CpuPlan:
+    """The parameters of an optimizer that this engine steps; an ``IndivisiblePlan`` of fusedopt/context.py."""
 
     name = "cpu"
-    asynchronous = False
-    indivisible = True
+    asynchronous = ASYNCHRONOUS
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
+    def __init__(self, context: Context, members: list[int], new: New, nth: int) -> None:
         extension, engine, _ = load()
-        rule = optimizer.rule
+        rule = context.rule
         host.know_dtensors(extension)
-        specs = [_group_spec(rule, group, optimizer.param_groups) for group in optimizer.param_groups]
+        specs = [_group_spec(rule, group, context.param_groups) for group in context.param_groups]
         self.members = members
-        self._optimizer = optimizer
-        self._groups, self._state = optimizer.param_groups, optimizer.state
-        self.passes = Pass.of(rule, optimizer.scope)
-        self.sums = Sums(rule, optimizer.scope, self._groups, "cpu")
-        in_channels = optimizer.scope == CHANNEL
+        self._context = context
+        self._groups, self._state = context.param_groups, context.state
+        self.passes: Pass = Pass.of(rule, context.scope)
+        self.sums: Sums = Sums(rule, context.scope, self._groups, home())
+        self.reduction: Reduction = Reduction()
+        in_channels = context.scope == CHANNEL
         self._job = extension.CpuJob(self._groups, specs, self._state, members, *new, in_channels)
-        for i, (p, group) in zip(members, optimizer.members(members), strict=True):
+        for i, (p, group) in zip(members, context.members(members), strict=True):
             if options.draws(group):
-                self._job.draw(i, *noise.place(optimizer, i, p))
+                self._job.draw(i, *noise.place(context, i, p))
         if rule.has_sums():
             places, addresses = self.sums.places, [t.data_ptr() for t in self.sums.tensors()]
             shared = [list(rule.scalars).index(name) for name in rule.shared]
-            self._job.keep_sums(optimizer.scope != TENSOR, places.first, places.scopes, addresses, shared)
+            self._job.keep_sums(context.scope != TENSOR, places.first, places.scopes, addresses, shared)
         self._engine = engine.run
 
-        self.reduction: Any = None
-
-    def rebind(self, groups: list[dict[str, Any]]) -> None:
+    def rebind(self, groups: ParamGroups) -> None:
         """The same groups stand in another list now."""
         self._groups = groups
         self._job.rebind(groups)
@@ -137,18 +138,18 @@ class Plan:
             host.check_scan(self._job)
         return True
 
-    def step(
-        self, scaling: Any, max_norm: float, measure: bool, skip_nonfinite: bool
-    ) -> tuple[float, float, bool] | None:
-        """Scan, and do all passes, in one. Returns squared norm, norm and whether it skipped; None as False of scan."""
-        passes = self.passes | Pass.NORM if measure else self.passes
+    def step(self, request: StepRequest) -> Outcome | None:
+        """Scan, and do all passes, in one; None as False of ``scan``."""
+        passes = self.passes | Pass.NORM if request.measures else self.passes
         if host.CHECKED:
-            return self.run(passes, scaling, max_norm, skip_nonfinite, None) if self.scan() else None
+            return self.run(passes, request, None) if self.scan() else None
         if self._is_replaced():
             return None
-        inverse = scaling.inverse
-        outcome = self._job.step(self._engine, torch.get_num_threads(), passes, inverse, max_norm, skip_nonfinite)
-        return outcome and (outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
+        inverse = request.scaling.inverse
+        outcome = self._job.step(
+            self._engine, torch.get_num_threads(), passes, inverse, request.max_norm, request.skip_nonfinite
+        )
+        return outcome and Outcome(outcome[0], math.sqrt(outcome[0]) * inverse, outcome[1])
 
     def step_and_free(self, increments_versions: bool) -> bool:
         """Scan, update, and take the gradients from their parameters, in one; False as of scan, and nothing is done."""
@@ -170,25 +171,27 @@ class Plan:
         """Raise if a tensor is not what it was in the scan."""
         self._job.check(torch.get_num_threads())
 
-    def run(
-        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | None
-    ) -> tuple[float, float, bool]:
-        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
-        inverse = scaling.inverse
+    def run(self, passes: Pass, request: StepRequest, squared: float | Tensor | None) -> Outcome:
+        """Do some passes, see fusedopt/passes.py."""
+        inverse, decided = request.scaling.inverse, (request.max_norm, request.skip_nonfinite)
         total, skipped = self._job.run(
-            self._engine, torch.get_num_threads(), passes, inverse, max_norm, skip_nonfinite, squared or 0.0
+            self._engine, torch.get_num_threads(), passes, inverse, *decided, float(squared or 0.0)
         )
-        return total, math.sqrt(total) * inverse, skipped
+        return Outcome(total, math.sqrt(total) * inverse, skipped)
 
     def _is_replaced(self) -> bool:
         """Whether the optimizer has other containers now."""
-        return self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
+        return self._context.param_groups is not self._groups or self._context.state is not self._state
 
     def finish(self) -> None:
         """The step is over: let go of the gradients."""
         self._job.release()
 
 
-def _group_spec(rule: type[Rule], group: Any, groups: list[dict[str, Any]]) -> tuple[Any, ...]:
-    entry = kernel(rule, group)
-    return host.group_spec(rule, group, entry["kernel"], entry["hyper"], options.numbers(groups, group))
+plan = CpuPlan
+
+
+def _group_spec(rule: type[Rule], group: Group, groups: ParamGroups) -> GroupSpec:
+    info = kernels()[rule.name]
+    kernel = info.variants[tuple(s.name for s in rule.active_states(group))]
+    return host.group_spec(rule, group, kernel, info.hyper, options.numbers(groups, group))

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks, host, options
+from fusedopt import host, options
+from fusedopt.aliases import Group, Stored
+from fusedopt.context import Context, KernelInfo
 from fusedopt.engines.device import DevicePlan, on_device
+from fusedopt.engines.fitness import kernel_lacking, unsteppable
 from fusedopt.layout import OptionNumber
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
 from fusedopt.state import New
 from fusedopt.sums import CHANNEL, TENSOR
 
-DEVICES = ("cuda",)
+DEVICES: tuple[str, ...] = ("cuda",)
+ASYNCHRONOUS: bool = True
 WAVES = 1  # programs that are launched for each that can be resident at once. Untested
 
 
 @cache
-def load() -> Any:
+def load() -> ModuleType:
     """The extension.
 
     Raises:
@@ -47,22 +50,26 @@ def home() -> torch.device:
     return torch.device(load().device_type)
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
+@cache
+def kernels() -> dict[str, KernelInfo]:
+    """What the build has of each rule."""
+    return {
+        k["rule"]: KernelInfo(
+            k["rule"],
+            {tuple(states): None for states in k["variants"]},
+            *(tuple(k[what]) for what in ("hyper", "scalars", "measures", "epilogue")),
+        )
+        for k in load().kernels()
+    }
+
+
+def accepts(p: Tensor, group: Group, rule: type[Rule], state: Stored) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type != load().device_type:
         return f"it is on {p.device}"
     if not _has_code_for(p.device):
         return f"the build has no code for {torch.cuda.get_device_name(p.device)}"
-    if tuple(s.name for s in rule.active_states(group)) not in _variants().get(rule.name, ()):
-        return f"rule {rule.name!r} has no CUDA kernel"
-    if reason := checks.named_otherwise(rule, _names(rule.name)):
-        return reason
-    return checks.unsteppable(p, group, rule, state)
-
-
-def step_device(p: Tensor) -> torch.device:
-    """Where the engine keeps a parameter's step."""
-    return p.device
+    return kernel_lacking(rule, group, kernels(), "CUDA") or unsteppable(p, group, rule, state)
 
 
 @cache
@@ -71,42 +78,29 @@ def _has_code_for(device: torch.device) -> bool:
         return load().has_code_for(_index(device))
 
 
-@cache
-def _variants() -> dict[str, set[tuple[str, ...]]]:
-    found: dict[str, set[tuple[str, ...]]] = {}
-    for kernel in load().kernels():
-        found.setdefault(kernel["rule"], set()).update(map(tuple, kernel["variants"]))
-    return found
-
-
-@cache
-def _names(rule: str) -> dict[str, Any]:
-    return next(kernel for kernel in load().kernels() if kernel["rule"] == rule)
-
-
 def _index(device: torch.device) -> int:
     return device.index or 0
 
 
-class Plan(DevicePlan):
+class CudaPlan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one GPU."""
 
     name = "cuda"
 
-    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
-        extension, rule = load(), optimizer.rule
-        chosen = optimizer.members(members)
+    def __init__(self, context: Context, members: list[int], new: New, nth: int) -> None:
+        extension, rule = load(), context.rule
+        chosen = context.members(members)
         device = chosen[0][0].device
-        has_options = any(map(options.are_asked, optimizer.param_groups))
+        has_options = any(map(options.are_asked, context.param_groups))
         states = {tuple(s.name for s in rule.active_states(group)) for _, group in chosen}
         selection = extension.KernelSelection(rule.name, sorted(map(list, states)))
         index = _index(device)
         with on_device(device):
             blocks = WAVES * selection.blocks(index, has_options)
-        names = tuple(s.name for s in rule.states), tuple(rule.scalars), tuple(_names(rule.name)["hyper"])
+        names = tuple(s.name for s in rule.states), tuple(rule.scalars), kernels()[rule.name].hyper
         limit = extension.words_by_value(index, has_options)
         tile, runs = extension.tile, extension.runs_per_share
-        super().__init__(optimizer, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)
+        super().__init__(context, members, new, nth, names, blocks, tile, limit, runs_per_share=runs)
         t, s, nothing = self.table, self.status, self.partials
         signatures = [
             (x.is_strided, list(x.codecs), list(x.states), x.average, x.draws, x.is_padded) for x in t.signatures
@@ -143,8 +137,8 @@ class Plan(DevicePlan):
             "options": len(OptionNumber) if t.has_options else 0,
             "segments": self.sums.places.first[-1] if self.sums else 0,
             "scopes": self.sums.places.n_scopes if self.sums else 0,
-            "has_scopes": optimizer.scope != TENSOR,
-            "in_channels": optimizer.scope == CHANNEL,
+            "has_scopes": context.scope != TENSOR,
+            "in_channels": context.scope == CHANNEL,
             "shared": sum(1 << names[1].index(name) for name in rule.shared),
         }
         n_words = self.step_table.words.numel()
@@ -159,3 +153,6 @@ class Plan(DevicePlan):
         """One launch, cooperative when it does several passes; two or three where that does not fit on the device."""
         stream = torch.cuda.current_stream(self.device).cuda_stream if self.device.type == "cuda" else 0
         self._launcher.run(self._words, stream, passes, grad_scale.data_ptr(), found_inf.data_ptr())
+
+
+plan = CudaPlan

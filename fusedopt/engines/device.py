@@ -1,26 +1,34 @@
 """Plans of engines that step a device's tensors by tables in its memory; the kernels are the engine's."""
 
+# Torch has no public names for whether modes are on.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
-from typing import Any
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, host, options
+from fusedopt.aliases import ParamGroups
+from fusedopt.context import Context, Outcome, StepRequest
 from fusedopt.engines import tables
 from fusedopt.engines.tables import Rows, StepTable, is_capturing, refuse_capture
 from fusedopt.layout import OptionNumber, StepWord, record_width
 from fusedopt.passes import Pass
+from fusedopt.ranks import Reduction
 from fusedopt.rule import LAST_FLOAT_STEP
 from fusedopt.scan import Scan
 from fusedopt.state import New
+from fusedopt.status import StepStatus
 from fusedopt.sums import Sums
 
 
-def on_device(device: torch.device) -> Any:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """The device as the current one."""
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
@@ -30,11 +38,11 @@ def has_modes() -> bool:
     return torch._C._is_torch_function_mode_enabled() or torch._C._len_torch_dispatch_stack() > 0
 
 
-class DevicePlan:
+class DevicePlan(ABC):
     """The parameters of an optimizer on a device, whose steps the device counts. Subclasses launch.
 
     Args:
-        optimizer: Whose parameters.
+        context: Of the optimizer.
         members: Those that the plan steps, counted through all groups; all are on one device.
         new: Those whose states or averages were made for the coming step.
         nth: How many plans on the device come before it in a step.
@@ -46,12 +54,23 @@ class DevicePlan:
         runs_per_share: How many workers add up a share by themselves.
     """
 
+    device: torch.device
+    passes: Pass
+    reduction: Reduction
+    sums: Sums | None
+    table: Rows
+    step_table: StepTable
+    status: StepStatus
+    partials: Tensor
+    slots: Tensor
+    epilogue_slots: Tensor
+
+    name: str
     asynchronous = True  # a step is skipped on the device, and the host does not wait to hear of it
-    indivisible = False
 
     def __init__(
         self,
-        optimizer: Any,
+        context: Context,
         members: list[int],
         new: New,
         nth: int,
@@ -63,22 +82,22 @@ class DevicePlan:
         runs_per_share: int = 1,
     ) -> None:
         self.members = members
-        self._params = [p for p, _ in optimizer.members(members)]
+        self._params = [p for p, _ in context.members(members)]
         self.device = self._params[0].device
         self.stepped_members: list[int] = []
-        self._optimizer = optimizer
-        self._groups, self._state = optimizer.param_groups, optimizer.state
-        self._scan = host.device_scan(optimizer, names[2], members, new, self.device)
-        rule, scope = optimizer.rule, optimizer.scope
+        self._context = context
+        self._groups, self._state = context.param_groups, context.state
+        self._scan = host.device_scan(context, names[2], members, new, self.device)
+        rule, scope = context.rule, context.scope
         self.passes = Pass.of(rule, scope)
         with on_device(self.device):
             self.sums = Sums(rule, scope, self._groups, self.device) if rule.has_sums() else None
             places, sizes = self.sums and self.sums.places, sizes or tables.SHARE_SIZES
-            self.table = Rows(optimizer, members, self.device, names[:2], programs, tile, sizes, places)
+            self.table = Rows(context, members, self.device, names[:2], programs, tile, sizes, places)
             n_hyper = len(names[2]) + (len(OptionNumber) if self.table.has_options else 0)
             words = StepWord.GRADS + self.table.count + len(self._groups) * record_width(n_hyper)
             self.step_table = StepTable(words, self.device, words <= by_value)
-            self.status = optimizer.status(self.device, nth)
+            self.status = context.status(self.device, nth)
             self.partials = torch.empty(self.table.n_shares, dtype=torch.float64, device=self.device)
             n_runs = runs_per_share * self.table.n_shares
             self.slots, self.epilogue_slots = (
@@ -89,12 +108,12 @@ class DevicePlan:
                 )
             )
         self._body = self.step_table.words[StepWord.GRADS :]
-        self.reduction: Any = None
+        self.reduction = Reduction()
         self._streams: set[int] = set()
         self._launched = Pass(0)
         self._room = self._steps_left()
 
-    def rebind(self, groups: list[dict[str, Any]]) -> None:
+    def rebind(self, groups: ParamGroups) -> None:
         """The same groups stand in another list now."""
         self._groups = groups
         self._scan.rebind(groups)
@@ -102,11 +121,11 @@ class DevicePlan:
     def scan(self) -> bool:
         """Read gradients and hyperparameters; False when the plan no longer fits and must be made anew."""
         self.stepped_members = []
-        replaced = self._optimizer.param_groups is not self._groups or self._optimizer.state is not self._state
+        replaced = self._context.param_groups is not self._groups or self._context.state is not self._state
         if replaced or not self._scan.scan(torch.get_num_threads()):
             return False
         if host.CHECKED and not isinstance(self._scan, Scan):
-            host.check_scan(self._scan)
+            host.check_scan(cast("host.Facts", self._scan))
         self.step_table.changed(self._scan.write(self._body))
         self._room -= 1
         return self._room >= 0
@@ -121,26 +140,25 @@ class DevicePlan:
 
     def _steps_left(self) -> int:
         """After how many steps a float32 counter may have come to the end of its exact range. Waits for the device."""
-        members = self._optimizer.members(self.members)
-        counting = [p for p, group in members if options.STEP in options.scalars_of(self._optimizer.rule, group)]
+        members = self._context.members(self.members)
+        counting = [p for p, group in members if options.STEP in options.scalars_of(self._context.rule, group)]
         states = [self._state.get(p, {}) for p in counting]
         steps = [s["step"] for s in states if "step" in s and s["step"].dtype == torch.float32]
         return LAST_FLOAT_STEP - int(torch.stack(steps).max()) if steps else sys.maxsize
 
-    def run(
-        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
-        status = self.status
+    def run(self, passes: Pass, request: StepRequest, squared: float | Tensor | None) -> Outcome:
+        """Do some passes, see fusedopt/passes.py."""
+        status, scaling = self.status, request.scaling
         if not passes:
-            return status.squared_norm, status.norm, status.skipped
+            return Outcome(status.squared_norm, status.norm, status.skipped)
         with on_device(self.device):
             if is_capturing(self.device):
                 self._check_capture(passes)
             else:
                 self._enter_stream()
                 self._launched |= passes
-            self.step_table.set_header(max_norm, Pass.NORM in passes or squared is not None, skip_nonfinite)
+            is_measured = Pass.NORM in passes or squared is not None
+            self.step_table.set_header(request.max_norm, is_measured, request.skip_nonfinite)
             self.step_table.send()
             if isinstance(squared, Tensor):
                 status.squared_norm.copy_(squared, non_blocking=True)
@@ -153,8 +171,9 @@ class DevicePlan:
             if Pass.UPDATE in passes:
                 self._scan.commit()
                 self.stepped_members = self.members
-        return status.squared_norm, status.norm, status.skipped
+        return Outcome(status.squared_norm, status.norm, status.skipped)
 
+    @abstractmethod
     def launch(self, passes: Pass, grad_scale: Tensor, found_inf: Tensor) -> None:
         """Launch what does some passes. The norm's writes the sum of the gradients' squares to ``status.squared_norm``.
 
@@ -163,7 +182,6 @@ class DevicePlan:
             grad_scale: One float32 on the device.
             found_inf: Another.
         """
-        raise NotImplementedError
 
     def finish(self) -> None:
         """The step is over: let go of the gradients."""
@@ -203,4 +221,4 @@ class DevicePlan:
                     f"{labels[i]} has no gradient while a CUDA graph is captured, and no replay would step it; capture "
                     "the backward pass with the step, or keep gradients with zero_grad(set_to_none=False)"
                 )
-        self._optimizer.retain(self)
+        self._context.retain(self)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from fusedopt import checks, engines, memory, options, state_checks
+from fusedopt import checks, memory, options, state_checks
+from fusedopt.aliases import Group, ParamGroup, ParamGroups, Stored
 from fusedopt.codecs import real
+from fusedopt.context import Context, KernelInfo, Outcome, StepRequest
 from fusedopt.engines.eager_step import EagerSums, Step, added_up
 from fusedopt.passes import Pass
+from fusedopt.ranks import Reduction
 from fusedopt.rule import Rule
 from fusedopt.state import New, lacks_state
 from fusedopt.sums import Sums
+
+DEVICES: tuple[str, ...] = ()
+ASYNCHRONOUS: bool = False
 
 
 def available() -> str | None:
@@ -23,7 +28,7 @@ def available() -> str | None:
     return None
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
+def accepts(p: Tensor, group: Group, rule: type[Rule], state: Stored) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     p = memory.local(p)
     if p.layout == torch.strided and not p.is_nested and memory.overlaps(p):
@@ -36,98 +41,91 @@ def home() -> torch.device:
     return torch.device("cpu")
 
 
-def step_device(p: Tensor) -> torch.device:
-    """Where the engine keeps a parameter's step."""
-    return torch.device("cpu")
+def kernels() -> dict[str, KernelInfo]:
+    """The engine steps by the rules themselves."""
+    return {}
 
 
-class Plan:
+class EagerPlan:
     """The parameters of an optimizer that this engine steps."""
 
     name = "eager"
-    asynchronous = False
-    indivisible = False
+    asynchronous = ASYNCHRONOUS
     device = None
 
-    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
-        self.optimizer = optimizer
+    def __init__(self, context: Context, members: list[int], new: New, nth: int) -> None:
+        self._context = context
         self.members = members
-        self.new_state, self.new_averages = set(new.states), set(new.averages)
+        self._new_state, self._new_averages = set(new.states), set(new.averages)
         self.stepped_members: list[int] = []
-        self.everyone = [p for group in optimizer.param_groups for p in group["params"]]
-        self.written = memory.Spans(memory.written(optimizer.param_groups, optimizer.state))
-        self.reduction: Any = None
-        self.passes = Pass.of(optimizer.rule, optimizer.scope)
-        self.sums = Sums(optimizer.rule, optimizer.scope, optimizer.param_groups, "cpu")
-        self.planned = {id(p): _place(p.grad) for _, p, _ in self._with_gradients()}
+        self._everyone = [p for group in context.param_groups for p in group["params"]]
+        self._written = memory.Spans(memory.written(context.param_groups, context.state))
+        self.reduction: Reduction = Reduction()
+        self.passes: Pass = Pass.of(context.rule, context.scope)
+        self.sums: Sums = Sums(context.rule, context.scope, context.param_groups, home())
+        self._planned = {id(p): _place(p.grad) for _, p, _ in self._with_gradients()}
         # Another engine, where only the planner saw why it cannot.
-        labels = checks.labels(optimizer.param_groups)
-        self.choices = {i: self._choice(p, group, labels[i]) for i, p, group in self._with_gradients()}
+        labels = checks.labels(context.param_groups)
+        self._chosen = {i: context.engine_of(p, group, labels[i]) for i, p, group in self._with_gradients()}
 
-    def _choice(self, p: Tensor, group: dict[str, Any], label: object) -> str:
-        optimizer = self.optimizer
-        return engines.choose(optimizer.engine, p, group, optimizer.rule, optimizer.state.get(p, {}), label)
-
-    def _with_gradients(self) -> Iterator[tuple[int, Tensor, dict[str, Any]]]:
-        for i, (p, group) in zip(self.members, self.optimizer.members(self.members), strict=True):
+    def _with_gradients(self) -> Iterator[tuple[int, Tensor, ParamGroup]]:
+        for i, (p, group) in zip(self.members, self._context.members(self.members), strict=True):
             if p.grad is not None:
                 yield i, p, group
 
     def scan(self) -> bool:
         """Whether all is as it was planned; if not, planning anew says what is wrong."""
-        optimizer = self.optimizer
+        context = self._context
         self.stepped_members = []
         try:
-            for g, group in enumerate(optimizer.param_groups):
+            for g, group in enumerate(context.param_groups):
                 options.settle(group, f" (group {g})")
-                checks.group(optimizer.rule, group, g, stepping=True)
-            everyone = [p for group in optimizer.param_groups for p in group["params"]]
-            if len(everyone) != len(self.everyone) or any(map(lambda a, b: a is not b, everyone, self.everyone)):
+                checks.group(context.rule, group, g, stepping=True)
+            everyone = [p for group in context.param_groups for p in group["params"]]
+            if len(everyone) != len(self._everyone) or any(map(lambda a, b: a is not b, everyone, self._everyone)):
                 return False
-            labels = checks.labels(optimizer.param_groups)
+            labels = checks.labels(context.param_groups)
             for i, p, group in self._with_gradients():
                 assert p.grad is not None
-                if _place(p.grad) != self.planned.get(id(p)):
-                    is_written = any(map(self.written.meet, memory.comparable([memory.local(p.grad)])))
-                    if is_written or self.choices.get(i, "eager") != "eager":
+                if _place(p.grad) != self._planned.get(id(p)):
+                    is_written = any(map(self._written.meet, memory.comparable([memory.local(p.grad)])))
+                    if is_written or self._chosen.get(i, "eager") != "eager":
                         return False
-                state = optimizer.state.get(p, {})
-                state_checks.parameter(optimizer.rule, p, group, state, labels[i], type(optimizer).__name__)
-                if lacks_state(optimizer.rule, state, group, step_device(p)):
+                state = context.state.get(p, {})
+                state_checks.parameter(context.rule, p, group, state, labels[i], context.optimizer)
+                if lacks_state(context.rule, state, group, home()):
                     return False
-                if self._choice(p, group, labels[i]) != self.choices.get(i, "eager"):
+                if context.engine_of(p, group, labels[i]) != self._chosen.get(i, "eager"):
                     return False
         except (RuntimeError, TypeError, ValueError):
             return False
         return True
 
-    def rebind(self, groups: list[dict[str, Any]]) -> None:
+    def rebind(self, groups: ParamGroups) -> None:
         """The groups stand in another list: whatever the optimizer has is looked at anyway."""
 
     def increment_versions(self) -> None:
         """Torch told autograd of what it wrote, but for DTensors, of which it wrote the parts."""
-        stepped = (p for p, _ in self.optimizer.members(self.stepped_members) if memory.is_dtensor(p))
+        stepped = (p for p, _ in self._context.members(self.stepped_members) if memory.is_dtensor(p))
         torch.autograd.graph.increment_version(list(stepped))
 
     def check(self) -> None:
         """Nothing has to be what it was: torch looks at every tensor when it steps it."""
 
-    def run(
-        self, passes: Pass, scaling: Any, max_norm: float, skip_nonfinite: bool, squared: float | None
-    ) -> tuple[float, float, bool]:
-        """Do some passes, see fusedopt/passes.py. Returns squared norm, norm and whether the step is skipped."""
-        squared = float(self._squared_norm()) if Pass.NORM in passes else squared or 0.0
-        factor, norm, skipped = _decide(squared, scaling.inverse, max_norm, skip_nonfinite)
+    def run(self, passes: Pass, request: StepRequest, squared: float | Tensor | None) -> Outcome:
+        """Do some passes, see fusedopt/passes.py."""
+        total = float(self._squared_norm()) if Pass.NORM in passes else float(squared or 0.0)
+        factor, norm, skipped = _decide(total, request.scaling.inverse, request.max_norm, request.skip_nonfinite)
         if not skipped:
             self._step(passes, factor)
-        return squared, norm, skipped
+        return Outcome(total, norm, skipped)
 
     def _step(self, passes: Pass, factor: float) -> None:
         active = {i: (p, group) for i, p, group in self._with_gradients()}
-        sums = EagerSums(self.optimizer, self.sums, active)
+        sums = EagerSums(self._context, self.sums, active)
 
         def step(i: int) -> Step:
-            return Step(self.optimizer, i, *active[i], factor, i in self.new_state, i in self.new_averages)
+            return Step(self._context, i, *active[i], factor, i in self._new_state, i in self._new_averages)
 
         if Pass.SUMS in passes:
             sums.add_segments(step)
@@ -147,8 +145,8 @@ class Plan:
 
     def finish(self) -> None:
         """The step is over."""
-        self.new_state -= set(self.stepped_members)
-        self.new_averages -= set(self.stepped_members)
+        self._new_state -= set(self.stepped_members)
+        self._new_averages -= set(self.stepped_members)
 
     @torch.no_grad()
     def _squared_norm(self) -> Tensor | float:
@@ -159,6 +157,9 @@ class Plan:
                 g = added_up(g, wide).values() if g.is_sparse else g
                 total = total + real(g).to(wide).square().sum().cpu()
         return total
+
+
+plan = EagerPlan
 
 
 def _decide(
@@ -173,6 +174,6 @@ def _decide(
     return inverse_scale * (1.0 if clip > 1 else clip), norm, skip_nonfinite and not math.isfinite(norm)
 
 
-def _place(g: Tensor | None) -> list[tuple[Any, ...]]:
+def _place(g: Tensor | None) -> list[tuple[int, torch.Size, tuple[int, ...]]]:
     """What tells the memory of a gradient, where it has any."""
     return [(t.data_ptr(), t.shape, t.stride()) for t in memory.comparable([] if g is None else [memory.local(g)])]

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory, noise, options, storage
+from fusedopt.aliases import Member, ParamGroup, Stored, Values
 from fusedopt.codecs import decode, encode, real, write
+from fusedopt.context import Context
 from fusedopt.operands import Operand
 from fusedopt.rule import WEIGHT_DECAY, Rule, StepScale
+from fusedopt.state import numbers
 from fusedopt.sums import CHANNEL, TENSOR, Sums
 
 
@@ -21,7 +23,7 @@ class Step:
     """One parameter's step, up to what is written.
 
     Args:
-        optimizer: Whose.
+        context: Of the optimizer.
         i: The parameter's number, counted through all groups.
         p: The parameter.
         group: Its group.
@@ -34,13 +36,19 @@ class Step:
         s: Its scalars after the step, and what the engine counts.
     """
 
+    p: Tensor
+    is_differentiable: bool
+    compute: torch.dtype
+    c: Values
+    s: Values
+
     def __init__(
-        self, optimizer: Any, i: int, p: Tensor, group: dict[str, Any], factor: float, new_state: bool,
+        self, context: Context, i: int, p: Tensor, group: ParamGroup, factor: float, new_state: bool,
         new_average: bool,
     ) -> None:  # fmt: skip
         self.p, self._group, self._new_average = p, group, new_average
-        self._rule, self._state = optimizer.rule, optimizer.state[p]
-        self._optimizer, self._number = optimizer, i
+        self._rule, self._state = context.rule, context.state[p]
+        self._context, self._number = context, i
         self.is_differentiable = bool(group["differentiable"])
         assert p.grad is not None
         for t in (p, p.grad, *self._state.values()):  # torch's operations don't look
@@ -98,7 +106,7 @@ class Step:
 
     def _noise(self) -> Tensor:
         eta, gamma, seed = self._group[options.NOISE]
-        tensor, stream, _, _ = noise.place(self._optimizer, self._number, self.p)
+        tensor, stream, _, _ = noise.place(self._context, self._number, self.p)
         drawn = noise.normal(noise.elements(self.p), tensor, int(self.s.step) - 1, (seed, stream))
         return (math.sqrt(float(eta) * self.s.step ** -float(gamma)) * drawn).to(self.compute).to(self.p.device)
 
@@ -108,7 +116,7 @@ class Step:
         operand, words = self._operands[name], None
         if operand.codec.draws:
             step = int(self.s.step) - 1
-            words = noise.rounding(self._optimizer, self._number, self.p, self._group, name, step)
+            words = noise.rounding(self._context, self._number, self.p, self._group, name, step)
         encode(operand, values, words)
         if self._slices is not None:
             for whole, part in zip(self._wholes[name].tensors, operand.tensors, strict=True):
@@ -162,28 +170,29 @@ def added_up(g: Tensor, compute: torch.dtype) -> Tensor:
     return g.to(compute.to_complex() if g.is_complex() else compute).coalesce()
 
 
-def _as_many(rule: type[Rule], verb: str, found: Any, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+def _as_many(rule: type[Rule], verb: str, found: object, names: tuple[str, ...]) -> tuple[Tensor, ...]:
     """What a rule returned, one value for each name."""
-    if not isinstance(found, tuple) or len(found) != len(names):
-        what = f"{len(found)} values" if isinstance(found, tuple) else type(found).__name__
+    values = cast("tuple[Tensor, ...]", found) if isinstance(found, tuple) else None
+    if values is None or len(values) != len(names):
+        what = found.__class__.__name__ if values is None else f"{len(values)} values"
         raise TypeError(f"{rule.__name__}.{verb} returned {what}; it must be a tuple of one for each of {names}")
-    return found
+    return values
 
 
 def prepared(
-    rule: type[Rule], state: Mapping[str, Any], group: dict[str, Any], new_state: bool, *, counts: bool
-) -> tuple[SimpleNamespace, SimpleNamespace]:
+    rule: type[Rule], state: Stored, group: ParamGroup, new_state: bool, *, counts: bool
+) -> tuple[Values, Values]:
     """A parameter's coefficients and scalars after ``prepare``, of a step that counts or of none."""
-    h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
+    h = Values(**{x.name: float(x.of(group)) for x in rule.hyper})
     names = options.scalars_of(rule, group) if options.STEP in state else rule.scalars
-    s = SimpleNamespace(**{name: float(state[name]) for name in names})
+    s = Values(**{name: float(state[name]) for name in names})
     if options.STEP in vars(s) and counts:
         s.step += 1
     return rule.prepare(h, s, new_state), s
 
 
 @torch.no_grad()
-def write_scalars(state: Mapping[str, Any], s: SimpleNamespace, names: Iterable[str]) -> None:
+def write_scalars(state: Stored, s: Values, names: Iterable[str]) -> None:
     """Put scalars into a parameter's state."""
     for name in names:
         state[name].fill_(getattr(s, name))
@@ -193,13 +202,13 @@ class EagerSums:
     """What a plan's step adds up.
 
     Args:
-        optimizer: Whose.
+        context: Of the optimizer.
         sums: The plan's, which all this is written to.
         active: The plan's parameters that have a gradient, with their groups, by number.
     """
 
-    def __init__(self, optimizer: Any, sums: Sums, active: Mapping[int, tuple[Tensor, dict[str, Any]]]) -> None:
-        self._optimizer, self._rule, self._scope = optimizer, optimizer.rule, optimizer.scope
+    def __init__(self, context: Context, sums: Sums, active: Mapping[int, Member]) -> None:
+        self._context, self._rule, self._scope = context, context.rule, context.scope
         self._sums, self._places, self._active = sums, sums.places, active
 
     def _rows(self, i: int) -> slice:
@@ -227,8 +236,8 @@ class EagerSums:
             wholes[scope, -1] += 1
             if self._rule.score:
                 c = step(i).c
-                for row in rows.tolist():
-                    score = self._rule.score(c, SimpleNamespace(**dict(zip(self._rule.measures, row, strict=True))))
+                for row in _rows_of(rows):
+                    score = self._rule.score(c, Values(**dict(zip(self._rule.measures, row, strict=True))))
                     largest[scope] = max(float(largest[scope]), score)
 
     def finish(self, i: int, step: Step) -> None:
@@ -238,13 +247,13 @@ class EagerSums:
         if step.is_differentiable:
             self._rule.finish(step.c, step.s, self._told(i, [values.double().sum() for values in step.measure()]))
             return
-        rows = self._sums.segments[self._rows(i)].tolist()
+        rows = _rows_of(self._sums.segments[self._rows(i)])
         if self._scope != CHANNEL:
             self._rule.finish(step.c, step.s, self._told(i, rows[0]))
             return
-        finished = []
+        finished: list[tuple[Values, Values]] = []
         for row in rows or [[0.0] * len(self._rule.measures)]:
-            c, after = SimpleNamespace(**vars(step.c)), SimpleNamespace(**vars(step.s))
+            c, after = Values(**vars(step.c)), Values(**vars(step.s))
             self._rule.finish(c, after, self._told(i, row))
             finished.append((c, after))
         step.s = finished[0][1]
@@ -253,16 +262,16 @@ class EagerSums:
             column = torch.tensor([getattr(c, name) for c, _ in finished], dtype=step.compute, device=step.p.device)
             setattr(step.c, name, column[: len(rows)].reshape([-1, *[1] * n_dims][:n_dims]))
 
-    def _told(self, i: int, row: list[Any]) -> SimpleNamespace:
+    def _told(self, i: int, row: Sequence[float | Tensor]) -> Values:
         """What ``finish`` is told of a segment."""
         own = dict(zip(self._rule.measures, row, strict=True))
         scope = self._places.scopes[i]
         if self._scope == TENSOR:
-            m = SimpleNamespace(**own, whole=SimpleNamespace(**own))
+            m = Values(**own, whole=Values(**own))
             m.largest = -math.inf
             return m
-        whole = dict(zip(self._rule.measures, self._sums.wholes[scope].tolist(), strict=False))
-        return SimpleNamespace(**own, whole=SimpleNamespace(**whole), largest=float(self._sums.largest[scope]))
+        whole = dict(zip(self._rule.measures, numbers(self._sums.wholes[scope]), strict=False))
+        return Values(**own, whole=Values(**whole), largest=float(self._sums.largest[scope]))
 
     def add_epilogue(self, i: int, concluded: tuple[Tensor, ...]) -> None:
         """What a step concluded."""
@@ -275,13 +284,13 @@ class EagerSums:
             return i in self._active
         return bool(self._sums.wholes[self._places.scopes[i], -1])
 
-    def share_scalars(self, others: Iterable[int]) -> None:
+    def share_scalars(self, others: Sequence[int]) -> None:
         """Scalars that a scope shares advance where there is no gradient, too."""
         if not self._rule.shared:
             return
         zeros = [0.0] * len(self._rule.measures)
-        for i, (p, group) in zip(others, self._optimizer.members(others), strict=True):
-            state = self._optimizer.state.get(p, {})
+        for i, (p, group) in zip(others, self._context.members(others), strict=True):
+            state = self._context.state.get(p, {})
             if self._is_live(i) and all(name in state for name in self._rule.scalars):
                 c, s = prepared(self._rule, state, group, False, counts=False)
                 if self._rule.measures:
@@ -290,11 +299,16 @@ class EagerSums:
 
     def write_epilogue(self, members: list[int]) -> None:
         """Put what was concluded into scalars."""
-        for i, (p, _) in zip(members, self._optimizer.members(members), strict=True):
-            state, found = self._optimizer.state.get(p, {}), self._sums.epilogue[self._places.scopes[i]].tolist()
+        for i, (p, _) in zip(members, self._context.members(members), strict=True):
+            state, found = self._context.state.get(p, {}), numbers(self._sums.epilogue[self._places.scopes[i]])
             if self._is_live(i) and all(name in state for name in self._rule.epilogue):
-                s = SimpleNamespace(**dict(zip(self._rule.epilogue, found, strict=True)))
+                s = Values(**dict(zip(self._rule.epilogue, found, strict=True)))
                 write_scalars(state, s, self._rule.epilogue)
+
+
+def _rows_of(segments: Tensor) -> list[list[float]]:
+    """A matrix's elements."""
+    return cast("list[list[float]]", segments.tolist())
 
 
 def _sums_of(values: Tensor, n: int) -> Tensor:
@@ -305,7 +319,9 @@ def _sums_of(values: Tensor, n: int) -> Tensor:
     return values.to(wide).reshape(n, -1).sum(1).cpu().double()
 
 
-def _engine_scalars(rule: type[Rule], group: dict[str, Any], factor: float) -> tuple[float, float, Any, Any]:
+def _engine_scalars(
+    rule: type[Rule], group: ParamGroup, factor: float
+) -> tuple[float, float, float | Tensor, float | Tensor]:
     """What the engine, not the rule, needs of a group: gradient factor, coupled decay, decay factor and step scale.
 
     The last two are tensors where lr is one and the step is differentiable.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Protocol
 
 WARP = 32
 REGISTERS = 65536  # of a processor, from compute capability 7.0 to 12.1
@@ -14,7 +14,17 @@ SHARED_AT_A_TIME = {7: 256}  # by the first number, else 128
 SHARED_OF_SYSTEM = 1024  # of each block, from compute capability 8.0 on
 
 
-def resident_blocks(registers: int, warps: int, shared: int, device: Any) -> int:
+class Properties(Protocol):
+    """What torch.cuda.get_device_properties tells, as far as it is used here."""
+
+    major: int
+    minor: int
+    regs_per_multiprocessor: int
+    shared_memory_per_multiprocessor: int
+    max_threads_per_multi_processor: int
+
+
+def resident_blocks(registers: int, warps: int, shared: int, device: Properties) -> int:
     """How many blocks are resident at once.
 
     Args:

@@ -10,13 +10,14 @@ import struct
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fusedopt import codecs, memory, noise, options, storage
-from fusedopt.layout import ADDRESSES, RowWord, StatusCount, StatusNumber, StepWord, SumsWord, row_width
+from fusedopt.aliases import ParamGroup
+from fusedopt.context import Context
+from fusedopt.layout import ADDRESSES, RowWord, StepWord, SumsWord, row_width
 from fusedopt.operands import BLOCK, Signature
 from fusedopt.sums import CHANNEL, Segments
 
@@ -64,28 +65,6 @@ def _words_of_sums(places: Segments, i: int, length: int, tiles: list[int], begi
     return words
 
 
-class StepStatus:
-    """What launches tell of steps: on the device, so that nobody waits for it. It belongs to an optimizer, not a plan.
-
-    Attributes:
-        numbers: float64, by StatusNumber.
-        counts: int32, by StatusCount.
-        squared_norm, norm, skipped_steps, skipped: Elements of them.
-        narrow_norm: The norm as a float32.
-        one, zero: float32, of launches without a GradScaler.
-    """
-
-    @torch.inference_mode(False)
-    def __init__(self, device: torch.device) -> None:
-        self.numbers = torch.zeros(len(StatusNumber), dtype=torch.float64, device=device)
-        self.counts = torch.zeros(len(StatusCount), dtype=torch.int32, device=device)
-        self.squared_norm, self.norm = self.numbers[StatusNumber.SQUARED_NORM], self.numbers[StatusNumber.NORM]
-        self.narrow_norm = self.numbers.view(torch.float32)[2 * StatusNumber.NARROW_NORM]
-        self.skipped_steps, self.skipped = self.counts[StatusCount.SKIPPED_STEPS], self.counts[StatusCount.SKIPPED]
-        self.one = torch.ones((), dtype=torch.float32, device=device)
-        self.zero = torch.zeros_like(self.one)
-
-
 class StepTable:
     """What changes from step to step: its words on the host, and their copy on the device.
 
@@ -97,13 +76,18 @@ class StepTable:
         by_value: Whether launches take them as an argument instead.
     """
 
+    words: Tensor
+    on_device: Tensor
+    device: torch.device
+
     SLOTS = 4  # copies in flight before the host waits for one
     SPARES = 4  # captures without a step in between
 
     def __init__(self, words: int, device: torch.device, by_value: bool) -> None:
         self.words = torch.zeros(words, dtype=torch.int64, device="cpu")
         self.on_device = self.words
-        self.device, self.captured, self._is_stale = device, [], True
+        self.device, self._is_stale = device, True
+        self.captured: list[Tensor] = []
         self.by_value = by_value
         self._is_copied = device.type != "cpu" and not by_value
         if self._is_copied:
@@ -154,7 +138,7 @@ class Rows:
     """The tables that stand: where everything is, and how it is shared among programs.
 
     Args:
-        optimizer: Whose parameters.
+        context: Of the optimizer.
         members: Those that the plan steps, counted through all groups.
         device: Where they are.
         names: The rule's states, and its scalars, in the engine's order.
@@ -173,9 +157,24 @@ class Rows:
         has_average: Whether any asks for an average, so that rows have room for its address.
     """
 
+    rows: Tensor
+    tiles: Tensor
+    shares: Tensor
+    borders: Tensor
+    layouts: Tensor
+    row_sums: Tensor
+    width: int
+    count: int
+    n_shares: int
+    n_borders: int
+    programs: int
+    signatures: tuple[Signature, ...]
+    has_options: bool
+    has_average: bool
+
     def __init__(
         self,
-        optimizer: Any,
+        context: Context,
         members: list[int],
         device: torch.device,
         names: tuple[tuple[str, ...], tuple[str, ...]],
@@ -185,16 +184,16 @@ class Rows:
         places: Segments | None,
     ) -> None:
         self._in_channels = places is not None and places.scope == CHANNEL
-        groups = optimizer.param_groups
+        groups = context.param_groups
         self.has_options = any(map(options.are_asked, groups))
         self.has_average = any(map(options.average_state, groups))
         self.width = row_width(len(names[0]) + self.has_average, len(names[1]))
         self._names, self._signatures = names, dict[Signature, int]()
         self._layouts: list[int] = []
         which = set(members)
-        everyone = [(g, group, p) for g, group in enumerate(optimizer.param_groups) for p in group["params"]]
+        everyone = [(g, group, p) for g, group in enumerate(context.param_groups) for p in group["params"]]
         planned = [
-            self._row(optimizer, i, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
+            self._row(context, i, p, group, g) if i in which else None for i, (g, group, p) in enumerate(everyone)
         ]
         rows = [row or [0] * self.width for row in planned]
         counts = [max(after - first, 1) for first, after in pairwise(places.first)] if places else [1] * len(rows)
@@ -206,7 +205,7 @@ class Rows:
         self.count, self.n_shares, self.n_borders = len(rows), len(shares), len(borders)
         self.programs = min(programs, self.n_shares)
 
-        def on_device(values: Any) -> Tensor:
+        def on_device(values: Sequence[object]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
 
         self.rows, self.tiles = on_device(rows), on_device(tiles)
@@ -220,9 +219,9 @@ class Rows:
         self.layouts = on_device(self._layouts or [0])
         self.signatures = tuple(self._signatures)
 
-    def _row(self, optimizer: Any, i: int, whole: Tensor, group: Any, number: int) -> list[int] | None:
+    def _row(self, context: Context, i: int, whole: Tensor, group: ParamGroup, number: int) -> list[int] | None:
         """The words of a row; None while it lacks a state, and so has no gradient."""
-        state, rule = optimizer.state.get(whole, {}), optimizer.rule
+        state, rule = context.state.get(whole, {}), context.rule
         needed = storage.tensors_of(rule, group, state)
         counts = [options.STEP] if options.counts(rule, group) else []
         if any(state.get(name) is None for name in (*needed, *self._names[1], *counts)):
@@ -245,7 +244,7 @@ class Rows:
         draws, strides = options.draws(group), None
         words = [0] * self.width
         if draws:
-            tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(optimizer, i, whole)
+            tensor, stream, words[RowWord.FIRST_ELEMENT], strides = noise.place(context, i, whole)
             words[RowWord.DRAW] = tensor | stream << 32
             is_dense &= all(p.shape[d] == 1 or p.stride(d) == strides[d] for d in range(p.dim()))
         signature = Signature.of(not is_dense, operands, group.get(options.NOISE) is not None, is_padded)

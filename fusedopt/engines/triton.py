@@ -5,17 +5,22 @@ With TRITON_INTERPRET=1 the same kernels are interpreted on CPU tensors: slowly,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import cache, partial
-from typing import Any
+from importlib import import_module
+from itertools import combinations
+from types import ModuleType, SimpleNamespace
+from typing import Protocol, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fusedopt import checks
+from fusedopt.aliases import Arguments, Group, Stored
+from fusedopt.context import Context, KernelInfo
 from fusedopt.engines.device import DevicePlan
-from fusedopt.engines.occupancy import resident_blocks
+from fusedopt.engines.fitness import kernel_lacking, unsteppable
+from fusedopt.engines.occupancy import Properties, resident_blocks
 from fusedopt.options import EIGHT_BIT, STATE_DTYPE
 from fusedopt.passes import Pass
 from fusedopt.rule import Rule
@@ -25,10 +30,10 @@ from fusedopt.sums import CHANNEL, TENSOR
 WARPS = 4
 TILES = {"cuda": 1024, "hip": 2048, "xpu": 1024}  # 8 elements for each thread: 16 bytes of a half precision type
 # Left to itself ptxas spills a little to fit one more block on a processor.
-OPTIONS = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
+OPTIONS: dict[str, dict[str, int]] = {"cuda": {"maxnreg": 128}, "hip": {}, "xpu": {}}
 # The same where states have 8 bits: 16 elements for each thread. Untested.
 CODE_TILES = {"cuda": 2048, "hip": 4096, "xpu": 2048}
-CODE_OPTIONS = {"cuda": {"maxnreg": 255}, "hip": {}, "xpu": {}}
+CODE_OPTIONS: dict[str, dict[str, int]] = {"cuda": {"maxnreg": 255}, "hip": {}, "xpu": {}}
 # Programs that are launched for each processor; None: as many as its registers hold, where they can be asked, as shares
 # are cut for elsewhere. Untested.
 PROGRAMS_PER_PROCESSOR: int | None = None
@@ -39,24 +44,24 @@ SHARE_SIZES = (1, 1, 2, 4, 8)
 STAGES: int | None = None  # rounds of the loops over full tiles that are under way at once; None: Triton's choice
 KEEPS_KERNELS = False  # launch what was compiled by itself, without looking it up by its arguments. Untested
 INTERPRETED_TILE, INTERPRETED_PROGRAMS = 4096, 2  # few, large: each operation is a call of numpy
-DEVICES = ("cuda", "xpu")  # AMD's are torch's "cuda" too
+DEVICES: tuple[str, ...] = ("cuda", "xpu")  # AMD's are torch's "cuda" too
+ASYNCHRONOUS: bool = True
 
 
 @cache
 def interprets() -> bool:
     """Whether Triton was told to interpret kernels on the CPU."""
     try:
-        import triton
+        return bool(import_module("triton").knobs.runtime.interpret)
     except Exception:
         return False
-    return bool(triton.knobs.runtime.interpret)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache
 def available() -> str | None:
     """Why the engine cannot run here; None if it can."""
     try:
-        import triton  # noqa: F401
+        import_module("triton")
     except Exception as error:
         return f"triton does not import: {error}"
     if interprets() or any(getattr(torch, kind).is_available() for kind in DEVICES):
@@ -64,15 +69,22 @@ def available() -> str | None:
     return "torch sees no GPU"
 
 
-def accepts(p: Tensor, group: Any, rule: type[Rule], state: Mapping[str, Any]) -> str | None:
+@cache
+def kernels() -> dict[str, KernelInfo]:
+    """What there is of each rule, for parameters with any of its states; it is compiled when it is first launched."""
+    found: dict[str, KernelInfo] = {}
+    for name, ours in _rules().items():
+        of_any = [kept for n in range(len(ours.states) + 1) for kept in combinations(ours.states, n)]
+        lists = (tuple(getattr(ours, what, ())) for what in ("hyper", "scalars", "measures", "epilogue"))
+        found[name] = KernelInfo(name, dict.fromkeys(of_any), *lists)
+    return found
+
+
+def accepts(p: Tensor, group: Group, rule: type[Rule], state: Stored) -> str | None:
     """Why the engine cannot step a parameter by a rule; None if it can."""
     if p.device.type not in (("cpu",) if interprets() else DEVICES):
         return f"it is on {p.device}"
-    if rule.name not in _rules():
-        return f"rule {rule.name!r} has no Triton kernel"
-    if reason := checks.named_otherwise(rule, vars(_rules()[rule.name])):
-        return reason
-    return checks.unsteppable(p, group, rule, state)
+    return kernel_lacking(rule, group, kernels(), "Triton") or unsteppable(p, group, rule, state)
 
 
 def home() -> torch.device:
@@ -82,18 +94,11 @@ def home() -> torch.device:
     return torch.device(next(kind for kind in DEVICES if getattr(torch, kind).is_available()))
 
 
-def step_device(p: Tensor) -> torch.device:
-    """Where the engine keeps a parameter's step."""
-    return p.device
+def _rules() -> dict[str, ModuleType]:
+    return import_module("fusedopt.triton_kernels.rules").by_name()
 
 
-def _rules() -> dict[str, Any]:
-    from fusedopt.triton_kernels import rules  # pyright: ignore[reportMissingImports]
-
-    return rules.by_name()
-
-
-def options(backend: str, has_codes: bool = False) -> dict[str, Any]:
+def options(backend: str, has_codes: bool = False) -> Arguments:
     """How the kernels are compiled. Contraction to fused multiply-adds is asked for: Triton's default changes."""
     more = (CODE_OPTIONS if has_codes else OPTIONS)[backend]
     return {"num_warps": WARPS, "enable_fp_fusion": True, **more}
@@ -107,6 +112,32 @@ def tile_of(backend: str, has_codes: bool = False) -> int:
 def backend_of(device: torch.device) -> str:
     """What Triton calls the makers of a GPU."""
     return "hip" if device.type == "cuda" and torch.version.hip else device.type
+
+
+Launch = Callable[..., object]
+
+
+class Compiled(Protocol):
+    """What Triton makes of a kernel for a device, as far as it is used here."""
+
+    n_regs: int
+    metadata: SimpleNamespace
+
+    def _init_handles(self) -> None: ...
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Launch: ...
+
+
+class JitFunction(Protocol):
+    """A kernel before it is compiled, as far as it is used here."""
+
+    arg_names: list[str]
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Launch: ...
+
+    def warmup(self, *args: object, grid: tuple[int, ...], **constants: object) -> Compiled:
+        """Compile it for what these arguments are."""
+        ...
 
 
 class Kernel:
@@ -123,24 +154,24 @@ class Kernel:
 
     def __init__(
         self,
-        function: Any,
-        constants: dict[str, Any],
-        more: dict[str, Any],
+        function: JitFunction,
+        constants: Arguments,
+        more: Arguments,
         programs: int,
         most: int,
         device: torch.device,
     ) -> None:
         self._function, self._constants, self._more = function, constants, more
         self._programs, self._most, self._device = programs, most, device
-        self._launch: Callable[..., Any] | None = None
+        self._launch: Launch | None = None
 
-    def __call__(self, *args: Any) -> None:
+    def __call__(self, *args: object) -> None:
         """Launch it."""
         if self._launch is None:
             self._launch = self._chosen(args)
         self._launch(*args)
 
-    def _chosen(self, args: tuple[Any, ...]) -> Callable[..., Any]:
+    def _chosen(self, args: tuple[object, ...]) -> Launch:
         """What launches, by the arguments of the first launch; those of later ones differ in nothing that matters."""
         if self._device.type == "cpu":
             return _quietly(partial(self._function[(self._programs,)], **self._constants))
@@ -153,43 +184,42 @@ class Kernel:
             return lambda *args: launch(*args, *constants)
         return partial(self._function[(programs,)], **self._constants, **self._more)
 
-    def _compiled(self, args: tuple[Any, ...]) -> Any:
+    def _compiled(self, args: tuple[object, ...]) -> Compiled | None:
         """The kernel, compiled and loaded, as far as that can be had beforehand; None elsewhere."""
         if backend_of(self._device) != "cuda":
             return None
         try:
             kernel = self._function.warmup(*args, grid=(self._programs,), **self._constants, **self._more)
-            kernel._init_handles()  # as Triton's own tutorials do
+            kernel._init_handles()  # pyright: ignore[reportPrivateUsage]  # as Triton's own tutorials do
             self._resident(kernel)
         except Exception:  # whatever is other than in the versions that are known; a launch tells what is wrong
             return None
         return kernel
 
-    def _resident(self, kernel: Any) -> int:
+    def _resident(self, kernel: Compiled) -> int:
         """How many programs a processor holds."""
-        properties = torch.cuda.get_device_properties(self._device)
+        properties = cast("Properties", torch.cuda.get_device_properties(self._device))
         return resident_blocks(kernel.n_regs, kernel.metadata.num_warps, kernel.metadata.shared, properties)
 
 
-class Plan(DevicePlan):
+class TritonPlan(DevicePlan):
     """The parameters of an optimizer that this engine steps on one device."""
 
     name = "triton"
 
-    def __init__(self, optimizer: Any, members: list[int], new: New, nth: int) -> None:
-        from fusedopt.triton_kernels.kernels import KERNELS, constants  # pyright: ignore[reportMissingImports]
-
-        device = optimizer.members(members)[0][0].device
-        ours = _rules()[optimizer.rule.name]
+    def __init__(self, context: Context, members: list[int], new: New, nth: int) -> None:
+        ours = import_module("fusedopt.triton_kernels.kernels")
+        device = context.members(members)[0][0].device
+        of_rule = _rules()[context.rule.name]
         interpreted = device.type == "cpu"
-        has_codes = any(group.get(STATE_DTYPE) == EIGHT_BIT for _, group in optimizer.members(members))
+        has_codes = any(group.get(STATE_DTYPE) == EIGHT_BIT for _, group in context.members(members))
         tile = INTERPRETED_TILE if interpreted else tile_of(backend_of(device), has_codes)
         programs = INTERPRETED_PROGRAMS
         if not interpreted:
             programs = processors(device) * (PROGRAMS_PER_PROCESSOR or CUT_PER_PROCESSOR)
-        names = ours.states, ours.scalars, ours.hyper
-        super().__init__(optimizer, members, new, nth, names, programs, tile, sizes=SHARE_SIZES)
-        t, rule, scope = self.table, optimizer.rule, optimizer.scope
+        names = of_rule.states, of_rule.scalars, of_rule.hyper
+        super().__init__(context, members, new, nth, names, programs, tile, sizes=SHARE_SIZES)
+        t, rule, scope = self.table, context.rule, context.scope
         more = {} if interpreted else options(backend_of(device), has_codes)
         self._n_scopes = self.sums.places.n_scopes if self.sums else 0
         self._sums = None
@@ -200,10 +230,12 @@ class Plan(DevicePlan):
         self._adds_slots = bool(rule.measures) and scope == TENSOR
 
         def kernels(joined: bool) -> dict[str, Kernel]:
-            chosen = constants(rule, t.signatures, tile, STAGES, scope, joined, t.has_options, t.has_average)
+            chosen: dict[str, Arguments] = ours.constants(
+                rule, t.signatures, tile, STAGES, scope, joined, t.has_options, t.has_average
+            )
             most = {name: self._n_scopes if name in ("scopes", "epilogue") else t.n_shares for name in chosen}
             return {
-                name: Kernel(KERNELS[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
+                name: Kernel(ours.KERNELS[name], chosen[name], more, min(t.programs, most[name]), most[name], device)
                 for name in chosen
             }
 
@@ -241,7 +273,10 @@ class Plan(DevicePlan):
             self._kernels["fold"](t.tiles, t.shares, words, self._sums, t.n_shares)
 
 
-def _quietly(kernel: Any) -> Any:
+plan = TritonPlan
+
+
+def _quietly(kernel: Launch) -> Launch:
     """An interpreted kernel that, like a compiled one, does not warn of what NaN and infinity do."""
     return np.errstate(all="ignore")(kernel)
 
@@ -249,5 +284,5 @@ def _quietly(kernel: Any) -> Any:
 @cache
 def processors(device: torch.device) -> int:
     """How many a device has."""
-    properties = torch.get_device_module(device).get_device_properties(device)
-    return getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    properties: object = torch.get_device_module(device).get_device_properties(device)
+    return getattr(properties, "multi_processor_count", None) or getattr(properties, "gpu_subslice_count")  # noqa: B009

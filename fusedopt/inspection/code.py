@@ -10,37 +10,14 @@ import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import networkx
 
 from fusedopt.inspection.flight import loads_in_flight
+from fusedopt.inspection.instruction import Flow, Instruction
 
 WIDE = 128
-
-
-@dataclass(frozen=True, slots=True)
-class Instruction:
-    """One instruction, as far as it matters here.
-
-    Attributes:
-        kind: "load", "store" (of global memory), "spill", "branch", "jump" (a branch always taken), "end" or "".
-        bits: How wide an access is for one thread.
-        label: Where it stands; may be empty.
-        target: Where a branch goes.
-        registers: Numbers of the general registers that it names; of NVIDIA's only.
-        written: Those that a load writes.
-        guard: The predicate, such as "P1" or "!P1", without which it does nothing; may be empty.
-        predicates: Those that it names otherwise, and may change.
-    """
-
-    kind: str
-    bits: int = 0
-    label: str = ""
-    target: str = ""
-    registers: frozenset[int] = frozenset()
-    written: frozenset[int] = frozenset()
-    guard: str = ""
-    predicates: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +72,16 @@ def report(name: str, arch: str, registers: int, spills: int, code: list[Instruc
         )
 
     mains = [body for body in loops.values() if any(code[i].bits >= WIDE for i in body)]
-    main = [code[i] for i in sorted(set().union(*mains))]
+    main = [code[i] for i in sorted(set[int]().union(*mains))]
     counts = name, arch, registers, spills, *count(main), *count(code)
     norm, scalar = in_flight(True, False), in_flight(False, True)
     return Report(*counts, norm_loads_in_flight=norm, scalar_loads_in_flight=scalar)
 
 
-def _flow(code: list[Instruction]) -> networkx.DiGraph:
+def _flow(code: list[Instruction]) -> Flow:
     """Which instruction may follow which."""
     places = {i.label: n for n, i in enumerate(code) if i.label}
-    flow = networkx.DiGraph()
+    flow: Flow = networkx.DiGraph()
     flow.add_nodes_from(range(len(code)))
     for n, instruction in enumerate(code):
         if instruction.kind in ("branch", "jump") and instruction.target in places:
@@ -114,15 +91,15 @@ def _flow(code: list[Instruction]) -> networkx.DiGraph:
     return flow
 
 
-def _innermost(flow: networkx.DiGraph) -> Iterator[tuple[int, frozenset[int]]]:
+def _innermost(flow: Flow) -> Iterator[tuple[int, frozenset[int]]]:
     """The loops without another inside, by header."""
     loops = _loops(flow)
     return ((at, body) for at, body in loops.items() if not any(other < body for other in loops.values()))
 
 
-def _loops(flow: networkx.DiGraph) -> dict[int, frozenset[int]]:
+def _loops(flow: Flow) -> dict[int, frozenset[int]]:
     """The natural loops: by header, all from where the header is reached again without leaving its rule."""
-    above = networkx.immediate_dominators(flow, 0)
+    above = cast("dict[int, int]", networkx.immediate_dominators(flow, 0))
 
     def dominates(a: int, b: int) -> bool:
         while b != a and above.get(b, b) not in (b, None):
@@ -149,7 +126,7 @@ _SASS_KINDS = {"LDG": "load", "LD": "load", "STG": "store", "ST": "store", "LDL"
 
 def sass(text: str) -> list[Instruction]:
     """NVIDIA's machine code of one kernel."""
-    code = []
+    code: list[Instruction] = []
     for address, predicate, opcode, operands in _SASS.findall(text):
         first, *modifiers = opcode.split(".")
         kind = _SASS_KINDS.get(first, "")
@@ -183,7 +160,8 @@ _AMD_WIDTH = {"dwordx4": 128, "b128": 128, "dwordx3": 96, "b96": 96, "dwordx2": 
 
 def amdgcn(text: str) -> list[Instruction]:
     """AMD's assembly of one kernel."""
-    code, label = [], ""
+    code: list[Instruction] = []
+    label = ""
     for line in text.splitlines():
         line = line.partition(";")[0].strip()
         if line.endswith(":"):

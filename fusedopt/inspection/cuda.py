@@ -44,7 +44,7 @@ def inspect(rules: set[str], arch: str) -> list[Report]:
     """
     usage = _run("-res-usage", "-arch", f"sm_{arch}")
     registers = {name: int(count) for name, count in re.findall(r"Function (\S+):\s+REG:(\d+)", usage)}
-    found = []
+    found: list[Report] = []
     for section in _run("-sass", "-arch", f"sm_{arch}").split("Function : ")[1:]:
         mangled = section.split(None, 1)[0]
         label, rule = _label(mangled)

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import networkx
-
-if TYPE_CHECKING:
-    from fusedopt.inspection.code import Instruction
+from fusedopt.inspection.instruction import Flow, Instruction
 
 
 class _State(NamedTuple):
@@ -29,7 +26,7 @@ class _State(NamedTuple):
 
 def loads_in_flight(
     code: list[Instruction],
-    flow: networkx.DiGraph,
+    flow: Flow,
     header: int,
     body: frozenset[int],
     counts: Callable[[Instruction], bool],
@@ -61,7 +58,7 @@ def loads_in_flight(
 
 
 def _after(
-    state: _State, code: list[Instruction], flow: networkx.DiGraph, counts: Callable[[Instruction], bool]
+    state: _State, code: list[Instruction], flow: Flow, counts: Callable[[Instruction], bool]
 ) -> Iterator[_State]:
     """The states behind an instruction: two where it matters whether it passes and that is not known."""
     at, pending, under_way, known = state

@@ -48,12 +48,12 @@ def fuse_clipping(accelerator: Any) -> None:
 def _owner(accelerator: Any, parameters: list[Tensor]) -> FusedOptimizer | None:
     """The optimizer that steps all these, and no others, and knows their norm."""
     kind = accelerator.distributed_type.value
-    given = {id(p) for p in parameters if p.grad is not None}
+    clipped = {id(p) for p in parameters if p.grad is not None}
     for optimizer in map(unwrapped, accelerator._optimizers):
         if optimizer is None or kind in _ELSEWHERE:
             continue
         if kind == "FSDP" and not accelerator.is_fsdp2 and optimizer.process_group is None:
             continue
-        if given == {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}:
+        if clipped == {id(p) for group in optimizer.param_groups for p in group["params"] if p.grad is not None}:
             return optimizer
     return None

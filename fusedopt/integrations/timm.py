@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
+from fusedopt.aliases import ParamsT
+from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import OPTIMIZERS
 
 PREFIX = "fo"  # timm looks up what follows the last underscore of a name
@@ -28,7 +30,7 @@ def register() -> list[str]:
     for name in set(names).difference(default_registry.list_optimizers()):
         cls = names[name]
         takes = inspect.signature(cls).parameters
-        make: Any = cls if "weight_decay" in takes else _without_decay(cls)
+        make = cast("type[FusedOptimizer]", cls if "weight_decay" in takes else _without_decay(cls))
         default_registry.register(
             OptimInfo(
                 name=name,
@@ -42,11 +44,11 @@ def register() -> list[str]:
     return list(names)
 
 
-def _without_decay(cls: type[Any]) -> Callable[..., Any]:
+def _without_decay(cls: Callable[..., FusedOptimizer]) -> Callable[..., FusedOptimizer]:
     """A class that has no weight decay, for timm, which gives all of them some."""
 
     @functools.wraps(cls, updated=())
-    def make(params: Any, weight_decay: float = 0.0, **options: Any) -> Any:
+    def make(params: ParamsT, weight_decay: float = 0.0, **options: object) -> FusedOptimizer:
         if weight_decay:
             raise ValueError(f"weight_decay is {weight_decay!r}; {cls.__name__} has none")
         return cls(params, **options)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
 from fusedopt import checks
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamGroup, ParamsT, ProcessGroup, Tensors, Values, is_group
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
+from fusedopt.rule import BETAS, EPS, Hyper, Hypers, Rule, Scalars, State, States, bias_correction
 
 
 class AdaBoundRule(Rule):
@@ -22,24 +22,24 @@ class AdaBoundRule(Rule):
     """
 
     name = "adabound"
-    hyper = (
+    hyper: Hypers = (
         *BETAS,
         EPS,
         Hyper("final_lr"),
         Hyper("gamma", high=1.0, low_open=True, high_open=True),
         Hyper("base_lr", low_open=True),
     )
-    states = (
+    states: States = (
         State("exp_avg"),
         State("exp_avg_sq", signed=False),
         State("max_exp_avg_sq", when="amsbound", signed=False),
     )
-    scalars = {"step": 0.0}
+    scalars: Scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         final, growth = h.final_lr / h.base_lr, h.gamma * s.step
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -50,7 +50,7 @@ class AdaBoundRule(Rule):
         )
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         w, new = update_moments(g, state, c)
         return (c.scale / (w.sqrt() + c.eps)).clamp(c.low, c.high) * new["exp_avg"], new
 
@@ -87,7 +87,7 @@ class AdaBound(FusedOptimizer):
         Luo et al., ICLR 2019, in the form of the authors' code (no ``1/sqrt(t)``).
     """
 
-    rule = AdaBoundRule
+    rule: type[Rule] = AdaBoundRule
 
     def __init__(
         self,
@@ -119,7 +119,7 @@ class AdaBound(FusedOptimizer):
     ) -> None:
         super().__init__(params, **arguments(locals()))
 
-    def add_param_group(self, param_group: dict) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group; its ``base_lr`` is its lr, unless it says otherwise.
 
         Args:
@@ -128,7 +128,7 @@ class AdaBound(FusedOptimizer):
         Raises:
             ValueError: As at construction; also if lr is 0, which leaves no base to scale the bounds by.
         """
-        if isinstance(param_group, dict):
+        if is_group(param_group):
             lr = checks.number(param_group.get("lr", self.defaults["lr"]), "lr", f" (group {len(self.param_groups)})")
             param_group.setdefault("base_lr", lr)
         super().add_param_group(param_group)

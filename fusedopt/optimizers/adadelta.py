@@ -2,30 +2,29 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hyper, Hypers, Rule, Scalars, State, States
 
 
 class AdadeltaRule(Rule):
     """``v <- rho v + (1-rho) g^2``, ``d = sqrt(a + eps) / sqrt(v + eps) g``, then ``a <- rho a + (1-rho) d^2``."""
 
     name = "adadelta"
-    hyper = (Hyper("rho", high=1.0), EPS)
-    states = (State("square_avg", signed=False), State("acc_delta", signed=False))
-    scalars = {"step": 0.0}
+    hyper: Hypers = (Hyper("rho", high=1.0), EPS)
+    states: States = (State("square_avg", signed=False), State("acc_delta", signed=False))
+    scalars: Scalars = {"step": 0.0}
     decay = COUPLED
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(rho=h.rho, one_minus_rho=1 - h.rho, eps=h.eps)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(rho=h.rho, one_minus_rho=1 - h.rho, eps=h.eps)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         v, a = c.rho * state["square_avg"] + c.one_minus_rho * (g * g), state["acc_delta"]
         d = (a + c.eps).sqrt() / (v + c.eps).sqrt() * g
         return d, {"square_avg": v, "acc_delta": c.rho * a + c.one_minus_rho * (d * d)}
@@ -57,7 +56,7 @@ class Adadelta(FusedOptimizer):
         Zeiler 2012, arXiv 1212.5701; the form of ``torch.optim.Adadelta``.
     """
 
-    rule = AdadeltaRule
+    rule: type[Rule] = AdadeltaRule
 
     def __init__(
         self,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hyper, Hypers, Rule, Scalars, State, States
 from fusedopt.state import initial_state
 
 
@@ -16,23 +15,23 @@ class AdagradRule(Rule):
     """``S <- S + g^2``, ``d = g / (sqrt(S) + eps) / (1 + (t-1) lr_decay)``."""
 
     name = "adagrad"
-    hyper = (Hyper("lr_decay"), EPS)
-    settings = (Hyper("initial_accumulator_value"),)
-    states = (State("sum", init="initial_accumulator_value", signed=False),)
-    scalars = {"step": 0.0}
+    hyper: Hypers = (Hyper("lr_decay"), EPS)
+    settings: Hypers = (Hyper("initial_accumulator_value"),)
+    states: States = (State("sum", init="initial_accumulator_value", signed=False),)
+    scalars: Scalars = {"step": 0.0}
     decay = COUPLED
     sparse = True
 
     @classmethod
-    def rests(cls, group):
+    def rests(cls, group: Group) -> bool:
         return True
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(scale=1 / (1 + (s.step - 1) * h.lr_decay), eps=h.eps)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(scale=1 / (1 + (s.step - 1) * h.lr_decay), eps=h.eps)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         total = state["sum"] + g * g
         return c.scale * g / (total.sqrt() + c.eps), {"sum": total}
 
@@ -68,7 +67,7 @@ class Adagrad(FusedOptimizer):
         Duchi et al., JMLR 2011.
     """
 
-    rule = AdagradRule
+    rule: type[Rule] = AdagradRule
 
     def __init__(
         self,

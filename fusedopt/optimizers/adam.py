@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Arguments, ParamsT, ProcessGroup, StateDict, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
+from fusedopt.rule import BETAS, EPS, Hypers, Rule, Scalars, State, States, bias_correction
 
 
-def update_moments(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
+def update_moments(g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
     """The Adam family's moments; returns the second moment that divides the step, and the new state."""
     m = torch.lerp(state["exp_avg"], g, c.one_minus_beta1)
     v = c.beta2 * state["exp_avg_sq"] + c.one_minus_beta2 * (g * g)
@@ -24,7 +23,7 @@ def update_moments(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> t
     return v, new
 
 
-def ratio(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
+def ratio(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
     """The Adam family's direction, ``(m_scale m + g_scale g) / (root_scale sqrt(w) + eps)``, and the new state."""
     w, new = update_moments(g, state, c)
     return (c.m_scale * new["exp_avg"] + c.g_scale * g) / (c.root_scale * w.sqrt() + c.eps), new
@@ -34,17 +33,17 @@ class AdamRule(Rule):
     """``d = m / (1 - b1^t) / (sqrt(w) / sqrt(1 - b2^t) + eps)``, w the second moment or its running maximum."""
 
     name = "adam"
-    hyper = (*BETAS, EPS)
-    states = (
+    hyper: Hypers = (*BETAS, EPS)
+    states: States = (
         State("exp_avg"),
         State("exp_avg_sq", signed=False),
         State("max_exp_avg_sq", when="amsgrad", signed=False),
     )
-    scalars = {"step": 0.0}
+    scalars: Scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -54,7 +53,9 @@ class AdamRule(Rule):
             eps=h.eps,
         )
 
-    direction = staticmethod(ratio)
+    @staticmethod
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
+        return ratio(p, g, state, c)
 
 
 class AdamProductRule(AdamRule):
@@ -64,16 +65,16 @@ class AdamProductRule(AdamRule):
     """
 
     name = "adamproduct"
-    scalars = {"step": 0.0, "correction1": 0.0, "correction2": 0.0}
+    scalars: Scalars = {"step": 0.0, "correction1": 0.0, "correction2": 0.0}
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         def advanced(correction: float, beta: float) -> float:
             before = bias_correction(beta, s.step - 1) if correction == 0 and s.step > 1 else correction
             return beta * before + (1 - beta)
 
         s.correction1, s.correction2 = advanced(s.correction1, h.beta1), advanced(s.correction2, h.beta2)
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -84,15 +85,15 @@ class AdamProductRule(AdamRule):
         )
 
 
-RULES = {"power": AdamRule, "product": AdamProductRule}
+RULES: dict[str, type[Rule]] = {"power": AdamRule, "product": AdamProductRule}
 
 
-def by_correction(given: dict[str, Any]) -> dict[str, Any]:
+def by_correction(taken: Arguments) -> Arguments:
     """The ``locals()`` of a class's ``__init__``, its ``bias_correction`` turned into the rule that has it."""
-    form = given.pop("bias_correction")
+    form = taken.pop("bias_correction")
     if form not in RULES:
         raise ValueError(f"bias_correction is {form!r}; it must be 'power' or 'product'")
-    return {**given, "rule": RULES[form]}
+    return {**taken, "rule": RULES[form]}
 
 
 class Adam(FusedOptimizer):
@@ -126,8 +127,8 @@ class Adam(FusedOptimizer):
         Kingma and Ba, ICLR 2015; Reddi et al., ICLR 2018; betas of each step's own: Zou et al., CVPR 2019.
     """
 
-    rule = AdamRule
-    rules = (AdamProductRule,)
+    rule: type[Rule] = AdamRule
+    rules: tuple[type[Rule], ...] = (AdamProductRule,)
 
     def __init__(
         self,
@@ -189,8 +190,8 @@ class AdamW(FusedOptimizer):
         Loshchilov and Hutter, ICLR 2019.
     """
 
-    rule = AdamRule
-    rules = (AdamProductRule,)
+    rule: type[Rule] = AdamRule
+    rules: tuple[type[Rule], ...] = (AdamProductRule,)
 
     def __init__(
         self,
@@ -220,7 +221,7 @@ class AdamW(FusedOptimizer):
     ) -> None:
         super().__init__(params, **arguments(by_correction(locals()), decoupled_weight_decay=True))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         for group in self.param_groups:  # whatever was loaded: Adam's groups say otherwise
             group["decoupled_weight_decay"] = True

@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, COUPLED, EPS, Rule, State, bias_correction
+from fusedopt.rule import BETAS, COUPLED, EPS, Hypers, Rule, Scalars, State, States, bias_correction
 
 
 class AdamaxRule(Rule):
     """``m <- b1 m + (1-b1) g``, ``u <- max(b2 u, |g| + eps)``, ``d = m / (1-b1^t) / u``."""
 
     name = "adamax"
-    hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_inf", signed=False))
-    scalars = {"step": 0.0}
+    hyper: Hypers = (*BETAS, EPS)
+    states: States = (State("exp_avg"), State("exp_inf", signed=False))
+    scalars: Scalars = {"step": 0.0}
     decay = COUPLED
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
-            one_minus_beta1=1 - h.beta1, beta2=h.beta2, eps=h.eps, scale=1 / bias_correction(h.beta1, s.step)
-        )
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(one_minus_beta1=1 - h.beta1, beta2=h.beta2, eps=h.eps, scale=1 / bias_correction(h.beta1, s.step))
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         m = torch.lerp(state["exp_avg"], g, c.one_minus_beta1)
         u = torch.maximum(c.beta2 * state["exp_inf"], g.abs() + c.eps)
         return c.scale * m / u, {"exp_avg": m, "exp_inf": u}
@@ -59,7 +56,7 @@ class Adamax(FusedOptimizer):
         Kingma and Ba, ICLR 2015, section 7.1; the form of ``torch.optim.Adamax``.
     """
 
-    rule = AdamaxRule
+    rule: type[Rule] = AdamaxRule
 
     def __init__(
         self,

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, DECOUPLED, EPS, LR, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
+from fusedopt.rule import (
+    COUPLED,
+    DECOUPLED,
+    EPS,
+    LR,
+    WEIGHT_DECAY,
+    Hyper,
+    Hypers,
+    Names,
+    Rule,
+    Scalars,
+    State,
+    States,
+    bias_correction,
+)
 
 BETA2 = Hyper("beta2", high=1.0, high_open=True)
 LAM = Hyper("lam")
@@ -31,31 +44,31 @@ class AMSGDRule(Rule):
     """
 
     name = "amsgd"
-    hyper = (LAM, BETA_MAX)
-    states = (State("momentum_buffer"),)
-    scalars = {"step": 0.0, "beta": 0.0}
-    shared = ("beta",)
+    hyper: Hypers = (LAM, BETA_MAX)
+    states: States = (State("momentum_buffer"),)
+    scalars: Scalars = {"step": 0.0, "beta": 0.0}
+    shared: Names = ("beta",)
     decay = COUPLED
-    scopes = ("group", "tensor", "all")
-    measures = ("gain", "difference")
+    scopes: Names = ("group", "tensor", "all")
+    measures: Names = ("gain", "difference")
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(lam=h.lam, beta_max=h.beta_max, is_new=float(new_state), kept=0.0, taken=0.0)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(lam=h.lam, beta_max=h.beta_max, is_new=float(new_state), kept=0.0, taken=0.0)
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         d = g if c.is_new else state["momentum_buffer"]
         return g * g + c.lam * d * (2 * g - d), (d - g) ** 2
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         s.beta = chosen(m.whole.gain, m.whole.difference, c.beta_max)
         c.kept = (s.beta + c.lam) / (1 + c.lam)
         c.taken = (1 - s.beta) / (1 + c.lam)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         d = g if c.is_new else c.kept * state["momentum_buffer"] + c.taken * g
         return d, {"momentum_buffer": d}
 
@@ -69,17 +82,17 @@ class AMAdamWRule(Rule):
     """
 
     name = "amadamw"
-    hyper = (LR, WEIGHT_DECAY, BETA2, EPS, LAM, BETA_MAX)
-    states = (State("direction"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0, "beta": 0.0, "beta_product": 1.0, "last_lr": 0.0}
-    shared = ("beta", "beta_product", "last_lr")
+    hyper: Hypers = (LR, WEIGHT_DECAY, BETA2, EPS, LAM, BETA_MAX)
+    states: States = (State("direction"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0, "beta": 0.0, "beta_product": 1.0, "last_lr": 0.0}
+    shared: Names = ("beta", "beta_product", "last_lr")
     decay = DECOUPLED
-    scopes = ("tensor", "group", "all")
-    measures = ("gain", "difference")
+    scopes: Names = ("tensor", "group", "all")
+    measures: Names = ("gain", "difference")
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
             scale=1 - h.beta_max * s.beta_product,
@@ -94,13 +107,13 @@ class AMAdamWRule(Rule):
         )
 
     @staticmethod
-    def metric(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    def metric(g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensor]:
         """``P``, and the new second moment."""
         v = c.beta2 * state["exp_avg_sq"] + c.one_minus_beta2 * (g * g)
         return c.scale * (c.root_scale * v.sqrt() + c.eps), v
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         metric, _ = AMAdamWRule.metric(g, state, c)
         d = state["direction"]
         weight, change = 1 / (metric * (1 + c.lam * metric)), d - g
@@ -109,7 +122,7 @@ class AMAdamWRule(Rule):
         return c.gap_scale * gap - rest, change * change * weight
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         is_first = s.beta_product == 1
         s.beta = c.beta_max if is_first else chosen(m.whole.gain, m.whole.difference, c.beta_max)
         s.beta_product = s.beta_product * s.beta
@@ -117,17 +130,15 @@ class AMAdamWRule(Rule):
         c.beta = s.beta
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         metric, v = AMAdamWRule.metric(g, state, c)
         regularised = c.lam * metric
         d = torch.addcmul((1 - c.beta) * g, regularised + c.beta, state["direction"]) / (1 + regularised)
         return d / metric, {"direction": d, "exp_avg_sq": v}
 
 
-class ChosenMemory:
+class ChosenMemory(torch.optim.Optimizer):
     """What both have: the memory that the last step chose."""
-
-    state: Any
 
     def memory_of(self, p: Tensor) -> Tensor:
         """The momentum factor that a parameter's last step used, between 0 and ``beta_max``.
@@ -172,7 +183,7 @@ class AMSGD(ChosenMemory, FusedOptimizer):
         Topollai and Choromanska, arXiv 2510.04988.
     """
 
-    rule = AMSGDRule
+    rule: type[Rule] = AMSGDRule
 
     def __init__(
         self,
@@ -233,7 +244,7 @@ class AMAdamW(ChosenMemory, FusedOptimizer):
         Topollai and Choromanska, arXiv 2510.04988; Loshchilov and Hutter, ICLR 2019.
     """
 
-    rule = AMAdamWRule
+    rule: type[Rule] = AMAdamWRule
 
     def __init__(
         self,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, LR, Hyper, Rule, State, StepScale
+from fusedopt.rule import COUPLED, LR, Hyper, Hypers, Rule, Scalars, State, States, StepScale
 
 
 class ASGDRule(Rule):
@@ -18,21 +17,21 @@ class ASGDRule(Rule):
     """
 
     name = "asgd"
-    hyper = (LR, Hyper("lambd"), Hyper("alpha"), Hyper("t0"))
-    states = (State("ax", exact=True),)
-    scalars = {"step": 0.0, "eta": "lr", "mu": 1.0}
+    hyper: Hypers = (LR, Hyper("lambd"), Hyper("alpha"), Hyper("t0"))
+    states: States = (State("ax", exact=True),)
+    scalars: Scalars = {"step": 0.0, "eta": "lr", "mu": 1.0}
     decay = COUPLED
-    step_scale = StepScale.ONE
+    step_scale: StepScale = StepScale.ONE
 
     @staticmethod
-    def prepare(h, s, new_state):
-        c = SimpleNamespace(shrinkage=h.lambd * s.eta, eta=s.eta, mu=s.mu)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        c = Values(shrinkage=h.lambd * s.eta, eta=s.eta, mu=s.mu)
         s.eta = h.lr / (1 + h.lambd * h.lr * s.step) ** h.alpha
         s.mu = 1 / max(1.0, s.step - h.t0)
         return c
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         d = c.shrinkage * p + c.eta * g
         stepped = p - d
         return d, {"ax": stepped if c.mu == 1 else state["ax"] + c.mu * (stepped - state["ax"])}
@@ -66,7 +65,7 @@ class ASGD(FusedOptimizer):
         Polyak and Juditsky, SIAM Journal on Control and Optimization 1992; the form of ``torch.optim.ASGD``.
     """
 
-    rule = ASGDRule
+    rule: type[Rule] = ASGDRule
 
     def __init__(
         self,

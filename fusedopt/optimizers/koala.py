@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar, cast, overload
 
 import torch
 from torch import Tensor
 
 from fusedopt import checks, codecs, memory, noise, storage
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Arguments, Member, ParamGroup, ParamsT, ProcessGroup, StateDict, is_group
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.koala_rules import KoalaMRule, KoalaVRule
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.ranks import Ranks, Reduction
+from fusedopt.rule import Rule
+
+T = TypeVar("T")
 
 ONLINE = "online"
 
@@ -26,26 +30,34 @@ class MeasuresLoss(FusedOptimizer):
     _of_steps = ("loss", "loss_square", "measured")
     _of_all: tuple[str, ...] = ()  # keys that are the same in all groups
 
-    def __init__(self, params: ParamsT, **more: Any) -> None:
-        more["defaults"].update({"online": False, "loss": 0.0, "loss_square": 0.0, "measured": False})
-        super().__init__(params, **more)
+    def __init__(self, params: ParamsT, defaults: ParamGroup, **more: object) -> None:
+        defaults.update({"online": False, "loss": 0.0, "loss_square": 0.0, "measured": False})
+        super().__init__(params, defaults, **cast("Arguments", more))
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group of parameters; see ``fusedopt.FusedOptimizer.add_param_group``."""
-        if isinstance(param_group, dict):
+        if is_group(param_group):
             if param_group.get("r", self.defaults["r"]) == ONLINE:
                 param_group.update(r=1.0, online=True)
             for group in self.param_groups[:1]:
                 param_group.update({key: group[key] for key in (*self._of_steps, *self._of_all)})
         super().add_param_group(param_group)
 
+    @overload
+    def step(
+        self, closure: None = None, *, loss: float | Tensor | None = None, per_sample_loss: Tensor | None = None
+    ) -> None: ...
+    @overload
+    def step(
+        self, closure: Callable[[], T], *, loss: float | Tensor | None = None, per_sample_loss: Tensor | None = None
+    ) -> T: ...
     def step(
         self,
-        closure: Callable[[], Any] | None = None,
+        closure: Callable[[], T] | None = None,
         *,
         loss: float | Tensor | None = None,
         per_sample_loss: Tensor | None = None,
-    ) -> Any:
+    ) -> T | None:
         """Do one step.
 
         Args:
@@ -69,8 +81,8 @@ class MeasuresLoss(FusedOptimizer):
             self._before_closure()
             with torch.enable_grad():
                 returned = closure()
-            loss = returned if loss is None and per_sample_loss is None else loss
-        self._take(loss, per_sample_loss)
+        of_closure = loss is None and per_sample_loss is None
+        self._take(returned if of_closure else loss, per_sample_loss)
         super().step()
         if self.param_groups[0]["measured"]:
             self._after_step()
@@ -83,13 +95,12 @@ class MeasuresLoss(FusedOptimizer):
         """What is to be done after a step that measured something."""
 
     @torch.no_grad()
-    def _take(self, loss: Any, samples: Any) -> None:
+    def _take(self, loss: object, samples: Tensor | None) -> None:
         """Put a step's measurement into the groups."""
         if isinstance(loss, Tensor) and loss.numel() > 1 and samples is None:
             loss, samples = None, loss
         if samples is not None:
-            if not isinstance(samples, Tensor) or not samples.numel() or not samples.is_floating_point():
-                raise TypeError(f"per_sample_loss is {samples!r}; it must be a floating point tensor with elements")
+            checks.samples(samples)
             samples = samples.detach().double()
             loss = samples.mean() if loss is None else loss
         if loss is not None:
@@ -108,7 +119,7 @@ class MeasuresLoss(FusedOptimizer):
         for group in self.param_groups:
             group.update(loss=of_groups[0], loss_square=of_groups[1], measured=loss is not None)
 
-    def state_dict(self, *, dequantized: bool = False) -> dict[str, Any]:
+    def state_dict(self, *, dequantized: bool = False) -> StateDict:
         """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
         saved = super().state_dict(dequantized=dequantized)
         for group in saved.get("param_groups", ()):
@@ -117,12 +128,12 @@ class MeasuresLoss(FusedOptimizer):
         return saved
 
 
-def _put(into: Tensor, value: float | Tensor | None) -> None:
+def _put(into: Tensor, value: object) -> None:
     """A number into a tensor, without waiting for either's device; None is 0."""
     if isinstance(value, Tensor):
         into.copy_(value.detach().reshape(()), non_blocking=True)
     else:
-        into.fill_(0.0 if value is None else float(value))
+        into.fill_(0.0 if value is None else checks.number(value, "loss", ""))
 
 
 class KoalaV(MeasuresLoss):
@@ -155,7 +166,7 @@ class KoalaV(MeasuresLoss):
         Davtyan et al., AAAI 2022, arXiv 2107.03331.
     """
 
-    rule = KoalaVRule
+    rule: type[Rule] = KoalaVRule
 
     def __init__(
         self,
@@ -221,7 +232,7 @@ class KoalaM(MeasuresLoss):
         Davtyan et al., AAAI 2022, arXiv 2107.03331.
     """
 
-    rule = KoalaMRule
+    rule: type[Rule] = KoalaMRule
     _of_all = ("drift", "predictions", "predicted")
 
     def __init__(
@@ -266,8 +277,8 @@ class KoalaM(MeasuresLoss):
         """
         if self.param_groups[0]["predicted"]:
             raise RuntimeError("predict() was called twice without a step between")
-        checks.not_averaged(self)
-        everyone = [(p, group) for group in self.param_groups for p in group["params"]]
+        self._refuse_averaged()
+        everyone = self._bring_up_to_date().everyone()
         drift = self._drift(everyone)
         kept = self.param_groups[0]["drift"]
         drift = kept.copy_(drift) if isinstance(kept, Tensor) else drift
@@ -277,7 +288,7 @@ class KoalaM(MeasuresLoss):
         for group in self.param_groups:
             group.update(drift=drift, predictions=group["predictions"] + 1, predicted=True)
 
-    def _move(self, i: int, p: Tensor, group: dict[str, Any]) -> None:
+    def _move(self, i: int, p: Tensor, group: ParamGroup) -> None:
         """Move a parameter along its velocity."""
         state, (spec, _) = self.state[p], self.rule.states
         stored = storage.param_operand(p, group, state), storage.state_operand(spec, group, state)
@@ -287,10 +298,10 @@ class KoalaM(MeasuresLoss):
             words = None
             if operand.codec.draws:
                 step = int(group["predictions"])
-                words = noise.rounding(self, i, p, group, operand.name, step, noise.PREDICTED)
+                words = noise.rounding(self._context, i, p, group, operand.name, step, noise.PREDICTED)
             codecs.encode(operand, now, words)
 
-    def _drift(self, everyone: list[tuple[Tensor, dict[str, Any]]]) -> Tensor:
+    def _drift(self, everyone: list[Member]) -> Tensor:
         """``|e - p|`` over all parameters of all ranks, divided by how many numbers they are."""
         params = [p for p, _ in everyone]
         device, ranks = params[0].device, Ranks(params, self.process_group)
@@ -311,7 +322,7 @@ class KoalaM(MeasuresLoss):
         if not self.param_groups[0]["predicted"]:
             self.predict()
 
-    def _take(self, loss: Any, samples: Any) -> None:
+    def _take(self, loss: object, samples: Tensor | None) -> None:
         if not self.param_groups[0]["predicted"] and (loss is not None or samples is not None):
             raise RuntimeError("predict() must be called before the forward pass whose loss is measured")
         super()._take(loss, samples)

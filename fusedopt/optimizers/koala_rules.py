@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
-from fusedopt.rule import LR, RULE, WEIGHT_DECAY, Hyper, Rule, State
+from torch import Tensor
+
+from fusedopt.aliases import Tensors, Values
+from fusedopt.rule import LR, RULE, WEIGHT_DECAY, Hyper, Hypers, Names, Rule, Scalars, Score, State, States
 
 SHORTEST = 1e-9  # a tensor whose gradient is shorter is left out
 NOISE = (Hyper("r"), Hyper("online", high=1.0))
@@ -19,40 +21,40 @@ class Koala(Rule):
     """
 
     decay = RULE
-    scopes = ("all",)
-    measures = ("grad", "slope", "param")
+    scopes: Names = ("all",)
+    measures: Names = ("grad", "slope", "param")
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         h = g + c.weight_decay * p
         return g * g, h * h, p * p
 
     @staticmethod
-    def residual(m: SimpleNamespace, c: SimpleNamespace, variance: float) -> float:
+    def residual(m: Values, c: Values, variance: float) -> float:
         """What multiplies a variance to a gain: ``(loss + wd |p|^2 / 2) / S``; 0 of what is left out."""
         S = variance * m.slope + c.noise
         return (c.loss + 0.5 * c.weight_decay * m.param) / S if m.grad >= SHORTEST**2 and S > 0 else 0.0
 
     @staticmethod
-    def noise_after(h: SimpleNamespace, noise: float) -> float:
+    def noise_after(h: Values, noise: float) -> float:
         """That of the measurement after this step: fixed, or a running mean of the losses' squares."""
         if not h.online:
             return h.r
         return 0.9 * noise + 0.1 * h.loss_square if h.measured else noise
 
 
-def information(m: SimpleNamespace, variance: float, noise: float) -> float:
+def information(m: Values, variance: float, noise: float) -> float:
     """``|h|^2 / S`` of a tensor; 0 of what is left out."""
     S = variance * m.slope + noise
     return m.slope / S if m.grad >= SHORTEST**2 and S > 0 else 0.0
 
 
-def by_sigma(c: SimpleNamespace, m: SimpleNamespace) -> float:
+def by_sigma(c: Values, m: Values) -> float:
     """What the tensor tells that tells most is what the variance shrinks by: KoalaV's score."""
     return information(m, c.sigma, c.noise)
 
 
-def by_covariance(c: SimpleNamespace, m: SimpleNamespace) -> float:
+def by_covariance(c: Values, m: Values) -> float:
     """KoalaM's."""
     return information(m, c.p00, c.noise)
 
@@ -64,18 +66,18 @@ class KoalaVRule(Koala):
     """
 
     name = "koalav"
-    hyper = (WEIGHT_DECAY, Hyper("q"), *NOISE, Hyper("match_reference", high=1.0), *MEASUREMENT)
-    settings = (Hyper("sigma"),)
-    scalars = {"step": 0.0, "sigma": "sigma", "noise": "r"}
-    shared = ("sigma", "noise")
-    score = by_sigma
+    hyper: Hypers = (WEIGHT_DECAY, Hyper("q"), *NOISE, Hyper("match_reference", high=1.0), *MEASUREMENT)
+    settings: Hypers = (Hyper("sigma"),)
+    scalars: Scalars = {"step": 0.0, "sigma": "sigma", "noise": "r"}
+    shared: Names = ("sigma", "noise")
+    score: Score | None = by_sigma
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         if h.measured:
             s.sigma = s.sigma + h.q
         s.noise = Koala.noise_after(h, s.noise)
-        return SimpleNamespace(
+        return Values(
             weight_decay=h.weight_decay,
             sigma=s.sigma,
             noise=s.noise,
@@ -86,7 +88,7 @@ class KoalaVRule(Koala):
         )
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         if not c.measured:
             return
         c.gain = c.sigma * Koala.residual(m, c, c.sigma)
@@ -95,8 +97,11 @@ class KoalaVRule(Koala):
             s.sigma = c.sigma * (1 - c.sigma * m.largest)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         return c.gain * g + c.decay * p, {}
+
+
+PREDICTED: Hypers = (Hyper("drift"), Hyper("predictions"))
 
 
 class KoalaMRule(Koala):
@@ -109,15 +114,24 @@ class KoalaMRule(Koala):
     """
 
     name = "koalam"
-    hyper = (LR, WEIGHT_DECAY, Hyper("a"), Hyper("qv"), *NOISE, *MEASUREMENT, Hyper("drift"), Hyper("predictions"))
-    settings = (Hyper("sw"), Hyper("sv"), Hyper("q"))
-    states = (State("velocity"), State("average", exact=True))
-    scalars = {"step": 0.0, "p00": "sw", "p10": 0.0, "p11": "sv", "qw": "q", "noise": "r", "predictions": 0.0}
-    shared = ("p00", "p10", "p11", "qw", "noise", "predictions")
-    score = by_covariance
+    hyper: Hypers = (
+        LR,
+        WEIGHT_DECAY,
+        Hyper("a"),
+        Hyper("qv"),
+        *NOISE,
+        *MEASUREMENT,
+        Hyper("drift"),
+        Hyper("predictions"),
+    )
+    settings: Hypers = (Hyper("sw"), Hyper("sv"), Hyper("q"))
+    states: States = (State("velocity"), State("average", exact=True))
+    scalars: Scalars = {"step": 0.0, "p00": "sw", "p10": 0.0, "p11": "sv", "qw": "q", "noise": "r", "predictions": 0.0}
+    shared: Names = ("p00", "p10", "p11", "qw", "noise", "predictions")
+    score: Score | None = by_covariance
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         for _ in range(2):  # one, or two after steps that were skipped, until all are done
             if s.predictions >= h.predictions:
                 break
@@ -127,7 +141,7 @@ class KoalaMRule(Koala):
             s.p10 = h.a * (s.p10 + s.p11)
             s.p11 = h.a * h.a * s.p11 + h.qv
         s.noise = Koala.noise_after(h, s.noise)
-        return SimpleNamespace(
+        return Values(
             lr=h.lr,
             weight_decay=h.weight_decay,
             p00=s.p00,
@@ -142,7 +156,7 @@ class KoalaMRule(Koala):
         )
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         if not c.measured:
             return
         k = Koala.residual(m, c, c.p00)
@@ -154,7 +168,7 @@ class KoalaMRule(Koala):
             s.p11 = c.p11 - m.largest * c.p10 * c.p10
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         h = g + c.weight_decay * p
         d, e = c.gain * h, state["average"]
         return d, {"velocity": state["velocity"] - c.velocity_gain * h, "average": e + c.follow * (p - c.lr * d - e)}

@@ -3,14 +3,27 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, RULE, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
+from fusedopt.rule import (
+    BETAS,
+    EPS,
+    RULE,
+    WEIGHT_DECAY,
+    Hyper,
+    Hypers,
+    Names,
+    Rule,
+    Scalars,
+    State,
+    States,
+    bias_correction,
+)
 
 ALWAYS_ADAPT = Hyper("always_adapt", high=1.0)
 
@@ -22,15 +35,15 @@ class LAMBRule(Rule):
     """
 
     name = "lamb"
-    hyper = (*BETAS, EPS, WEIGHT_DECAY, ALWAYS_ADAPT)
-    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0}
+    hyper: Hypers = (*BETAS, EPS, WEIGHT_DECAY, ALWAYS_ADAPT)
+    states: States = (State("exp_avg"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0}
     decay = RULE
-    measures = ("param", "update")
+    measures: Names = ("param", "update")
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -43,23 +56,23 @@ class LAMBRule(Rule):
         )
 
     @staticmethod
-    def update(p: Tensor, g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, dict[str, Tensor]]:
+    def update(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         """``u``, and the new state."""
         v, new = update_moments(g, state, c)
         return c.m_scale * new["exp_avg"] / (c.root_scale * v.sqrt() + c.eps) + c.weight_decay * p, new
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         u, _ = LAMBRule.update(p, g, state, c)
         return p * p, u * u
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         if c.adapts and m.param > 0 and m.update > 0:
             c.trust = m.param**0.5 / m.update**0.5
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         u, new = LAMBRule.update(p, g, state, c)
         return c.trust * u, new
 
@@ -92,7 +105,7 @@ class LAMB(FusedOptimizer):
         You et al., ICLR 2020; the form is that of timm's Lamb and apex's FusedLAMB.
     """
 
-    rule = LAMBRule
+    rule: type[Rule] = LAMBRule
 
     def __init__(
         self,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.lamb import ALWAYS_ADAPT
 from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import EPS, RULE, WEIGHT_DECAY, Hyper, Rule
+from fusedopt.rule import EPS, RULE, WEIGHT_DECAY, Hyper, Hypers, Names, Rule, States
 
 
 class LARSRule(Rule):
@@ -20,18 +19,18 @@ class LARSRule(Rule):
     """
 
     name = "lars"
-    hyper = (*MOMENTUM, WEIGHT_DECAY, Hyper("trust_coefficient"), EPS, ALWAYS_ADAPT)
-    states = SGDRule.states
+    hyper: Hypers = (*MOMENTUM, WEIGHT_DECAY, Hyper("trust_coefficient"), EPS, ALWAYS_ADAPT)
+    states: States = SGDRule.states
     decay = RULE
-    measures = ("param", "grad")
+    measures: Names = ("param", "grad")
 
     @classmethod
-    def conflict(cls, group):
+    def conflict(cls, group: Group) -> str | None:
         return SGDRule.conflict(group)
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(
             **vars(SGDRule.prepare(h, s, new_state)),
             weight_decay=h.weight_decay,
             trust_coefficient=h.trust_coefficient,
@@ -41,17 +40,17 @@ class LARSRule(Rule):
         )
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         return p * p, g * g
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         p, g = m.param**0.5, m.grad**0.5
         if c.adapts and p > 0 and g > 0:
             c.trust = c.trust_coefficient * p / (g + c.weight_decay * p + c.eps)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         return SGDRule.direction(p, c.trust * (g + c.weight_decay * p), state, c)
 
 
@@ -87,7 +86,7 @@ class LARS(FusedOptimizer):
         You, Gitman and Ginsburg, arXiv 1708.03888; the form is that of timm's Lars.
     """
 
-    rule = LARSRule
+    rule: type[Rule] = LARSRule
 
     def __init__(
         self,

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, DECOUPLED, Rule, State
+from fusedopt.rule import BETAS, DECOUPLED, Hypers, Rule, State, States
 
 
 class LionRule(Rule):
     """``d = sign(b1 m + (1-b1) g)``, then ``m <- b2 m + (1-b2) g``."""
 
     name = "lion"
-    hyper = BETAS
-    states = (State("exp_avg"),)
+    hyper: Hypers = BETAS
+    states: States = (State("exp_avg"),)
     decay = DECOUPLED
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(beta1=h.beta1, one_minus_beta1=1 - h.beta1, beta2=h.beta2, one_minus_beta2=1 - h.beta2)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(beta1=h.beta1, one_minus_beta1=1 - h.beta1, beta2=h.beta2, one_minus_beta2=1 - h.beta2)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         m = state["exp_avg"]
         update = c.beta1 * m + c.one_minus_beta1 * g
         sign = update.sign().where(~update.isnan(), update)  # sign(NaN) is 0 in torch
@@ -55,7 +54,7 @@ class Lion(FusedOptimizer):
         Chen et al. 2023, arXiv 2302.06675.
     """
 
-    rule = LionRule
+    rule: type[Rule] = LionRule
 
     def __init__(
         self,

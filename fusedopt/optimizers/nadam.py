@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import ratio
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, Hyper, Rule, State, bias_correction
+from fusedopt.rule import BETAS, EPS, Hyper, Hypers, Rule, Scalars, State, States, bias_correction
 
 
 class NAdamRule(Rule):
@@ -20,15 +20,15 @@ class NAdamRule(Rule):
     """
 
     name = "nadam"
-    hyper = (*BETAS, EPS, Hyper("momentum_decay"))
-    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0, "mu_product": 1.0}
+    hyper: Hypers = (*BETAS, EPS, Hyper("momentum_decay"))
+    states: States = (State("exp_avg"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0, "mu_product": 1.0}
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         mu, mu_next = (h.beta1 * (1 - 0.5 * 0.96 ** (t * h.momentum_decay)) for t in (s.step, s.step + 1))
         s.mu_product *= mu
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -38,7 +38,9 @@ class NAdamRule(Rule):
             eps=h.eps,
         )
 
-    direction = staticmethod(ratio)
+    @staticmethod
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
+        return ratio(p, g, state, c)
 
 
 class NAdam(FusedOptimizer):
@@ -69,7 +71,7 @@ class NAdam(FusedOptimizer):
         Dozat, ICLR 2016 workshop; the form of ``torch.optim.NAdam``.
     """
 
-    rule = NAdamRule
+    rule: type[Rule] = NAdamRule
 
     def __init__(
         self,

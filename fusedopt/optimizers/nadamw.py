@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import ratio
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, DECOUPLED, EPS, Rule, State, bias_correction
+from fusedopt.rule import BETAS, DECOUPLED, EPS, Hypers, Rule, Scalars, State, States, bias_correction
 
 
 class NAdamWRule(Rule):
     """``d = n / (1 - b1^t) / (sqrt(v / (1-b2^t)) + eps)`` with ``n = b1 m + (1-b1) g``."""
 
     name = "nadamw"
-    hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0}
+    hyper: Hypers = (*BETAS, EPS)
+    states: States = (State("exp_avg"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0}
     decay = DECOUPLED
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         scale = 1 / bias_correction(h.beta1, s.step)
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -35,7 +35,9 @@ class NAdamWRule(Rule):
             eps=h.eps,
         )
 
-    direction = staticmethod(ratio)
+    @staticmethod
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
+        return ratio(p, g, state, c)
 
 
 class NAdamW(FusedOptimizer):
@@ -65,7 +67,7 @@ class NAdamW(FusedOptimizer):
         Choi et al. 2019, arXiv 1910.05446, table 1.
     """
 
-    rule = NAdamWRule
+    rule: type[Rule] = NAdamWRule
 
     def __init__(
         self,

@@ -1,48 +1,56 @@
 """NSGD: SGD whose step is divided by the power of a layer's input, and the hooks that measure it."""
 
+# Torch has no public name for a list of hooks.
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fusedopt import checks, memory
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Group, ParamGroup, ParamsT, ParamState, ProcessGroup, StateDict, Tensors, Values, is_group
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, EPS, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hypers, Rule, Scalars, State, States
 
 LAYER, IN_CHANNEL = GRANULARITIES = ("layer", "in_channel")
 L1, L2 = NORMS = ("l1", "l2")
+
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Power = tuple[Tensor, Layer, Tensor]  # a parameter, its layer, and what that has seen
+Seen = tuple[Layer, list[tuple[Tensor, int]]]  # a layer, and the sums and counts of its hooks
 
 
 class NSGDRule(Rule):
     """SGD's direction times ``scale``, and times ``channel_scale`` where input channels have their own."""
 
     name = "nsgd"
-    hyper = MOMENTUM
-    settings = (EPS,)
-    states = (
+    hyper: Hypers = MOMENTUM
+    settings: Hypers = (EPS,)
+    states: States = (
         State("momentum_buffer", when="momentum"),
         State("channel_scale", when="per_channel", init=1.0, signed=False, exact=True),
     )
-    scalars = {"step": 0.0, "scale": 1.0}
+    scalars: Scalars = {"step": 0.0, "scale": 1.0}
     decay = COUPLED
 
     @classmethod
-    def conflict(cls, group):
+    def conflict(cls, group: Group) -> str | None:
         return SGDRule.conflict(group)
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(**vars(SGDRule.prepare(h, s, new_state)), scale=s.scale)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(**vars(SGDRule.prepare(h, s, new_state)), scale=s.scale)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         of_sgd = {name: state[name] for name in state if name == "momentum_buffer"}
         d, new = SGDRule.direction(p, g, of_sgd, c)
         scales = {name: state[name] for name in state if name == "channel_scale"}
@@ -59,11 +67,11 @@ class _Hook:
         self.total: Tensor | None = None  # over all vectors; of each channel with "in_channel"
         self.count = 0  # of vectors
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[object, ...]) -> None:
         if not torch.is_grad_enabled() or not inputs or not isinstance(inputs[0], Tensor):
             return
         x = inputs[0].detach()
-        channels = -1 if isinstance(module, nn.Linear) else x.dim() - _n_positions(module) - 1
+        channels = -1 if isinstance(module, nn.Linear) else x.dim() - _n_positions(cast("Layer", module)) - 1
         x = x.movedim(channels, -1).reshape(-1, x.shape[channels])
         x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         each = x.abs() if self.norm == L1 or x.is_complex() else x
@@ -73,8 +81,8 @@ class _Hook:
         self.count += x.shape[0]
 
 
-def _n_positions(module: Any) -> int:
-    return len(module.kernel_size)
+def _n_positions(module: Layer) -> int:
+    return len(cast("tuple[int, ...]", module.kernel_size))
 
 
 def _check(norm: str, granularity: str) -> None:
@@ -84,7 +92,11 @@ def _check(norm: str, granularity: str) -> None:
             raise ValueError(f"{name} is {value!r}; it may be {' or '.join(map(repr, known))}")
 
 
-def _is_layer(module: nn.Module) -> bool:
+def _hooks(module: nn.Module) -> dict[int, object]:
+    return cast("dict[int, object]", module._forward_pre_hooks)
+
+
+def _is_layer(module: nn.Module) -> TypeGuard[Layer]:
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
@@ -107,14 +119,17 @@ class InputPowers:
         TypeError: If it is no model.
     """
 
+    norm: str
+    granularity: str
+    average_over: ProcessGroup | None
+
     def __init__(
         self, model: nn.Module, norm: str = L2, granularity: str = LAYER, average_over: ProcessGroup | None = None
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model is {type(model).__name__}; it must be a torch.nn.Module")
+        checks.kind("model", model, nn.Module, "a torch.nn.Module")
         _check(norm, granularity)
         self.norm, self.granularity, self.average_over = norm, granularity, average_over
-        self._layers: list[tuple[Any, _Hook]] = []
+        self._layers: list[tuple[Layer, _Hook]] = []
         for module in filter(_is_layer, model.modules()):
             hook = next(iter(self._hooks_of(module)), None)
             if hook is None:
@@ -124,26 +139,26 @@ class InputPowers:
 
     def _hooks_of(self, module: nn.Module) -> Iterator[_Hook]:
         """Those that measure the same; a copy of a model brings its own."""
-        for hook in module._forward_pre_hooks.values():
+        for hook in _hooks(module).values():
             if isinstance(hook, _Hook) and (hook.norm, hook.granularity) == (self.norm, self.granularity):
                 yield hook
 
     def remove(self) -> None:
         """Take the hooks off the layers."""
         for module, hook in self._layers:
-            for key in [key for key, value in module._forward_pre_hooks.items() if value is hook]:
+            for key in [key for key, value in _hooks(module).items() if value is hook]:
                 del module._forward_pre_hooks[key]
         self._layers = []
 
-    def take(self) -> list[tuple[Tensor, nn.Module, Tensor]]:
+    def take(self) -> list[Power]:
         """Parameters, their layers, and the powers of what they have seen; counting begins anew.
 
         Waits for no device.
         """
-        weights: dict[int, list[tuple[Any, _Hook]]] = {}
+        weights: dict[int, list[tuple[Layer, _Hook]]] = {}
         for module, hook in self._layers:
             weights.setdefault(id(module.weight), []).append((module, hook))
-        found = []
+        found: list[Seen] = []
         for of_one in weights.values():  # layers that share a weight, or one alone
             seen = [(hook.total, hook.count) for _, hook in of_one if hook.total is not None]
             for _, hook in of_one:
@@ -151,16 +166,16 @@ class InputPowers:
             found.append((of_one[0][0], seen))
         if self.average_over is not None:
             return self._of_all_ranks(found)
-        powers = []
+        powers: list[Power] = []
         for module, seen in found:
             if count := sum(count for _, count in seen):
                 power = torch.stack([total for total, _ in seen]).sum(0) / count
                 powers.append((module.weight, module, power))
         return powers
 
-    def _of_all_ranks(self, found: list[Any]) -> list[tuple[Tensor, nn.Module, Tensor]]:
+    def _of_all_ranks(self, found: list[Seen]) -> list[Power]:
         """Sums and counts are added up over ranks; NaN of layers that none has seen anything of."""
-        parts = []
+        parts: list[Tensor] = []
         for module, seen in found:
             device = memory.local(module.weight).device
             width = module.weight.shape[1] * getattr(module, "groups", 1) if self.granularity == IN_CHANNEL else 1
@@ -170,8 +185,9 @@ class InputPowers:
             return []
         everything = torch.cat([part.to(parts[0].device) for part in parts])
         dist.all_reduce(everything, group=self.average_over)
-        powers = []
-        for (module, _), part in zip(found, everything.split([len(part) for part in parts]), strict=True):
+        pieces = cast("Sequence[Tensor]", everything.split([len(part) for part in parts]))
+        powers: list[Power] = []
+        for (module, _), part in zip(found, pieces, strict=True):
             power = part[:-1] / part[-1]
             powers.append((module.weight, module, power if self.granularity == IN_CHANNEL else power[0]))
         return powers
@@ -213,7 +229,7 @@ class NSGD(FusedOptimizer):
         Atici, Pan and Cetin, arXiv 2212.09921; the form is that of the authors' description.
     """
 
-    rule = NSGDRule
+    rule: type[Rule] = NSGDRule
     _collector: InputPowers | None = None
 
     def __init__(
@@ -246,21 +262,21 @@ class NSGD(FusedOptimizer):
         handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
-        if collector is not None and not isinstance(collector, InputPowers):
-            raise TypeError(f"collector is {type(collector).__name__}; it must be a fusedopt.InputPowers")
+        if collector is not None:
+            checks.kind("collector", collector, InputPowers, "a fusedopt.InputPowers")
         _check(norm, granularity)
-        given = {name: value for name, value in locals().items() if name not in ("norm", "granularity", "collector")}
+        taken = {name: value for name, value in locals().items() if name not in ("norm", "granularity", "collector")}
         if collector is None and isinstance(params, nn.Module):
             collector = InputPowers(params, norm, granularity)
         per_channel = (collector.granularity if collector else granularity) == IN_CHANNEL
         params = params.named_parameters() if isinstance(params, nn.Module) else params
-        super().__init__(params, **arguments(given, per_channel=per_channel))
+        super().__init__(params, **arguments(taken, per_channel=per_channel))
         self._collector = collector
         self.steps_together = "the powers are taken from the hooks by step()" if collector else ""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group of parameters; see ``fusedopt.FusedOptimizer.add_param_group``."""
-        if isinstance(param_group, dict):
+        if is_group(param_group):
             beta = param_group.get("power_beta", self.defaults["power_beta"])
             if beta is not None and not 0 <= checks.number(beta, "power_beta", "") < 1:
                 raise ValueError(f"power_beta is {beta!r}; it must lie in [0, 1), or be None")
@@ -298,11 +314,11 @@ class NSGD(FusedOptimizer):
         if self._collector is not None:
             self._collector.remove()
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "_collector": self._collector, "steps_together": self.steps_together}
 
 
-def _put(state: dict[str, Any], name: str, value: Tensor) -> None:
+def _put(state: ParamState, name: str, value: Tensor) -> None:
     """A scalar into the state, in place if it is there."""
     if name not in state:
         state[name] = torch.ones((), dtype=_wide(value), device=value.device)
@@ -314,7 +330,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.float32 if t.device.type == "mps" else torch.float64
 
 
-def _averaged(state: dict[str, Any], power: Tensor, beta: float) -> Tensor:
+def _averaged(state: ParamState, power: Tensor, beta: float) -> Tensor:
     """The running average of powers, which is kept in ``input_power``, corrected for its bias as it goes on."""
     if "input_power" not in state or "step" not in state:
         state["input_power"] = power.clone()
@@ -325,7 +341,7 @@ def _averaged(state: dict[str, Any], power: Tensor, beta: float) -> Tensor:
     return kept.copy_(torch.where(kept.isnan(), power, moved))
 
 
-def _spread(channels: Tensor, module: Any, p: Tensor) -> Tensor:
+def _spread(channels: Tensor, module: Layer, p: Tensor) -> Tensor:
     """What each input channel has, to the elements of a weight."""
     groups = getattr(module, "groups", 1)
     own = channels.reshape(groups, 1, -1).expand(groups, p.shape[0] // groups, -1).reshape(p.shape[0], -1)

@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import ratio
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, RULE, WEIGHT_DECAY, Hyper, Rule, State, bias_correction
+from fusedopt.rule import (
+    BETAS,
+    EPS,
+    RULE,
+    WEIGHT_DECAY,
+    Hyper,
+    Hypers,
+    Names,
+    Rule,
+    Scalars,
+    Score,
+    State,
+    States,
+    bias_correction,
+)
 
 MOMENTUM = (
     Hyper("momentum", high=1.0, high_open=True),
@@ -27,7 +41,7 @@ def dimensions(p: Tensor) -> float:
     return float(p.dim())
 
 
-def cosine(c: SimpleNamespace, m: SimpleNamespace) -> float:
+def cosine(c: Values, m: Values) -> float:
     """Of gradient and parameter, times the root of how many elements they have."""
     lengths = max(m.grad**0.5, c.eps) * max(m.param**0.5, c.eps)
     return abs(m.grad_param) / lengths * m.count**0.5 if lengths > 0 else 0.0
@@ -42,9 +56,9 @@ class Projecting(Rule):
     """
 
     decay = RULE
-    scopes = ("channel",)
-    measures = SUMS
-    score = cosine
+    scopes: Names = ("channel",)
+    measures: Names = SUMS
+    score: Score | None = cosine
 
     @staticmethod
     def sums(p: Tensor, g: Tensor, d: Tensor) -> tuple[Tensor, ...]:
@@ -52,7 +66,7 @@ class Projecting(Rule):
         return g * g, p * p, g * p, d * p, torch.ones_like(p)
 
     @staticmethod
-    def project(c: SimpleNamespace, s: SimpleNamespace, m: SimpleNamespace) -> float:
+    def project(c: Values, s: Values, m: Values) -> float:
         """How much of the parameter is taken out of the step; it and the decay are what the step adds of it."""
         if s.n_dims < 2:
             return 0.0
@@ -68,7 +82,7 @@ class Projecting(Rule):
         return along
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         Projecting.project(c, s, m)
 
 
@@ -76,14 +90,14 @@ class AdamPRule(Projecting):
     """Adam's ratio, projected as ``Projecting`` says; with Nesterov of ``b1 m + (1 - b1) g``."""
 
     name = "adamp"
-    hyper = (*BETAS, EPS, WEIGHT_DECAY, *PROJECTION, Hyper("nesterov", high=1.0))
-    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0, "n_dims": dimensions}
+    hyper: Hypers = (*BETAS, EPS, WEIGHT_DECAY, *PROJECTION, Hyper("nesterov", high=1.0))
+    states: States = (State("exp_avg"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0, "n_dims": dimensions}
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         scale = 1 / bias_correction(h.beta1, s.step)
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -97,11 +111,11 @@ class AdamPRule(Projecting):
         )
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         return Projecting.sums(p, g, ratio(p, g, state, c)[0])
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         d, new = ratio(p, g, state, c)
         return d + c.pull * p, new
 
@@ -113,13 +127,13 @@ class SGDPRule(Projecting):
     """
 
     name = "sgdp"
-    hyper = (*MOMENTUM, EPS, WEIGHT_DECAY, *PROJECTION)
-    states = (State("momentum"),)
-    scalars = {"step": 0.0, "n_dims": dimensions}
+    hyper: Hypers = (*MOMENTUM, EPS, WEIGHT_DECAY, *PROJECTION)
+    states: States = (State("momentum"),)
+    scalars: Scalars = {"step": 0.0, "n_dims": dimensions}
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(
             momentum=h.momentum,
             gain=1 - h.dampening,
             ahead=h.momentum if h.nesterov else 1.0,
@@ -132,21 +146,21 @@ class SGDPRule(Projecting):
         )
 
     @staticmethod
-    def step(g: Tensor, state: dict[str, Tensor], c: SimpleNamespace) -> tuple[Tensor, Tensor]:
+    def step(g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensor]:
         """The step before it is projected, and the buffer."""
         buffer = c.momentum * state["momentum"] + c.gain * g
         return c.g_scale * g + c.ahead * buffer, buffer
 
     @staticmethod
-    def measure(p, g, state, c):
+    def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         return Projecting.sums(p, g, SGDPRule.step(g, state, c)[0])
 
     @staticmethod
-    def finish(c, s, m):
+    def finish(c: Values, s: Values, m: Values) -> None:
         c.along_buffer = Projecting.project(c, s, m) * (1 - c.g_scale)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         d, buffer = SGDPRule.step(g, state, c)
         return d + c.pull * p, {"momentum": buffer - c.along_buffer * p}
 
@@ -182,7 +196,7 @@ class AdamP(FusedOptimizer):
         Heo et al., ICLR 2021; the form is that of the package ``adamp``.
     """
 
-    rule = AdamPRule
+    rule: type[Rule] = AdamPRule
 
     def __init__(
         self,
@@ -243,7 +257,7 @@ class SGDP(FusedOptimizer):
         Heo et al., ICLR 2021; the form is that of the package ``adamp``.
     """
 
-    rule = SGDPRule
+    rule: type[Rule] = SGDPRule
 
     def __init__(
         self,

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.adam import update_moments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, EPS, Rule, State, bias_correction
+from fusedopt.rule import BETAS, EPS, Hypers, Rule, Scalars, State, States, bias_correction
 
 
 class RAdamRule(Rule):
     """``d = rect m / (1-b1^t) sqrt(1-b2^t) / (sqrt(v) + eps)`` once ``rho_t > 5``, before that ``m / (1-b1^t)``."""
 
     name = "radam"
-    hyper = (*BETAS, EPS)
-    states = (State("exp_avg"), State("exp_avg_sq", signed=False))
-    scalars = {"step": 0.0}
+    hyper: Hypers = (*BETAS, EPS)
+    states: States = (State("exp_avg"), State("exp_avg_sq", signed=False))
+    scalars: Scalars = {"step": 0.0}
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         correction2 = bias_correction(h.beta2, s.step)
         limit = 2 / (1 - h.beta2) - 1
         rho = limit - 2 * s.step * (1 - correction2) / correction2
@@ -30,7 +30,7 @@ class RAdamRule(Rule):
         if rectified := rho > 5:
             variance = (rho - 4) * (rho - 2) * limit / ((limit - 4) * (limit - 2) * rho)
             m_scale *= math.sqrt(variance * correction2)
-        return SimpleNamespace(
+        return Values(
             one_minus_beta1=1 - h.beta1,
             beta2=h.beta2,
             one_minus_beta2=1 - h.beta2,
@@ -40,7 +40,7 @@ class RAdamRule(Rule):
         )
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         v, new = update_moments(g, state, c)
         d = c.m_scale * new["exp_avg"]
         return (d / (v.sqrt() + c.eps) if c.rectified else d), new
@@ -74,7 +74,7 @@ class RAdam(FusedOptimizer):
         Liu et al., ICLR 2020; threshold and fallback of ``torch.optim.RAdam``.
     """
 
-    rule = RAdamRule
+    rule: type[Rule] = RAdamRule
 
     def __init__(
         self,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, EPS, Hyper, Rule, State
+from fusedopt.rule import COUPLED, EPS, Hyper, Hypers, Rule, Scalars, State, States
 
 
 class RMSpropRule(Rule):
@@ -20,27 +19,27 @@ class RMSpropRule(Rule):
     """
 
     name = "rmsprop"
-    hyper = (Hyper("alpha", high=1.0), EPS, Hyper("momentum"))
-    states = (
+    hyper: Hypers = (Hyper("alpha", high=1.0), EPS, Hyper("momentum"))
+    states: States = (
         State("square_avg", signed=False),
         State("momentum_buffer", when="momentum"),
         State("grad_avg", when="centered"),
     )
-    scalars = {"step": 0.0}
+    scalars: Scalars = {"step": 0.0}
     decay = COUPLED
 
     @classmethod
-    def conflict(cls, group):
+    def conflict(cls, group: Group) -> str | None:
         if group.get("centered") and group.get("state_dtype"):
             return "centered=True takes the difference of two states, which state_dtype would round away"
         return None
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(alpha=h.alpha, one_minus_alpha=1 - h.alpha, eps=h.eps, momentum=h.momentum)
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(alpha=h.alpha, one_minus_alpha=1 - h.alpha, eps=h.eps, momentum=h.momentum)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         v = c.alpha * state["square_avg"] + c.one_minus_alpha * (g * g)
         new = {"square_avg": v}
         if "grad_avg" in state:
@@ -80,7 +79,7 @@ class RMSprop(FusedOptimizer):
         Tieleman and Hinton 2012, lecture 6.5; the form of ``torch.optim.RMSprop``.
     """
 
-    rule = RMSpropRule
+    rule: type[Rule] = RMSpropRule
 
     def __init__(
         self,

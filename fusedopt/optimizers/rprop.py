@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import RULE, Hyper, Rule, State, StepScale
+from fusedopt.rule import RULE, Hyper, Hypers, Rule, Scalars, State, States, StepScale
 
 
 class RpropRule(Rule):
@@ -20,23 +19,23 @@ class RpropRule(Rule):
     """
 
     name = "rprop"
-    hyper = (
+    hyper: Hypers = (
         Hyper("etaminus", "etas", 0, high=1.0, low_open=True, high_open=True),
         Hyper("etaplus", "etas", 1, low=1.0, low_open=True),
         Hyper("step_size_min", "step_sizes", 0),
         Hyper("step_size_max", "step_sizes", 1),
     )
-    states = (State("prev"), State("step_size", init="lr", signed=False, exact=True))
-    scalars = {"step": 0.0}
+    states: States = (State("prev"), State("step_size", init="lr", signed=False, exact=True))
+    scalars: Scalars = {"step": 0.0}
     decay = RULE
-    step_scale = StepScale.ONE
+    step_scale: StepScale = StepScale.ONE
 
     @staticmethod
-    def prepare(h, s, new_state):
-        return SimpleNamespace(**vars(h))
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        return Values(**vars(h))
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         change = g * state["prev"]
         eta = torch.ones_like(g).masked_fill(change > 0, c.etaplus).masked_fill(change < 0, c.etaminus)
         size = (state["step_size"] * eta).clamp(c.step_size_min, c.step_size_max)
@@ -69,7 +68,7 @@ class Rprop(FusedOptimizer):
         Riedmiller and Braun, ICNN 1993, without backtracking; the form of ``torch.optim.Rprop``.
     """
 
-    rule = RpropRule
+    rule: type[Rule] = RpropRule
 
     def __init__(
         self,

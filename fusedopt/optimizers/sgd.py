@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import Hyper, Rule, State
+from fusedopt.rule import Hyper, Hypers, Rule, State, States
 
 MOMENTUM = (Hyper("momentum"), Hyper("dampening", low=-math.inf), Hyper("nesterov", high=1.0))
 
@@ -18,27 +18,27 @@ class SGDRule(Rule):
     """``b <- mu b + (1-tau) g`` (first step ``b <- g``); ``d = g + mu b`` with Nesterov, else b; g without momentum."""
 
     name = "sgd"
-    hyper = MOMENTUM
-    states = (State("momentum_buffer", when="momentum"),)
+    hyper: Hypers = MOMENTUM
+    states: States = (State("momentum_buffer", when="momentum"),)
     sparse = True
 
     @classmethod
-    def rests(cls, group):
+    def rests(cls, group: Group) -> bool:
         return not group["momentum"]
 
     @classmethod
-    def conflict(cls, group):
+    def conflict(cls, group: Group) -> str | None:
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
             return "nesterov=True needs momentum > 0 and dampening = 0"
         return None
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         kept, gain = (0.0, 1.0) if new_state else (h.momentum, 1 - h.dampening)
-        return SimpleNamespace(momentum=h.momentum, kept=kept, gain=gain, nesterov=h.nesterov)
+        return Values(momentum=h.momentum, kept=kept, gain=gain, nesterov=h.nesterov)
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         if not state:
             return g, {}
         buffer = c.kept * state["momentum_buffer"] + c.gain * g
@@ -77,7 +77,7 @@ class SGD(FusedOptimizer):
         Polyak 1964; Sutskever et al., ICML 2013; Loshchilov and Hutter, ICLR 2019 (SGDW).
     """
 
-    rule = SGDRule
+    rule: type[Rule] = SGDRule
 
     def __init__(
         self,

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor
 
-from fusedopt.optimizer import FusedOptimizer, ParamsT, ProcessGroup, arguments
+from fusedopt.aliases import ParamGroup, ParamsT, ProcessGroup, Tensors, Values
+from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import BETAS, COUPLED, EPS, LR, Hyper, Rule, State, bias_correction
+from fusedopt.rule import BETAS, COUPLED, EPS, LR, Hyper, Hypers, Names, Rule, Scalars, State, States, bias_correction
 
 RELATIVE = 1e-6  # part of the tolerance
 ADAM, SGD, MIXED = "adam", "sgd", "mixed"
@@ -26,9 +25,9 @@ class SWATSRule(Rule):
     """
 
     name = "swats"
-    hyper = (LR, *BETAS, EPS, Hyper("tol"))
-    states = (State("exp_avg"), State("exp_avg_sq", when="second_moment", signed=False))
-    scalars = {
+    hyper: Hypers = (LR, *BETAS, EPS, Hyper("tol"))
+    states: States = (State("exp_avg"), State("exp_avg_sq", when="second_moment", signed=False))
+    scalars: Scalars = {
         "step": 0.0,
         "phase": 0.0,
         "rate": 0.0,
@@ -39,13 +38,13 @@ class SWATSRule(Rule):
         "step_square": 0.0,
         "step_grad": 0.0,
     }
-    shared = ("phase", "rate", "scope_step", "adam_lr", "sgd_lr")
-    epilogue = ("step_square", "step_grad")
-    scopes = ("group", "all", "tensor")
+    shared: Names = ("phase", "rate", "scope_step", "adam_lr", "sgd_lr")
+    epilogue: Names = ("step_square", "step_grad")
+    scopes: Names = ("group", "all", "tensor")
     decay = COUPLED
 
     @staticmethod
-    def decide(h: SimpleNamespace, s: SimpleNamespace) -> None:
+    def decide(h: Values, s: Values) -> None:
         """What the last step's sums tell."""
         if s.phase or s.scope_step < 1 or s.step_grad == 0:
             return
@@ -56,14 +55,14 @@ class SWATSRule(Rule):
             s.phase, s.sgd_lr = 1.0, settled
 
     @staticmethod
-    def prepare(h, s, new_state):
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
         SWATSRule.decide(h, s)
         s.scope_step += 1
         if s.phase:
             base = s.adam_lr if s.adam_lr > 0 else h.lr
             keep = h.beta1 if s.buffered else 0.0
             s.buffered = 1.0
-            return SimpleNamespace(
+            return Values(
                 lr=h.lr,
                 keep=keep,
                 take=1.0,
@@ -74,7 +73,7 @@ class SWATSRule(Rule):
                 eps=1.0,
             )
         s.adam_lr = h.lr
-        return SimpleNamespace(
+        return Values(
             lr=h.lr,
             keep=h.beta1,
             take=1 - h.beta1,
@@ -86,7 +85,7 @@ class SWATSRule(Rule):
         )
 
     @staticmethod
-    def direction(p, g, state, c):
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         m = c.keep * state["exp_avg"] + c.take * g
         if "exp_avg_sq" not in state:
             return c.scale * m, {"exp_avg": m}
@@ -94,7 +93,7 @@ class SWATSRule(Rule):
         return c.scale * m / (c.root_scale * v.sqrt() + c.eps), {"exp_avg": m, "exp_avg_sq": v}
 
     @staticmethod
-    def conclude(p, g, d, state, c):
+    def conclude(p: Tensor, g: Tensor, d: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
         q = c.lr * d
         return q * q, q * g
 
@@ -131,7 +130,7 @@ class SWATS(FusedOptimizer):
         Keskar and Socher, arXiv 1712.07628.
     """
 
-    rule = SWATSRule
+    rule: type[Rule] = SWATSRule
 
     def __init__(
         self,
@@ -160,7 +159,7 @@ class SWATS(FusedOptimizer):
     ) -> None:
         super().__init__(params, **arguments(locals(), second_moment=True))
 
-    def phase_of(self, group: int | dict[str, Any] | Tensor = 0) -> str:
+    def phase_of(self, group: int | ParamGroup | Tensor = 0) -> str:
         """The phase in which the next step of a group or parameter will be. Waits for the device.
 
         Args:
@@ -182,12 +181,12 @@ class SWATS(FusedOptimizer):
         phases = {self._phase(p, g) for p, g in of if self.scope == "tensor" or p in self.state} or {ADAM}
         return phases.pop() if len(phases) == 1 else MIXED
 
-    def _phase(self, p: Tensor, group: dict[str, Any]) -> str:
+    def _phase(self, p: Tensor, group: ParamGroup) -> str:
         state = self.state.get(p, {})
         if "phase" not in state:
             return ADAM
-        s = SimpleNamespace(**{name: float(state[name]) for name in self.rule.scalars})
-        SWATSRule.decide(SimpleNamespace(**{h.name: float(h.of(group)) for h in SWATSRule.hyper}), s)
+        s = Values(**{name: float(state[name]) for name in self.rule.scalars})
+        SWATSRule.decide(Values(**{h.name: float(h.of(group)) for h in SWATSRule.hyper}), s)
         return SGD if s.phase else ADAM
 
     def drop_moments(self) -> int:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 import fusedopt
+from fusedopt.aliases import Arguments
 from fusedopt.verification import references
 
 
@@ -31,10 +34,10 @@ class Case:
 
     name: str
     optimizer: str
-    options: dict[str, Any]
+    options: Arguments
     oracle: str
     reference: Callable[..., Any] | None = None
-    theirs: dict[str, Any] = field(default_factory=dict)
+    theirs: Arguments = field(default_factory=lambda: {})
     alone: bool = False
     exact: float = 1e-12
     signs: bool = False
@@ -42,7 +45,7 @@ class Case:
     results: tuple[str, ...] = ()
     together: bool = False
 
-    def build(self, params: Any, **more: Any) -> fusedopt.FusedOptimizer:
+    def build(self, params: Iterable[Tensor], **more: object) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
         return getattr(fusedopt, self.optimizer)(params, **self.options, **more)
 
@@ -51,7 +54,7 @@ WD = {"weight_decay": 0.05}
 LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
-PRODUCT = {"bias_correction": "product", **WD}
+PRODUCT: Arguments = {"bias_correction": "product", **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
     Case("SGD momentum", "SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),

@@ -12,17 +12,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from fusedopt.aliases import Memory
 from fusedopt.engines import ENGINES
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import CASES, Case
 from fusedopt.verification.options import OPTION_CASES
-from fusedopt.verification.trajectory import CPU, asked, gradients, parameters, predict, run, run_reference
+from fusedopt.verification.trajectory import CPU, Make, asked, gradients, parameters, predict, run, run_reference
 
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, torch.float64, *HALF)
@@ -79,7 +81,7 @@ def verify(
     Returns:
         One result for each case, engine and dtype.
     """
-    results = []
+    results: list[Result] = []
     for case, engine, dtype in comparisons(engines, optimizers):
         progress(f"{case.name} on {engine}, {_name(dtype)}")
         results.append(compare(case, engine, dtype))
@@ -106,12 +108,15 @@ def has_oracle(case: Case) -> bool:
     return oracles.find(case.oracle) is not None
 
 
-def oracle(case: Case, params: Any) -> Any:
+def oracle(case: Case, params: list[Parameter]) -> torch.optim.Optimizer:
     """The oracle with a case's options."""
     cls = oracles.find(case.oracle)
     assert cls is not None
     options = {**oracles.options(cls, case.build(parameters(torch.float32)).defaults), **case.theirs}
-    return oracles.Alone(lambda ps: cls(ps, **options), params) if case.alone else cls(params, **options)
+    make = cast("Callable[..., torch.optim.Optimizer]", cls)
+    if case.alone:
+        return cast("torch.optim.Optimizer", oracles.Alone(lambda ps: make(ps, **options), params))
+    return make(params, **options)
 
 
 def results(case: Case, params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -120,7 +125,7 @@ def results(case: Case, params: list[Tensor], optimizer: torch.optim.Optimizer) 
     return [*params, *(optimizer.state[p][name] for name in case.results for p in stepped)]
 
 
-def reference_results(case: Case, params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+def reference_results(case: Case, params: list[Tensor], states: list[Memory]) -> list[Tensor]:
     """The same of a textbook loop."""
     return [*params, *(state[name] for name in case.results for state in states)]
 
@@ -167,9 +172,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     state = copy.deepcopy(before.state_dict())
     state["param_groups"][0]["lr"] *= VISIBLE
 
-    def step(
-        make: Callable[[Any], torch.optim.Optimizer], kind: torch.dtype, device: torch.device = CPU
-    ) -> tuple[list[Tensor], Any]:
+    def step(make: Make, kind: torch.dtype, device: torch.device = CPU) -> tuple[list[Tensor], torch.optim.Optimizer]:
         params = [torch.nn.Parameter(p.to(device, kind, copy=True)) for p in start]
         optimizer = make(params)
         optimizer.load_state_dict(oracles.complete(copy.deepcopy(state), optimizer))
@@ -180,7 +183,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
 
     ours, _ = step(lambda p: case.build(p, engine=engine), dtype, home)
     # A textbook loop cannot read a state; the eager rule in fp64, which the loop has judged, can.
-    make = (lambda p: oracle(case, p)) if has_oracle(case) else (lambda p: case.build(p, engine="eager"))
+    make = partial(oracle, case) if has_oracle(case) else partial(case.build, engine="eager")
     for entry in state["state"].values():  # adabound computes with the tensor as it is
         entry.update({k: v.cpu().double() for k, v in entry.items() if k == "step"})
     truth, after = step(make, torch.float64)
@@ -188,10 +191,10 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     for k, (a, b) in enumerate(zip(ours, truth, strict=True)):
         cancelled = (a.double() - b).abs() <= CANCELLED * start[k].double().abs()
         gap = ulps(a, b.to(dtype)).masked_fill(cancelled, 0)
-        given = last[k]
-        if case.signs and given is not None:
+        gradient = last[k]
+        if case.signs and gradient is not None:
             beta1 = after.param_groups[0]["betas"][0]
-            m, g = state["state"][k]["exp_avg"].cpu().double(), given.double()
+            m, g = state["state"][k]["exp_avg"].cpu().double(), gradient.double()
             c = beta1 * m + (1 - beta1) * g
             doubt = (c.abs() < 1e-5 * ((beta1 * m).abs() + ((1 - beta1) * g).abs())) & (c != 0)
             doubtful += int(doubt.sum())

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import fusedopt
 from fusedopt import noise
+from fusedopt.aliases import Arguments, Memory
 from fusedopt.verification.cases import CASES, Case
 
-Memory = dict[str, Any]
 Loop = Callable[[Tensor, Tensor, Memory, Memory], Tensor]
 
 STEPS = 60  # of these cases: what options do they do in few
@@ -72,7 +71,7 @@ def cautious(loop: Loop) -> Loop:
     return step
 
 
-OPTIONS: tuple[tuple[str, Callable[[Loop], Loop], dict[str, Any], tuple[str, ...]], ...] = (
+OPTIONS: tuple[tuple[str, Callable[[Loop], Loop], Arguments, tuple[str, ...]], ...] = (
     ("EMA", ema, {"average": fusedopt.EMA(0.9)}, ("ema",)),
     ("Lookahead", lookahead, {"average": fusedopt.Lookahead(5, 0.5)}, ("slow",)),
     ("noise", gradient_noise, {"gradient_noise": fusedopt.GradientNoise(ETA, seed=7)}, ()),

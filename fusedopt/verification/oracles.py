@@ -12,10 +12,12 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from fusedopt.aliases import Arguments, ParamGroups, StateDict
 
 
 @cache
@@ -66,7 +68,7 @@ class Alone:
         self._params = list(params)
         self._each = [make([p]) for p in self._params]
         self._known = set(self._each[0].param_groups[0]) - {"params"}
-        self.param_groups = [dict(self._each[0].param_groups[0])]  # the options of all
+        self.param_groups: ParamGroups = [dict(self._each[0].param_groups[0])]  # the options of all
 
     def step(self) -> None:
         """Step the parameters that have a gradient."""
@@ -76,7 +78,7 @@ class Alone:
                 optimizer.param_groups[0].update(options)
                 optimizer.step()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: StateDict) -> None:
         """Load one of ours, which counts for each parameter."""
         self.param_groups[0].update(state["param_groups"][0])
         for i, (p, optimizer) in enumerate(zip(self._params, self._each, strict=True)):
@@ -85,17 +87,17 @@ class Alone:
             optimizer.state[p].update({k: v.to(p.dtype, copy=True) for k, v in own.items()})
 
 
-def complete(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+def complete(state: StateDict, optimizer: torch.optim.Optimizer) -> StateDict:
     """A state dict of ours with those options of an oracle's groups that are not ours."""
     groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
     return {**state, "param_groups": [{**theirs, **ours} for theirs, ours in groups]}
 
 
-def step(optimizer: Any, **given: Any) -> None:
+def step(optimizer: torch.optim.Optimizer, **told: object) -> None:
     """Step an optimizer or oracle; some are older than torch's deprecations."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        optimizer.step(**given)
+        cast("Callable[..., object]", optimizer.step)(**told)
 
 
 def version(name: str) -> str:
@@ -104,7 +106,7 @@ def version(name: str) -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
-def options(oracle: type[Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def options(oracle: type[object], wanted: Arguments) -> Arguments:
     """Those of our options that the oracle's constructor knows."""
     known = inspect.signature(oracle.__init__).parameters
     return {k: v for k, v in wanted.items() if k in known}

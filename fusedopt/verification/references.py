@@ -8,12 +8,12 @@ state; ``h`` the group's options.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
-Memory = dict[str, Any]
+from fusedopt.aliases import Memory
 
 
 def sgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
@@ -159,13 +159,13 @@ def lamb(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     t = _tick(x)
     (b1, b2), v = h["betas"], _moments(p, g, x, h)
     u = (x["m"] / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + h["eps"]) + h["weight_decay"] * p
-    ratio = p.norm() / u.norm() if _adapts(h) and p.norm() > 0 and u.norm() > 0 else 1.0
+    ratio = _norm(p) / _norm(u) if _adapts(h) and _norm(p) > 0 and _norm(u) > 0 else 1.0
     return p - h["lr"] * ratio * u
 
 
 def lars(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """You et al. 2017, algorithm 1, with torch's momentum; timm adapts what decays alone."""
-    w, n, decay = p.norm(), g.norm(), h["weight_decay"]
+    w, n, decay = _norm(p), _norm(g), h["weight_decay"]
     ratio = h["trust_coefficient"] * w / (n + decay * w + h["eps"]) if _adapts(h) and w > 0 and n > 0 else 1.0
     return sgd(p, ratio * (g + decay * p), x, {**h, "weight_decay": 0.0})
 
@@ -187,13 +187,18 @@ def sgdp(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p * (1 - h["lr"] * h["weight_decay"] * ratio / (1 - h["momentum"])) - h["lr"] * d
 
 
+def _norm(t: Tensor, dim: int | None = None) -> Tensor:
+    """The L2 norm, of all elements or along a dimension."""
+    return cast("Tensor", torch.linalg.vector_norm(t, dim=dim))
+
+
 def _projected(p: Tensor, g: Tensor, u: Tensor, h: Memory) -> tuple[Tensor, float]:
     for rows in (len(p), 1) if p.dim() > 1 and p.numel() else ():
         q, f, w = (t.reshape(rows, -1) for t in (p, g, u))
-        lengths = (f.norm(dim=1).clamp(min=h["eps"]), q.norm(dim=1).clamp(min=h["eps"]))
+        lengths = (_norm(f, 1).clamp(min=h["eps"]), _norm(q, 1).clamp(min=h["eps"]))
         cosines = (f * q).sum(1).abs() / (lengths[0] * lengths[1])
         if cosines.max() < h["delta"] / math.sqrt(q.shape[1]):
-            n = q / (q.norm(dim=1, keepdim=True) + h["eps"])
+            n = q / (_norm(q, 1)[:, None] + h["eps"])
             return (w - n * (n * w).sum(1, keepdim=True)).reshape(p.shape), h["wd_ratio"]
     return u, 1.0
 
@@ -248,18 +253,18 @@ def swats(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p + q
 
 
-Tensors = list[Tensor]
+Many = list[Tensor]
 
 
-def koalav(params: Tensors, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Tensors:
+def koalav(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
     """Davtyan et al. 2022, algorithm 1, with the layers' own innovations of the authors' code; all tensors at once."""
     x, stepped, most = xs[0], list(params), 0.0
     x["s"] = x.get("s", h["sigma"]) + h["q"]
     noise = _measurement_noise(x, h, losses)
     for k, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if g is not None and float(g.norm()) >= 1e-9:
+        if g is not None and float(_norm(g)) >= 1e-9:
             f = g + h["weight_decay"] * p
-            loss, square = float(losses.mean()) + 0.5 * h["weight_decay"] * float(p.norm()) ** 2, float(f.norm()) ** 2
+            loss, square = float(losses.mean()) + 0.5 * h["weight_decay"] * float(_norm(p)) ** 2, float(_norm(f)) ** 2
             innovation = x["s"] * square + noise
             stepped[k] = p - h["lr"] * x["s"] / innovation * loss * (g if h["match_reference"] else f)
             most = max(most, square / innovation)
@@ -267,24 +272,24 @@ def koalav(params: Tensors, grads: list[Tensor | None], xs: list[Memory], h: Mem
     return stepped
 
 
-def koalam(params: Tensors, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Tensors:
+def koalam(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
     """The same, algorithm 2: predicted, then corrected. The covariance is a matrix in double."""
     x, most = xs[0], 0.0
     zero = [torch.zeros_like(p) for p in params]
     u, e = x.get("u", zero), x.get("e", zero)
-    drift = math.sqrt(sum(float((a - p).norm()) ** 2 for a, p in zip(e, params, strict=True)))
+    drift = math.sqrt(sum(float(_norm(a - p)) ** 2 for a, p in zip(e, params, strict=True)))
     stepped, u = [p + v for p, v in zip(params, u, strict=True)], [h["a"] * v for v in u]
     x["qw"] = 0.9 * x.get("qw", h["q"]) + 0.1 * drift / sum(p.numel() for p in params)
     f = torch.tensor([[1, 1], [0, h["a"]]], dtype=torch.float64)
     covariance = x.get("P", torch.diag(torch.tensor([h["sw"], h["sv"]], dtype=torch.float64)))
     covariance = f @ covariance @ f.T + torch.diag(torch.tensor([x["qw"], h["qv"]], dtype=torch.float64))
-    noise, column = _measurement_noise(x, h, losses), covariance[:, 0].tolist()
+    noise, column = _measurement_noise(x, h, losses), [float(c) for c in covariance[:, 0]]
     for k, (p, g) in enumerate(zip(list(stepped), grads, strict=True)):
-        if g is not None and float(g.norm()) >= 1e-9:
+        if g is not None and float(_norm(g)) >= 1e-9:
             slope = g + h["weight_decay"] * p
-            square = float(slope.norm()) ** 2
+            square = float(_norm(slope)) ** 2
             innovation = column[0] * square + noise
-            loss = float(losses.mean()) + 0.5 * h["weight_decay"] * float(p.norm()) ** 2
+            loss = float(losses.mean()) + 0.5 * h["weight_decay"] * float(_norm(p)) ** 2
             stepped[k] = p - h["lr"] * column[0] / innovation * loss * slope
             u[k] = u[k] - h["lr"] * column[1] / innovation * loss * slope
             e = [0.9 * a + 0.1 * stepped[k] if i == k else a for i, a in enumerate(e)]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from fusedopt.aliases import Arguments, Group, Memory, ParamGroup
 from fusedopt.optimizers.koala import KoalaM, MeasuresLoss
 from fusedopt.verification import oracles
 from fusedopt.verification.cases import Case
@@ -43,7 +43,7 @@ def gradients(steps: int, seed: int = 1) -> Iterator[list[Tensor | None]]:
         yield step
 
 
-def schedule(group: dict[str, Any], base: dict[str, Any], t: int) -> None:
+def schedule(group: ParamGroup, base: Group, t: int) -> None:
     """What schedulers do: lr moves, and beta1 or momentum with it."""
     wave = math.sin(t / 9)
     group["lr"] = base["lr"] * (1 + 0.5 * wave)
@@ -58,13 +58,13 @@ def losses(t: int) -> Tensor:
     return torch.tensor([1.5 + math.sin(t / 5), 0.75, 0.5 + math.cos(t / 3) ** 2], dtype=torch.float64)
 
 
-def asked(optimizer: Any, t: int) -> dict[str, Any]:
+def asked(optimizer: torch.optim.Optimizer, t: int) -> Arguments:
     """What an optimizer's step takes besides gradients: the losses, if it measures them. It is predicted beforehand."""
     predict(optimizer)
     return {"per_sample_loss": losses(t)} if isinstance(optimizer, MeasuresLoss) else {}
 
 
-def predict(optimizer: Any) -> None:
+def predict(optimizer: torch.optim.Optimizer) -> None:
     """Predict what asks for it, unless it is."""
     if isinstance(optimizer, KoalaM) and not optimizer.param_groups[0]["predicted"]:
         optimizer.predict()
@@ -72,7 +72,7 @@ def predict(optimizer: Any) -> None:
 
 def run(
     make: Make, dtype: torch.dtype, steps: int = STEPS, resume: bool = False, device: torch.device = CPU
-) -> tuple[list[Tensor], Any]:
+) -> tuple[list[Tensor], torch.optim.Optimizer]:
     """Step an optimizer through the trajectory.
 
     Args:
@@ -102,19 +102,19 @@ def run(
     return [p.detach() for p in params], optimizer
 
 
-def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[Tensor], list[Memory]]:
     """Step a case's textbook loop through the trajectory; returns parameters and states."""
     if case.reference is None:
         raise LookupError(f"{case.name} has no textbook loop, and its oracle {case.oracle} is not installed")
     params: list[Tensor] = [p.detach() for p in parameters(dtype)]
-    states: list[dict[str, Any]] = [{"number": k} for k in range(len(params))]
+    states: list[Memory] = [{"number": k} for k in range(len(params))]
     options = dict(case.build(parameters(dtype)).param_groups[0])
     base = dict(options)
     for t, step in enumerate(gradients(steps)):
         schedule(options, base, t)
         if case.together:
-            given = [None if g is None else g.to(dtype) for g in step]
-            params = case.reference(params, given, states, options, losses(t))
+            gradients_of = [None if g is None else g.to(dtype) for g in step]
+            params = case.reference(params, gradients_of, states, options, losses(t))
             continue
         for k, g in enumerate(step):
             if g is not None:

@@ -103,10 +103,10 @@ inline Gate& my_warp() { return block->warps[block->current / kWarp]; }
 template <class T>
 const std::uint64_t* show(T value) {
   static_assert(sizeof(T) <= 8);
-  auto& mine = block->values[my_warp().round % 2];
-  std::memcpy(&mine[block->current], &value, sizeof(T));
+  auto& shown = block->values[my_warp().round % 2];
+  std::memcpy(&shown[block->current], &value, sizeof(T));
   wait(my_warp());
-  return &mine[block->current / kWarp * kWarp];
+  return &shown[block->current / kWarp * kWarp];
 }
 
 inline unsigned arrive_at_grid() {
@@ -314,8 +314,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   } call{kernel, arguments};
   on_threads::launch(
       config->gridDim, config->blockDim,
-      [](void* given) {
-        auto& call = *static_cast<Call*>(given);
+      [](void* argument) {
+        auto& call = *static_cast<Call*>(argument);
         call.kernel(call.arguments);
       },
       &call);

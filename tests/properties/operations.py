@@ -31,8 +31,8 @@ def number(value):
     return [number(v) for v in value] if isinstance(value, (list, tuple)) else float(value)
 
 
-class Operations:
-    """An optimizer of ours and torch's, and everything that must stay as it is.
+class Training:
+    """An optimizer of ours and torch's, everything that must stay as it is, and what people do to them in a training.
 
     Attributes:
         ours, theirs: Parameters, in the same order.
@@ -172,7 +172,9 @@ class Operations:
     def skip(self, yes):
         self.a.skip_nonfinite = yes
 
-    # ------------------------------------------------------------ the whole optimizer
+
+class Operations(Training):
+    """What may happen besides: to the whole optimizer, to memory and to states."""
 
     def load(self, how):
         if how == "new":
@@ -246,10 +248,10 @@ class Operations:
 
     def flatten(self, dtype, layout):
         """All parameters of a dtype become parts of one buffer."""
-        mine = [p for p in self.ours if p.dtype == getattr(torch, dtype)]
-        if mine:
-            self.buffers.append(Buffer([(p.data.resolve_conj().resolve_neg(), layout) for p in mine]))
-            for p, t in zip(mine, self.buffers[-1].tensors, strict=True):
+        alike = [p for p in self.ours if p.dtype == getattr(torch, dtype)]
+        if alike:
+            self.buffers.append(Buffer([(p.data.resolve_conj().resolve_neg(), layout) for p in alike]))
+            for p, t in zip(alike, self.buffers[-1].tensors, strict=True):
                 self.kept.append((p.data, bits(p)))
                 p.data = t
 

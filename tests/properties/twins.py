@@ -73,7 +73,7 @@ class Twins(Operations):
                     start = group["initial_accumulator_value"]
                     fill = complex(start, start) if q.is_complex() else start
                     self.b.state[q] = {"step": torch.tensor(0.0), "sum": torch.full_like(q, fill).detach()}
-        given = [q.grad for q in self.theirs]
+        grads = [q.grad for q in self.theirs]
         for q in self.theirs:
             if q.grad is not None:
                 q.grad = q.grad.clone()
@@ -88,7 +88,7 @@ class Twins(Operations):
             if q.grad is not None:
                 self.largest[i] = max(self.largest[i], biggest(q.grad) + 0.1 * biggest(q))
         self.b.step()
-        for q, g in zip(self.theirs, given, strict=True):
+        for q, g in zip(self.theirs, grads, strict=True):
             q.grad = g
 
     @contextmanager

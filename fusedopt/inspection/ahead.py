@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import product
-from typing import Any
+from typing import Any, Protocol
 
-TYPES = {
+from fusedopt import storage
+from fusedopt.aliases import Arguments, Group
+from fusedopt.engines import triton as engine
+from fusedopt.operands import Signature, named
+from fusedopt.rule import Rule
+
+TYPES: dict[str, str | tuple[str, ...]] = {
     "rows": "*i64",
     "tiles": "*i64",
     "shares": "*i64",
@@ -30,6 +37,16 @@ TYPES = {
 }
 
 
+class Compiled(Protocol):
+    """A compiled kernel.
+
+    Attributes:
+        asm: Its code, by the name of the form: "ptx", "cubin", "amdgcn"; text but for "cubin", which is bytes.
+    """
+
+    asm: dict[str, Any]
+
+
 @dataclass(frozen=True)
 class Specialised:
     """A kernel with all that it is specialised to.
@@ -44,80 +61,74 @@ class Specialised:
     """
 
     name: str
-    kernel: Any
-    constants: dict[str, Any]
+    kernel: engine.JitFunction
+    constants: Arguments
     has_codes: bool = False
 
 
-def specialised(
-    rules: Iterable[Any], elements: Iterable[str], arch: str, storage: Mapping[str, Any] | None = None
-) -> list[Specialised]:
+def specialised(rules: Iterable[type[Rule]], elements: Iterable[str], arch: str, group: Group) -> list[Specialised]:
     """The norm kernel for every element type, and the others for every rule, set of states and element type.
 
     Args:
         rules: Eager rules, see fusedopt.rule.
         elements: Of parameters and gradients; states are fp64 beside fp64, else fp32.
         arch: A compute capability times ten, such as 90, or one of AMD's, such as gfx942.
-        storage: ``state_dtype`` and ``master`` of a group; those that the elements cannot have are left out.
+        group: ``state_dtype`` and ``master``, if anything; those that the elements cannot have are left out.
     """
-    from fusedopt import storage as of_storage
-    from fusedopt.engines import triton as engine
-    from fusedopt.operands import Signature, named
-    from fusedopt.triton_kernels.kernels import KERNELS, constants
-
+    ours = import_module("fusedopt.triton_kernels.kernels")
     elements, rules = list(elements), list(rules)
-    found, storage = [], storage or {}
-    asked = storage.get(of_storage.STATE_DTYPE), storage.get(of_storage.MASTER)
+    found: list[Specialised] = []
+    asked = group.get(storage.STATE_DTYPE), group.get(storage.MASTER)
     stored_as = [str(value).removeprefix("torch.") for value in asked if value]
     for element, rule in product(elements, rules):
-        if of_storage.illegal(storage, named(element).dtypes[0]):
+        dtype = named(element).dtypes[0]
+        if storage.illegal(group, dtype):
             continue
         for states in _sets_of_states(rule):
-            codecs = [of_storage.state_codec(s, named(element).dtypes[0], storage) for s in rule.states]
-            param = of_storage.param_codec(named(element).dtypes[0], storage)
+            codecs = [storage.state_codec(s, dtype, group) for s in rule.states]
             stored = {s.name: codec for s, codec in zip(rule.states, codecs, strict=True) if s.name in states}
+            param = storage.param_codec(dtype, group)
             signature = Signature(False, (("param", param), ("grad", named(element)), *stored.items()))
             has_codes = any(codec.block > 1 for codec in stored.values())
             tile = engine.tile_of(_backend(arch), has_codes)
             switched = [s.name for s in rule.states if s.when and s.name in states]
             label = " ".join(["+".join([rule.name, *switched]), *stored_as])
             more = [rule, [signature], tile, engine.STAGES, rule.scopes[0]]
-            for kernel, chosen in constants(*more, options=bool(storage)).items():
+            for kernel, chosen in ours.constants(*more, options=bool(group)).items():
                 name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")
                 if kernel != "norm" or (rule is rules[0] and states == _sets_of_states(rule)[0]):
-                    found.append(Specialised(f"{name} {element}", KERNELS[kernel], chosen, has_codes))
+                    found.append(Specialised(f"{name} {element}", ours.KERNELS[kernel], chosen, has_codes))
     return found
 
 
-def compiled(what: Specialised, arch: str) -> Any:
+def compiled(what: Specialised, arch: str) -> Compiled:
     """The compiled kernel.
 
     Args:
         what: Which.
         arch: For what; the same that it was specialised for.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from fusedopt.engines import triton as engine
-    from fusedopt.triton_kernels.kernels import absent
-
+    triton, compiler = import_module("triton"), import_module("triton.compiler")
+    target = import_module("triton.backends.compiler").GPUTarget
+    absent = import_module("fusedopt.triton_kernels.kernels").absent
     names = what.kernel.arg_names
     constants = {k: v for k, v in (absent(what.constants) | what.constants).items() if k in names}
     signature = {name: "constexpr" if name in constants else TYPES[name] for name in names}
     backend = _backend(arch)
     wave = 64 if arch.startswith("gfx9") else 32
-    target = GPUTarget(backend, arch if backend == "hip" else int(arch), wave)
-    source = ASTSource(what.kernel, signature, constexprs=constants)
-    return triton.compile(source, target=target, options=engine.options(backend, what.has_codes))
+    source = compiler.ASTSource(what.kernel, signature, constexprs=constants)
+    return triton.compile(
+        source,
+        target=target(backend, arch if backend == "hip" else int(arch), wave),
+        options=engine.options(backend, what.has_codes),
+    )
 
 
 def _backend(arch: str) -> str:
     return "hip" if arch.startswith("gfx") else "cuda"
 
 
-def _sets_of_states(rule: Any) -> list[tuple[str, ...]]:
+def _sets_of_states(rule: type[Rule]) -> list[tuple[str, ...]]:
     """The sets of states that a rule's switches choose from."""
     keys = rule.switches()
     settings = [dict(zip(keys, on, strict=True)) for on in product((False, True), repeat=len(keys))]
