@@ -67,8 +67,9 @@ class Clips(torch.optim.Optimizer):
 
     def _max_norm(self) -> float:
         """To what the next step clips."""
-        limits = (self.max_grad_norm, self._measured.next_limit)
-        return min((float(limit) for limit in limits if limit is not None), default=math.inf)
+        limit = math.inf if self.max_grad_norm is None else float(self.max_grad_norm)
+        other = self._measured.next_limit
+        return limit if other is None else min(limit, other)
 
     def _tell_norm(self, norm: float | Tensor | None, *, may_move: bool = False) -> None:
         """A step is over.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, TypeGuard
 
 import torch
@@ -82,8 +82,7 @@ class Context:
             self.retained.append(plan)
 
 
-@dataclass(frozen=True, slots=True)
-class StepRequest:
+class StepRequest(NamedTuple):
     """What a step is asked to do.
 
     Attributes:
@@ -102,7 +101,7 @@ class StepRequest:
 
     def to_measure(self) -> StepRequest:
         """The same, of a pass that decides nothing."""
-        return replace(self, max_norm=math.inf, skip_nonfinite=False)
+        return self._replace(max_norm=math.inf, skip_nonfinite=False)
 
 
 class Outcome(NamedTuple):

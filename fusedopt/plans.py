@@ -26,6 +26,7 @@ class Planned:
         measures: Whether the plans were made for steps that measure gradients.
         used: The last step that used them.
         owners: Which group, by its id, a parameter stands in, by its own.
+        is_asynchronous: Whether all plans are.
     """
 
     groups: ParamGroups
@@ -34,8 +35,10 @@ class Planned:
     measures: bool
     used: int = 0
     owners: dict[int, int] = field(init=False)
+    is_asynchronous: bool = field(init=False)
 
     def __post_init__(self) -> None:
+        self.is_asynchronous = all(plan.asynchronous for plan in self.plans)
         self.owners = {id(p): id(group) for group in self.groups for p in group["params"]}
 
     def is_for(self, measures: bool, process_group: object) -> bool:

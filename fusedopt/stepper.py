@@ -83,10 +83,11 @@ class Stepper:
         """
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         rescales, ranks = rescaling.is_asked(self.context), None
+        adds_up = request.measures or self.context.rule.has_sums()
         planned = self.plans.find(self.context.param_groups)
-        if planned and planned.is_for(self._adds_up(request), self.context.process_group):
+        if planned and planned.is_for(adds_up, self.context.process_group):
             with Finished(planned.plans):
-                outcome, ranks = self._again(planned, request)
+                outcome, ranks = self._again(planned, request, adds_up)
                 if outcome:
                     return self._conclude(outcome, planned.plans, request, [], rescales)
         self._refuse_capture()
@@ -95,9 +96,11 @@ class Stepper:
             ranks = self._ranks()
             request.scaling.agree(ranks)
             self._settle(ranks)
-        return self._refused(request, ranks) or self._anew(request, ranks, rescales)
+        return self._refused(request, ranks) or self._anew(request, ranks, adds_up, rescales)
 
-    def _again(self, planned: Planned, request: StepRequest) -> tuple[Told | Outcome | None, Ranks | None]:
+    def _again(
+        self, planned: Planned, request: StepRequest, adds_up: bool
+    ) -> tuple[Told | Outcome | None, Ranks | None]:
         """Launch what was planned.
 
         Returns:
@@ -106,13 +109,13 @@ class Stepper:
         plans, scaling = planned.plans, request.scaling
         # Sums come in the same order on all ranks, whatever each has planned; who they are must be known first.
         is_scaled = scaling.found_inf is not None and are_there()
-        looks = is_scaled or (self._adds_up(request) and planned.ranks.matter)
+        looks = is_scaled or (adds_up and planned.ranks.matter)
         is_valid = not looks or all(plan.scan() for plan in plans)
         ranks = planned.ranks if is_valid else self._ranks()
         scaling.agree(ranks)
         if not is_valid:
             self._settle(ranks)
-        if not all(plan.asynchronous for plan in plans) and (refused := self._refused(request, ranks)):
+        if not planned.is_asynchronous and (refused := self._refused(request, ranks)):
             return refused, ranks
         outcome = launch(plans, request, *self._joint(plans, ranks), wait=False)
         if outcome is None and not looks and ranks.have_dtensors:
@@ -120,7 +123,7 @@ class Stepper:
             outcome = launch(plans, request, *self._joint(plans, ranks), wait=False)
         return outcome, ranks if looks else None
 
-    def _anew(self, request: StepRequest, ranks: Ranks, rescales: bool) -> Told:
+    def _anew(self, request: StepRequest, ranks: Ranks, adds_up: bool, rescales: bool) -> Told:
         """Plan, and launch that."""
         new_state: NewState = []
         plans: list[Plan] = []
@@ -130,7 +133,7 @@ class Stepper:
             if outcome is None:
                 raise RuntimeError("a gradient, parameter or state changed while the step was being planned")
             if plans:
-                self.plans.keep(Planned(self.context.param_groups, plans, ranks, self._adds_up(request)))
+                self.plans.keep(Planned(self.context.param_groups, plans, ranks, adds_up))
             return self._conclude(outcome, plans, request, new_state, rescales)._replace(is_new=True)
 
     def _conclude(
@@ -162,15 +165,14 @@ class Stepper:
             joint.skipped()
         return Told(math.inf if request.measures else None, is_new=False)
 
-    def _adds_up(self, request: StepRequest) -> bool:
-        return request.measures or self.context.rule.has_sums()
-
     def _ranks(self) -> Ranks:
         return Ranks((p for p, _ in self.context.everyone()), self.context.process_group)
 
     def _joint(self, plans: Sequence[Plan], ranks: Ranks) -> tuple[Ranks | None, Joint | None]:
         """With whom a step on plans is done together, and what they join."""
         many, context = ranks if ranks.are_many else None, self.context
+        if not context.rule.has_sums():
+            return many, None
         return many, Joint.of(context.rule, context.scope, context.param_groups, many, plans)
 
     def _settle(self, ranks: Ranks) -> None:

@@ -102,6 +102,7 @@ class CpuPlan:
         self._context = context
         self._groups, self._state = context.param_groups, context.state
         self.passes: Pass = Pass.of(rule, context.scope)
+        self._with_norm = self.passes | Pass.NORM
         self.sums: Sums = Sums(rule, context.scope, self._groups, home())
         self.reduction: Reduction = Reduction()
         in_channels = context.scope == CHANNEL
@@ -140,7 +141,7 @@ class CpuPlan:
 
     def step(self, request: StepRequest) -> Outcome | None:
         """Scan, and do all passes, in one; None as False of ``scan``."""
-        passes = self.passes | Pass.NORM if request.measures else self.passes
+        passes = self._with_norm if request.measures else self.passes
         if host.CHECKED:
             return self.run(passes, request, None) if self.scan() else None
         if self._is_replaced():
