@@ -20,7 +20,7 @@ from fusedopt.rule import LR, Hyper, Rule
 SCHEDULE_ROUNDING = 1e-9
 
 WIDE = (torch.float64, torch.complex128)  # stepped in double precision, others in float32
-PAIR = 2  # numbers in a hyperparameter such as betas
+SIZES = {2: "a pair of numbers", 3: "three numbers"}  # of hyperparameters such as betas
 LARGEST_FLOAT = torch.finfo(torch.float32).max
 
 
@@ -80,13 +80,13 @@ def samples(value: object) -> None:
         raise TypeError(f"per_sample_loss is {value!r}; it must be a floating point tensor with elements")
 
 
-def hyperparameter(hyper: Hyper, group: Group, where: str, *, stepping: bool = False) -> None:
-    """One hyperparameter of a group lies in its domain."""
+def hyperparameter(hyper: Hyper, size: int, group: Group, where: str, *, stepping: bool = False) -> None:
+    """One hyperparameter of a group lies in its domain; it may be one of so many numbers of a tuple."""
     if hyper.key not in group:
         raise ValueError(f"{hyper.key}{where} is missing from the param group")
     value: object = group[hyper.key]
-    if hyper.index >= 0 and (not isinstance(value, (tuple, list)) or len(cast("Sequence[object]", value)) != PAIR):
-        raise TypeError(f"{hyper.key}{where} is {value!r}; it must be a pair of numbers")
+    if size and (not isinstance(value, (tuple, list)) or len(cast("Sequence[object]", value)) != size):
+        raise TypeError(f"{hyper.key}{where} is {value!r}; it must be {SIZES[size]}")
     result = number(hyper.of(group), hyper.label, where)
     low, high = step_domain(hyper) if stepping else hyper.closed_domain
     if not low <= result <= high:
@@ -112,7 +112,7 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
     """All of a group's hyperparameters, and torch's implementation flags."""
     where = f" (group {index})"
     for hyper in dict.fromkeys((*rule.engine_hyper(), *rule.hyper, *rule.settings)):
-        hyperparameter(hyper, group, where, stepping=stepping)
+        hyperparameter(hyper, rule.size_of(hyper), group, where, stepping=stepping)
     if conflict := rule.conflict(group):
         raise ValueError(f"{conflict}{where}")
     settled = dict(group)

@@ -50,6 +50,7 @@ def fuse(
         >>> optimizer = fusedopt.fuse(torch.optim.AdamW(model.parameters()))
     """
     counterpart = _counterpart(optimizer)
+    counts = _counts(optimizer, counterpart)
     _refuse_foreign_options(optimizer, counterpart)
     groups = [_completed(optimizer, i) for i in range(len(optimizer.param_groups))]
     fused = cast("Make", counterpart)(
@@ -65,10 +66,13 @@ def fuse(
             live.setdefault(key, value)
     fused.param_groups = optimizer.param_groups
     fused.defaults.update({k: v for k, v in optimizer.defaults.items() if k in fused.defaults})
-    for group in fused.param_groups:
+    for group, counted in zip(fused.param_groups, counts, strict=True):
+        for key in counted:
+            del group[key]
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                fused.state[p] = adopt_state(counterpart.rule, p, widened(counterpart.rule, state), copy=False)
+                theirs = widened(counterpart.rule, {**counted, **state})
+                fused.state[p] = adopt_state(counterpart.rule, p, theirs, copy=False)
     for name, hooks in vars(optimizer).items():
         if name.endswith("_hooks"):
             getattr(fused, name).update(hooks)
@@ -94,9 +98,19 @@ def _completed(optimizer: torch.optim.Optimizer, index: int) -> ParamGroup:
     return {"base_lr": base_lrs[index], **group} if base_lrs else group
 
 
+def _options(ours: type[FusedOptimizer]) -> set[str]:
+    """What our param groups have."""
+    return set(cast("Make", ours)([torch.nn.Parameter(torch.zeros(()))]).param_groups[0])
+
+
+def _counts(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> list[ParamGroup]:
+    """What groups count for all their parameters, timm's ``step`` for one; here each parameter has its own."""
+    scalars = ours.rule.scalars.keys() - _options(ours)
+    return [{key: group[key] for key in scalars & group.keys()} for group in optimizer.param_groups]
+
+
 def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> None:
-    probe = cast("Make", ours)([torch.nn.Parameter(torch.zeros(()))])
-    known = set(probe.param_groups[0]) | {"initial_lr", "param_names", "max_lr_snapshot"}
+    known = _options(ours) | ours.rule.scalars.keys() | {"initial_lr", "param_names", "max_lr_snapshot"}
     for i, group in enumerate(optimizer.param_groups):
         for key in group.keys() - known:
             scheduled = key in ("max_lr", "min_lr", "max_momentum", "base_momentum")  # OneCycleLR's and CyclicLR's own

@@ -305,7 +305,7 @@ def group_spec(
     most = checks.LARGEST_FLOAT if checks.is_narrow(group) else float("inf")
     weight_decay = WEIGHT_DECAY if WEIGHT_DECAY in rule.engine_hyper() else None
     keys = [
-        Key.of(h, checks.PAIR if h is not None and h.index >= 0 else 0, most)
+        Key.of(h, rule.size_of(h) if h is not None else 0, most)
         for h in (LR, weight_decay, *(by_name[name] for name in hyper))
     ]
     keys += [Key.of(h, size, most) for h, size in numbers]

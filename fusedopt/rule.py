@@ -106,6 +106,7 @@ BETAS = (
     Hyper("beta1", "betas", 0, high=1.0, high_open=True),
     Hyper("beta2", "betas", 1, high=1.0, high_open=True),
 )
+THREE_BETAS = (*BETAS, Hyper("beta3", "betas", 2, high=1.0, high_open=True))
 EPS = Hyper("eps")
 
 
@@ -226,6 +227,11 @@ class Rule(ABC):
     def switches(cls) -> tuple[str, ...]:
         """Group keys whose truth decides which states there are."""
         return tuple(dict.fromkeys(s.when for s in cls.states if s.when))
+
+    @classmethod
+    def size_of(cls, hyper: Hyper) -> int:
+        """Of how many numbers of the group's tuple a hyperparameter is one; 0 if it is none of a tuple."""
+        return 1 + max(other.index for other in (*cls.hyper, *cls.settings, hyper) if other.key == hyper.key)
 
     @classmethod
     def engine_hyper(cls) -> tuple[Hyper, ...]:

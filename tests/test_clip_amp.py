@@ -143,8 +143,9 @@ def test_skip_leaves_everything(engine, name, history, clip, bad):
     assert_same(snapshot(optimizer), before)
     assert optimizer.skipped_steps == 1
     assert not optimizer.grad_norm.isfinite()
-    fill_gradients(ps)
-    optimizer.step()
+    for _ in range(2):  # the first of some optimizers only sets a moment
+        fill_gradients(ps)
+        optimizer.step()
     assert optimizer.skipped_steps == 1 and not torch.equal(ps[0], before[0][0])
 
 

@@ -6,6 +6,7 @@ from fusedopt.bench.optimizers import Case
 from fusedopt.bench.peers.peer import Peer, from_module
 
 MORE = {
+    "AdEMAMix": {"weight_decouple": True},
     "AdaBound": {"weight_decouple": False},
     "Lion": {"weight_decouple": True},
     "RAdam": {"weight_decouple": False},

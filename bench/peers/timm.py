@@ -25,6 +25,8 @@ HAVE: dict[str, tuple[str, dict[str, str], dict[str, Any]]] = {
     "Lion": ("Lion", {}, {}),
     "LAMB": ("Lamb", {}, {"max_grad_norm": None}),
     "LARS": ("Lars", {"trust_coefficient": "trust_coeff"}, {}),
+    "ADOPT": ("Adopt", {}, {}),
+    "Adan": ("Adan", {}, {}),
 }
 
 

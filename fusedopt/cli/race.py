@@ -24,9 +24,11 @@ STEPS = 300
 # What each is given: of rates that are 1, 2 or 5 times a power of ten, the one with the least held-out loss after as
 # many steps.
 ARGUMENTS: dict[str, Json] = {
+    "ADOPT": {"lr": 5e-3},
     "AMAdamW": {"lr": 5e-3},
     "AMSGD": {"lr": 2.0},
     "ASGD": {"lr": 0.5},
+    "AdEMAMix": {"lr": 5e-3},
     "AdaBound": {"lr": 2e-3},
     "Adadelta": {"lr": 5.0},
     "Adagrad": {"lr": 2e-2},
@@ -34,6 +36,7 @@ ARGUMENTS: dict[str, Json] = {
     "AdamP": {"lr": 5e-3},
     "AdamW": {"lr": 5e-3},
     "Adamax": {"lr": 1e-2},
+    "Adan": {"lr": 5e-3},
     "KoalaM": {"lr": 0.1},
     "KoalaV": {"lr": 0.1},
     "LAMB": {"lr": 2e-2},

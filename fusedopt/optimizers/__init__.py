@@ -6,7 +6,10 @@ from fusedopt.optimizers.adadelta import Adadelta
 from fusedopt.optimizers.adagrad import Adagrad
 from fusedopt.optimizers.adam import Adam, AdamW
 from fusedopt.optimizers.adamax import Adamax
+from fusedopt.optimizers.adan import Adan
 from fusedopt.optimizers.adaptive_memory import AMSGD, AMAdamW
+from fusedopt.optimizers.ademamix import AdEMAMix
+from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.asgd import ASGD
 from fusedopt.optimizers.koala import KoalaM, KoalaV
 from fusedopt.optimizers.lamb import LAMB
@@ -23,6 +26,7 @@ from fusedopt.optimizers.sgd import SGD
 from fusedopt.optimizers.swats import SWATS
 
 __all__ = [
+    "ADOPT",
     "AMSGD",
     "ASGD",
     "LAMB",
@@ -32,6 +36,7 @@ __all__ = [
     "SGDP",
     "SWATS",
     "AMAdamW",
+    "AdEMAMix",
     "AdaBound",
     "Adadelta",
     "Adagrad",
@@ -39,6 +44,7 @@ __all__ = [
     "AdamP",
     "AdamW",
     "Adamax",
+    "Adan",
     "KoalaM",
     "KoalaV",
     "Lion",

@@ -118,6 +118,33 @@ CASES = (
     ),
     # Both bounds are met. No sum is rounded before its sign is taken: there is no weight decay.
     Case("Rprop", "Rprop", {"step_sizes": (1e-3, 0.05)}, "torch:Rprop", references.rprop),
+    Case(
+        "AdEMAMix",
+        "AdEMAMix",
+        {"alpha": 5.0, **WD},
+        "pytorch-optimizer:AdEMAMix",
+        references.ademamix,
+        {"weight_decouple": True},
+        alone=True,
+    ),
+    Case(
+        "AdEMAMix warmups",
+        "AdEMAMix",
+        {"alpha": 5.0, "alpha_warmup": 200, "beta3_warmup": 100, **WD},
+        "none:AdEMAMix",
+        references.ademamix,
+    ),
+    Case("ADOPT", "ADOPT", WD, "timm:Adopt", references.adopt),
+    Case(
+        "ADOPT decoupled",
+        "ADOPT",
+        {"decoupled_weight_decay": True, **WD},
+        "timm:Adopt",
+        references.adopt,
+        {"decoupled": True},
+    ),
+    Case("Adan", "Adan", WD, "timm:Adan", references.adan, alone=True),
+    Case("Adan no_prox", "Adan", {"no_prox": True, **WD}, "timm:Adan", references.adan, alone=True),
     Case("Lion", "Lion", WD, "lion-pytorch:Lion", references.lion, signs=True),
     Case("LAMB", "LAMB", WD, "timm:Lamb", references.lamb, theirs={"max_grad_norm": None}, alone=True),
     Case(

@@ -203,6 +203,47 @@ def _projected(p: Tensor, g: Tensor, u: Tensor, h: Memory) -> tuple[Tensor, floa
     return u, 1.0
 
 
+def ademamix(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Pagliardini et al. 2025, algorithm 1; the half-life of the slow average is ``ln 0.5 / ln beta - 1`` steps."""
+    t, (b1, b2, b3) = _tick(x), h["betas"]
+    alpha = h["alpha"] * min(1.0, t / h["alpha_warmup"]) if h["alpha_warmup"] else h["alpha"]
+    if t < h["beta3_warmup"]:
+        first, last = (math.log(0.5) / math.log(b) - 1 for b in (b1, b3))
+        b3 = 0.5 ** (1 / (first + (last - first) * t / h["beta3_warmup"] + 1))
+    zero = torch.zeros_like(p)
+    x["m"] = b1 * x.get("m", zero) + (1 - b1) * g
+    x["n"] = b3 * x.get("n", zero) + (1 - b3) * g
+    x["v"] = b2 * x.get("v", zero) + (1 - b2) * g**2
+    d = (x["m"] / (1 - b1**t) + alpha * x["n"]) / ((x["v"] / (1 - b2**t)).sqrt() + h["eps"])
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * d
+
+
+def adopt(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Taniguchi et al. 2024, algorithm 2, with the clipping of their code."""
+    t, (b1, b2), decoupled = _tick(x), h["betas"], h["decoupled_weight_decay"]
+    g = g if decoupled else g + h["weight_decay"] * p
+    if t == 1:
+        x["m"], x["v"] = torch.zeros_like(p), g**2
+        return p
+    n = g / x["v"].sqrt().clamp(min=h["eps"])
+    n = n.clamp(-((t - 1) ** h["clip_exp"]), (t - 1) ** h["clip_exp"]) if h["clips"] else n
+    x["m"], x["v"] = b1 * x["m"] + (1 - b1) * n, b2 * x["v"] + (1 - b2) * g**2
+    return (p * (1 - h["lr"] * h["weight_decay"]) if decoupled else p) - h["lr"] * x["m"]
+
+
+def adan(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Xie et al. 2024, algorithm 1, with the betas and both decays of their code."""
+    t, (b1, b2, b3), zero = _tick(x), h["betas"], torch.zeros_like(p)
+    change = g - x.get("g", g)
+    x["m"] = b1 * x.get("m", zero) + (1 - b1) * g
+    x["y"] = b2 * x.get("y", zero) + (1 - b2) * change
+    x["v"] = b3 * x.get("v", zero) + (1 - b3) * (g + b2 * change) ** 2
+    x["g"] = g
+    d = (x["m"] / (1 - b1**t) + b2 * x["y"] / (1 - b2**t)) / ((x["v"] / (1 - b3**t)).sqrt() + h["eps"])
+    decay = h["lr"] * h["weight_decay"]
+    return p * (1 - decay) - h["lr"] * d if h["no_prox"] else (p - h["lr"] * d) / (1 + decay)
+
+
 def amsgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Topollai and Choromanska 2025: the step that minimises the larger of two planes and both proximal terms."""
     g, lam = _l2(p, g, h), h["lam"]

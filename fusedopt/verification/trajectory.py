@@ -48,7 +48,7 @@ def schedule(group: ParamGroup, base: Group, t: int) -> None:
     wave = math.sin(t / 9)
     group["lr"] = base["lr"] * (1 + 0.5 * wave)
     if "betas" in base:
-        group["betas"] = (base["betas"][0] - 0.04 * (1 + wave), base["betas"][1])
+        group["betas"] = (base["betas"][0] - 0.04 * (1 + wave), *base["betas"][1:])
     if base.get("momentum"):
         group["momentum"] = base["momentum"] - 0.04 * (1 + wave)
 
