@@ -15,13 +15,12 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from fusedopt.aliases import ParamGroup, ParamState
-from fusedopt.context import StepRequest, is_indivisible
+from fusedopt.context import StepRequest
 from fusedopt.forking import forks, threads_that_exist
 from fusedopt.interrupts import held_back
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.options import RESCALE
 from fusedopt.scaling import Scaling
-from fusedopt.stepper import Stepper
 from fusedopt.sums import ALL, GROUP
 
 
@@ -144,7 +143,7 @@ class _Lone:
         self._alone: ParamGroup = {"params": [self.p]}  # the group, of it alone
         whole = optimizer._bring_up_to_date()
         self._context = replace(whole, param_groups=[self._alone], state={}, numbers=[0], statuses={}, retained=[])
-        self._stepper = Stepper(self._context)
+        self._stepper = optimizer._stepper_of(self._context)
         self._state: ParamState | None = None
         self._number()
 
@@ -174,11 +173,9 @@ class _Lone:
 
     def _step_again(self) -> bool:
         """Do what the last step did, where one call of one plan does it; False, and nothing is done, if none does."""
-        planned = self._stepper.plans.last
-        if planned is None or len(planned.plans) != 1 or forks() or torch.is_grad_enabled():
+        if forks() or torch.is_grad_enabled():
             return False
-        (plan,) = planned.plans
-        return is_indivisible(plan) and plan.step_and_free(self._optimizer.increments_versions)
+        return self._stepper.step_again_and_free(self._optimizer.increments_versions)
 
     def _number(self) -> None:
         """Which parameter of the optimizer it is."""

@@ -56,6 +56,14 @@ def plan(context: Context, new_state: NewState, measures: bool, ranks: Ranks) ->
     return plans
 
 
+def check(context: Context) -> None:
+    """Raise for whatever of an optimizer could not be stepped; see ``plan``."""
+    for g, group in enumerate(context.param_groups):
+        options.settle(group, f" (group {g})")
+        options.settle_numbers(context.rule, group)
+    _assign(context)
+
+
 def _assign(context: Context) -> Assigned:
     assigned: Assigned = []
     rule = context.rule

@@ -31,6 +31,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from itertools import product
 
 from torch import Tensor
 
@@ -141,6 +142,8 @@ class Rule(ABC):
             advanced by themselves, hyperparameters and what ``finish`` is told of the scope alone.
         decay: COUPLED, DECOUPLED, RULE, or the group's flag that says whether weight decay is decoupled.
         step_scale: Whether the engine subtracts ``lr * d`` or ``d``; the same in C++ and Triton.
+        replaces: A state, if any. A parameter that has it is not stepped: what ``direction`` returns is its new value,
+            without decay, and the old one is not read. For what a step writes besides parameters.
         sparse: Whether gradients may be sparse; see ``rests``.
     """
 
@@ -151,6 +154,7 @@ class Rule(ABC):
     scalars: Scalars = {}
     decay: str = "decoupled_weight_decay"
     step_scale: StepScale = StepScale.LR
+    replaces: str = ""
     measures: Names = ()
     scopes: Names = ("tensor",)
     epilogue: Names = ()
@@ -176,7 +180,7 @@ class Rule(ABC):
     @staticmethod
     @abstractmethod
     def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
-        """``d`` of the step, see ``step_scale``, and the new state. Changes none of its arguments."""
+        """``d`` of the step, see ``step_scale`` and ``replaces``, and the new state. Changes none of its arguments."""
 
     @staticmethod
     def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
@@ -227,6 +231,13 @@ class Rule(ABC):
     def switches(cls) -> tuple[str, ...]:
         """Group keys whose truth decides which states there are."""
         return tuple(dict.fromkeys(s.when for s in cls.states if s.when))
+
+    @classmethod
+    def variants(cls) -> tuple[tuple[str, ...], ...]:
+        """The sets of states that parameters can have, by their names."""
+        keys = cls.switches()
+        settings = [dict(zip(keys, on, strict=True)) for on in product((False, True), repeat=len(keys))]
+        return tuple(tuple(s.name for s in cls.active_states(setting)) for setting in settings)
 
     @classmethod
     def size_of(cls, hyper: Hyper) -> int:

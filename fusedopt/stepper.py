@@ -15,7 +15,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fusedopt import engines, planner, rescaling
-from fusedopt.context import Context, Outcome, Plan, StepRequest
+from fusedopt.context import Context, Outcome, Plan, StepRequest, is_indivisible
 from fusedopt.interrupts import held_back
 from fusedopt.launch import launch
 from fusedopt.plans import Planned, Plans
@@ -30,10 +30,12 @@ class Told(NamedTuple):
     Attributes:
         norm: Of the gradients; None if the step did not measure it.
         is_new: Whether it was planned anew.
+        skipped: Whether it is known to have been skipped; not, where a device skips by itself.
     """
 
     norm: float | Tensor | None
     is_new: bool
+    skipped: bool = False
 
 
 class Finished:
@@ -98,6 +100,17 @@ class Stepper:
             self._settle(ranks)
         return self._refused(request, ranks) or self._anew(request, ranks, adds_up, rescales)
 
+    def step_again_and_free(self, increments_versions: bool) -> bool:
+        """Do what the last step did, and take the gradients from their parameters; False if nothing is done.
+
+        Nothing is, unless one call of one plan does it.
+        """
+        planned = self.plans.last
+        if planned is None or len(planned.plans) != 1:
+            return False
+        (plan,) = planned.plans
+        return is_indivisible(plan) and plan.step_and_free(increments_versions)
+
     def _again(
         self, planned: Planned, request: StepRequest, adds_up: bool
     ) -> tuple[Told | Outcome | None, Ranks | None]:
@@ -151,7 +164,7 @@ class Stepper:
                     plan.increment_versions()
             if rescales:
                 rescaling.after_step(self.context, new_state)
-        return Told(outcome.norm if request.measures else None, is_new=False)
+        return Told(outcome.norm if request.measures else None, is_new=False, skipped=bool(outcome.skipped))
 
     def _refused(self, request: StepRequest, ranks: Ranks) -> Told | None:
         """What is told where a GradScaler found gradients that are not finite; devices whose plans stand look at it."""
@@ -163,7 +176,7 @@ class Stepper:
             ranks.sum([])  # others may measure, to see on their devices that they do not step
         if joint := self._joint([], ranks)[1]:
             joint.skipped()
-        return Told(math.inf if request.measures else None, is_new=False)
+        return Told(math.inf if request.measures else None, is_new=False, skipped=True)
 
     def _ranks(self) -> Ranks:
         return Ranks((p for p, _ in self.context.everyone()), self.context.process_group)

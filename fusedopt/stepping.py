@@ -38,8 +38,12 @@ class Steps(TakesScaling, Clips, KeepsAverages):
         self._lock, self._forks = threading.RLock(), forks()
         own = self.rule, self.scope, self.engine, self.param_groups, self.state, self.process_group
         self._context = Context(type(self).__name__, *own, engines.choose)
-        self._stepper = Stepper(self._context)
+        self._stepper = self._stepper_of(self._context)
         leave_alone(Steps, "_step_with")
+
+    def _stepper_of(self, context: Context) -> Stepper:
+        """What steps this optimizer, or a part of it."""
+        return Stepper(context)
 
     @overload
     def step(self, closure: None = None) -> None: ...

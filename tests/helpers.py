@@ -13,16 +13,8 @@ from fusedopt.verification.cases import CASES
 BY_NAME = {case.name: case for case in CASES}
 EVERY = list(fusedopt.optimizers.__all__)
 ALL = [name for name in EVERY if name not in ("KoalaM", "KoalaV")]  # whose steps need nothing but gradients
-TORCH = [name for name in ALL if hasattr(torch.optim, name)]
+TORCH = [name for name in ALL if hasattr(torch.optim, name) and name != "Muon"]  # torch's takes matrices alone
 RULES = {rule.name: rule for of in map(fusedopt.__dict__.get, EVERY) for rule in (of.rule, *of.rules)}
-
-
-def variants(rule):
-    """The sets of states that a rule's switches choose from."""
-    settings = [{}]
-    for key in rule.switches():
-        settings = [{**s, key: on} for s in settings for on in (False, True)]
-    return {tuple(s.name for s in rule.active_states(setting)) for setting in settings}
 
 
 def clients_path():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import AVAILABLE
-from helpers import EVERY, RULES, TORCH, variants
+from helpers import EVERY, RULES, TORCH
 
 import fusedopt
 from fusedopt import layout, optimizers
@@ -89,12 +89,14 @@ def kernels(engine):
             found["score"] = hasattr(module, "score")
             found["step_scale"] = getattr(module, "step_scale", "lr")
             assert module.states == tuple(s.name for s in RULES[name].states)
-            yield name, found, variants(RULES[name])
+            assert getattr(module, "replaces", "") == RULES[name].replaces
+            yield name, found, set(RULES[name].variants())
         return
     if engine not in AVAILABLE:
         pytest.skip(f"needs engine {engine}")
     registry = cpu.load()[1] if engine == "cpu" else cuda.load()
     for k in registry.kernels():
+        assert k["replaces"] == (RULES[k["rule"]].replaces in k["states"])
         steps = {tuple(k["states"])} if engine == "cpu" else set(map(tuple, k["variants"]))
         yield k["rule"], {key: value for key, value in k.items() if key in names(RULES[k["rule"]])}, steps
 
@@ -106,7 +108,7 @@ def test_engines_have_the_same_rules_and_names(engine):
         assert found == names(RULES[rule]), rule
         assert "step" not in found["scalars"][1:]
         stepped[rule] = stepped.get(rule, set()) | states
-    assert stepped == {name: variants(rule) for name, rule in RULES.items()}
+    assert stepped == {name: set(rule.variants()) for name, rule in RULES.items()}
 
 
 @pytest.mark.skipif("cuda" not in AVAILABLE, reason="needs the engine's module")

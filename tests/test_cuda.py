@@ -11,7 +11,7 @@ import pytest
 import torch
 from builds import setup
 from conftest import AVAILABLE
-from helpers import RULES, fill_gradients, params, variants
+from helpers import RULES, fill_gradients, params
 
 import fusedopt
 from fusedopt.bench.variants import EXTENSION, VARIANTS, build
@@ -86,7 +86,7 @@ def test_two_launches_where_one_does_not_fit():
 
 # One for each variant of a rule, one for all where there are several; with both sizes of arguments, and with options.
 ASKED = [rule.stem for rule in setup.asked_rules()]
-N_VARIANTS = [len(variants(RULES[name])) for name in ASKED if name != "swats"]  # which nvcc does not get
+N_VARIANTS = [len(RULES[name].variants()) for name in ASKED if name != "swats"]  # which nvcc does not get
 N_KERNELS = 3 * sum(n + (n > 1) for n in N_VARIANTS)
 built = pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc")
 

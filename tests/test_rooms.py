@@ -10,7 +10,7 @@ from builds import ROOT
 ROOMS = {
     "words": "aliases layout operands passes rule",
     "Python": "compiling forking interrupts",
-    "tensors": "checks codecs memory options ranks scaling state state_checks status storage sums",
+    "tensors": "checks codecs memory newton_schulz options ranks scaling state state_checks status storage sums",
     "kernels": "triton_kernels triton_kernels.*",
     "seam": "context",
     "host": "host launch noise plans rescaling scan",

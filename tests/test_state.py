@@ -202,8 +202,8 @@ def test_pickle(engine, name):
     other = pickle.loads(pickle.dumps(optimizer))
     assert (other.max_grad_norm, other.skip_nonfinite, other.engine) == (1.0, True, engine)
     assert_same(snapshot(optimizer), snapshot(other))
-    advance(optimizer, ps, 2, 2)
-    advance(other, other.param_groups[0]["params"], 2, 2)
+    for one in (optimizer, other):
+        advance(one, [p for group in one.param_groups for p in group["params"]], 2, 2)
     assert_same(snapshot(optimizer), snapshot(other))
 
 

@@ -16,6 +16,7 @@ OF_THE_WHOLE = {
     "AdamW": ("bias_correction",),
     "KoalaM": ("measurement",),
     "KoalaV": ("measurement",),
+    "Muon": ("adamw",),
     "NSGD": ("norm", "granularity", "collector"),
 }
 

@@ -26,6 +26,7 @@ Arguments of all of them:
 from __future__ import annotations
 
 from collections.abc import Iterable
+from types import ModuleType
 from typing import Any
 
 from fusedopt.layout import row_width
@@ -71,7 +72,8 @@ def constants(
     who = "" if not options else "rule" if STEP in ours.scalars else "engine"
     width = {"SUMS": described, "WIDTH": row_width(n_states, n_scalars)}
     counts = {"N_STATES": n_states, "N_SCALARS": n_scalars, "N_HYPER": len(ours.hyper), "OPTIONS": who, **width}
-    walk = {"SIGNATURES": ";".join(map(str, signatures)), "TILE": tile, "STAGES": stages}
+    described_rows = (signature_of(ours, str(signature)) for signature in signatures)
+    walk = {"SIGNATURES": ";".join(described_rows), "TILE": tile, "STAGES": stages}
     functions = {
         "DIRECTION": ours.direction,
         "PREPARE": ours.prepare,
@@ -91,6 +93,16 @@ def constants(
     if epilogue:
         found["epilogue"] = {"N_STATES": n_states, **width}
     return found
+
+
+def signature_of(rule: ModuleType, signature: str) -> str:
+    """A signature as kernels take it: they are told of rows that the rule replaces."""
+    state = getattr(rule, "replaces", "")
+    if not state or f" {state}=" not in signature:
+        return signature
+    first, rest = signature.split(" ", 1)
+    shape, plus, noise = first.partition("+")
+    return f"{shape}+replaced{plus}{noise} {rest}"
 
 
 def absent(constants: dict[str, Any]) -> dict[str, None]:

@@ -2,8 +2,9 @@
 
 Signatures are written as fusedopt.operands.Signature writes them, such as ``dense param=bf16 grad=bf16 exp_avg=fp32``,
 and joined by semicolons; none is an empty string. One kernel serves all of them; a plan of one has no branch. The first
-word has ``+noise`` where noise is drawn, and an average is the last operand, as in ``slow=fp32``. Behind the addresses
-of operands come those of partners, of such as have one.
+word has ``+noise`` where noise is drawn, and ``+replaced`` before it where the
+parameter is not stepped but replaced; an average is the last operand, as in ``slow=fp32``. Behind the addresses of
+operands come those of partners, of such as have one.
 
 OPTIONS says whether groups ask for averages, noise or cautious decay, and who counts steps: it is empty if none does,
 else ``rule`` or ``engine``.
@@ -130,6 +131,12 @@ def widest(signatures):
 def draws(signatures, k):
     """Whether the gradients of signature k get noise."""
     return signatures.split(";")[k].split(" ")[0].endswith("+noise")
+
+
+@triton.constexpr_function
+def replaces(signatures, k):
+    """Whether the direction of signature k takes the parameter's place."""
+    return "+replaced" in signatures.split(";")[k].split(" ")[0]
 
 
 @triton.constexpr_function

@@ -20,6 +20,7 @@ from fusedopt.triton_kernels.signatures import (
     in_channels,
     n_listed,
     n_states,
+    replaces,
     spans_rows,
     states,
     widest,
@@ -63,7 +64,10 @@ def _step(
     addresses = segment[4]
     at, p, g, state = operands(segment, start, engine, SIGNATURES, K, SIZE, FULL)
     d, state = DIRECTION(p, g, state, c, states(SIGNATURES, K))
-    stepped = decayed(p, d, engine) - engine[3] * d
+    if replaces(SIGNATURES, K):
+        stepped = d
+    else:
+        stepped = decayed(p, d, engine) - engine[3] * d
     drawn = (segment[0],) + engine[11:]
     value = averaged(addresses, at, stepped, engine, SIGNATURES, K, SIZE, FULL)
     put(addresses, at, value, drawn, SIGNATURES, K, 0, SIZE, FULL)

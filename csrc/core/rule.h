@@ -9,6 +9,7 @@
 //                                           state was created for this step)
 //   direction(p, g, state, c) -> d          once per element; updates state[], returns d of p -= lr * d
 //   step_scale                              if there, StepScale::kOne: p -= d
+//   replaces                                if there and true: p = d, in variants with a certain state
 // One that must know sums before it can step has more, see fusedopt/rule.py for what they are taken over:
 //   FUSEDOPT_MEASURES                       names of the sums
 //   measure(p, g, state, c) -> Measures<T>  once per element, what is added up; what it does to state[] is forgotten.
@@ -102,19 +103,27 @@ constexpr StepScale kStepScale = [] {
   }
 }();
 
+// Whether a direction takes the parameter's place.
+template <class Rule>
+constexpr bool kReplaces = [] {
+  if constexpr (requires { Rule::replaces; }) return Rule::replaces;
+  return false;
+}();
+
 // What the languages agree on, in this order.
 struct RuleNames {
   std::string_view rule;
   NameSpan states, scalars, hyper, coefficients, measures, epilogue;
   std::string_view step_scale;
   bool has_score;
+  bool replaces;
 };
 
 template <class Rule>
 constexpr RuleNames names_of{
     Rule::name,         Rule::states,      Rule::scalars,     Rule::hyper,
     Rule::coefficients, measures_of<Rule>, epilogue_of<Rule>, kStepScale<Rule> == StepScale::kOne ? "one" : "lr",
-    kHasScore<Rule>};
+    kHasScore<Rule>,    kReplaces<Rule>};
 
 // What `finish` is told: the segment's sums, those of its scope, and the largest score there.
 template <class Measures>

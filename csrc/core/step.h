@@ -79,7 +79,11 @@ FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
   g *= e.gradient_factor;
   if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
   const T d = Rule::template direction<T>(p, g, state, c);
-  p = (d * p < T(0) ? e.opposed_factor : e.decay_factor) * p - e.step_scale * d;
+  if constexpr (kReplaces<Rule>) {
+    p = d;
+  } else {
+    p = (d * p < T(0) ? e.opposed_factor : e.decay_factor) * p - e.step_scale * d;
+  }
   conclude(g, d);
 }
 

@@ -23,6 +23,7 @@ inline pybind11::dict describe(const RuleNames& rule) {
   d["measures"] = names(rule.measures);
   d["epilogue"] = names(rule.epilogue);
   d["score"] = rule.has_score;
+  d["replaces"] = rule.replaces;
   d["step_scale"] = pybind11::str(rule.step_scale.data(), rule.step_scale.size());
   return d;
 }

@@ -101,7 +101,7 @@ def _bytes() -> list[Json]:
 
 
 def _held(rule: type[Rule], dtype: torch.dtype, group: Json) -> float:
-    specs = rule.active_states(dict.fromkeys(rule.switches(), False))
+    specs = [spec for spec in rule.states if spec.name in rule.variants()[0]]
     codecs = [storage.param_codec(dtype, group), *(storage.state_codec(spec, dtype, group) for spec in specs)]
     return sum(codec.dtypes[0].itemsize + sum(t.itemsize / codec.block for t in codec.dtypes[1:]) for codec in codecs)
 

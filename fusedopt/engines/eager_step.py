@@ -138,7 +138,7 @@ class Step:
         decayed = self._decay_factor * self._value
         if self._group.get(options.CAUTIOUS):
             decayed = torch.where(d * self._value >= 0, decayed, self._value)
-        value = stepped = decayed - self._step_scale * d
+        value = stepped = d if rule.replaces in new else decayed - self._step_scale * d
         if average := options.average_state(self._group):
             new[average.name], value = self._averaged(average.name, stepped)
         if self.is_differentiable:

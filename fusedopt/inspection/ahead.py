@@ -84,19 +84,20 @@ def specialised(rules: Iterable[type[Rule]], elements: Iterable[str], arch: str,
         dtype = named(element).dtypes[0]
         if storage.illegal(group, dtype):
             continue
-        for states in _sets_of_states(rule):
+        for states in rule.variants():
             codecs = [storage.state_codec(s, dtype, group) for s in rule.states]
             stored = {s.name: codec for s, codec in zip(rule.states, codecs, strict=True) if s.name in states}
             param = storage.param_codec(dtype, group)
             signature = Signature(False, (("param", param), ("grad", named(element)), *stored.items()))
             has_codes = any(codec.block > 1 for codec in stored.values())
             tile = engine.tile_of(_backend(arch), has_codes)
-            switched = [s.name for s in rule.states if s.when and s.name in states]
+            always = set(rule.variants()[0]).intersection(*rule.variants())
+            switched = [name for name in states if name not in always]
             label = " ".join(["+".join([rule.name, *switched]), *stored_as])
             more = [rule, [signature], tile, engine.STAGES, rule.scopes[0]]
             for kernel, chosen in ours.constants(*more, options=bool(group)).items():
                 name = {"norm": "norm", "step": label}.get(kernel, f"{label} {kernel}")
-                if kernel != "norm" or (rule is rules[0] and states == _sets_of_states(rule)[0]):
+                if kernel != "norm" or (rule is rules[0] and states == rule.variants()[0]):
                     found.append(Specialised(f"{name} {element}", ours.KERNELS[kernel], chosen, has_codes))
     return found
 
@@ -126,10 +127,3 @@ def compiled(what: Specialised, arch: str) -> Compiled:
 
 def _backend(arch: str) -> str:
     return "hip" if arch.startswith("gfx") else "cuda"
-
-
-def _sets_of_states(rule: type[Rule]) -> list[tuple[str, ...]]:
-    """The sets of states that a rule's switches choose from."""
-    keys = rule.switches()
-    settings = [dict(zip(keys, on, strict=True)) for on in product((False, True), repeat=len(keys))]
-    return [tuple(s.name for s in rule.active_states(setting)) for setting in settings]

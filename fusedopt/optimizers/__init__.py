@@ -15,6 +15,7 @@ from fusedopt.optimizers.koala import KoalaM, KoalaV
 from fusedopt.optimizers.lamb import LAMB
 from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.muon import Muon
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
 from fusedopt.optimizers.nsgd import NSGD
@@ -48,6 +49,7 @@ __all__ = [
     "KoalaM",
     "KoalaV",
     "Lion",
+    "Muon",
     "NAdam",
     "NAdamW",
     "RAdam",

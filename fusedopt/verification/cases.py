@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fusedopt
@@ -55,6 +56,7 @@ LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
+MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
     Case("SGD momentum", "SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
@@ -145,6 +147,15 @@ CASES = (
     ),
     Case("Adan", "Adan", WD, "timm:Adan", references.adan, alone=True),
     Case("Adan no_prox", "Adan", {"no_prox": True, **WD}, "timm:Adan", references.adan, alone=True),
+    # A matrix, and vectors by AdamW. The matrix function is computed in double; what is less has tests of its own.
+    Case("Muon", "Muon", MUON, "none:Muon", references.muon),
+    Case(
+        "Muon match_rms_adamw",
+        "Muon",
+        {"nesterov": False, "adjust_lr_fn": "match_rms_adamw", **MUON},
+        "none:Muon",
+        references.muon,
+    ),
     Case("Lion", "Lion", WD, "lion-pytorch:Lion", references.lion, signs=True),
     Case("LAMB", "LAMB", WD, "timm:Lamb", references.lamb, theirs={"max_grad_norm": None}, alone=True),
     Case(

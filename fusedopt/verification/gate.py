@@ -119,10 +119,10 @@ def oracle(case: Case, params: list[Parameter]) -> torch.optim.Optimizer:
     return make(params, **options)
 
 
-def results(case: Case, params: list[Tensor], optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def results(case: Case, params: list[Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """What a run is judged by: the parameters, and such states as are results, too."""
-    stepped = optimizer.param_groups[0]["params"]
-    return [*params, *(optimizer.state[p][name] for name in case.results for p in stepped)]
+    states = (optimizer.state[p][name] for name in case.results for p in params)
+    return [*(p.detach() for p in params), *states]
 
 
 def reference_results(case: Case, params: list[Tensor], states: list[Memory]) -> list[Tensor]:
@@ -168,9 +168,10 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     home = ENGINES[engine].home()
     start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps, device=home)
     predict(before)
-    start = [p.cpu() for p in start]
+    start = [p.detach().cpu() for p in start]
     state = copy.deepcopy(before.state_dict())
-    state["param_groups"][0]["lr"] *= VISIBLE
+    for group in state["param_groups"]:
+        group["lr"] *= VISIBLE
 
     def step(make: Make, kind: torch.dtype, device: torch.device = CPU) -> tuple[list[Tensor], torch.optim.Optimizer]:
         params = [torch.nn.Parameter(p.to(device, kind, copy=True)) for p in start]

@@ -244,6 +244,23 @@ def adan(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p * (1 - decay) - h["lr"] * d if h["no_prox"] else (p - h["lr"] * d) / (1 + decay)
 
 
+def muon(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Jordan et al. 2024, with torch's form of the momentum; by AdamW what is no matrix."""
+    if h["algorithm"] == "adamw":
+        return adam(p, g, x, {**h, "amsgrad": False, "decoupled_weight_decay": True})
+    mu, (a, b, c) = h["momentum"], h["ns_coefficients"]
+    x["m"] = mu * x.get("m", torch.zeros_like(p)) + (1 - mu) * g
+    u = (1 - mu) * g + mu * x["m"] if h["nesterov"] else x["m"]
+    o = u.double() / max(float(u.double().norm()), h["eps"])
+    for _ in range(h["ns_steps"]):
+        s = o @ o.T
+        o = a * o + (b * s + c * s @ s) @ o
+    rows, columns = p.shape
+    is_like_adamw = h["adjust_lr_fn"] == "match_rms_adamw"
+    r = 0.2 * math.sqrt(max(rows, columns)) if is_like_adamw else math.sqrt(max(1.0, rows / columns))
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * r * o.to(p.dtype)
+
+
 def amsgd(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Topollai and Choromanska 2025: the step that minimises the larger of two planes and both proximal terms."""
     g, lam = _l2(p, g, h), h["lam"]

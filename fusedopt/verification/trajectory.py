@@ -72,7 +72,7 @@ def predict(optimizer: torch.optim.Optimizer) -> None:
 
 def run(
     make: Make, dtype: torch.dtype, steps: int = STEPS, resume: bool = False, device: torch.device = CPU
-) -> tuple[list[Tensor], torch.optim.Optimizer]:
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     """Step an optimizer through the trajectory.
 
     Args:
@@ -87,7 +87,7 @@ def run(
     """
     params = parameters(dtype, device)
     optimizer = make(params)
-    base = dict(optimizer.param_groups[0])
+    base = [dict(group) for group in optimizer.param_groups]
     for t, step in enumerate(gradients(steps)):
         if resume and t == steps * 7 // 15:
             file = io.BytesIO()
@@ -97,9 +97,18 @@ def run(
             optimizer.load_state_dict(torch.load(file))
         for p, g in zip(params, step, strict=True):
             p.grad = None if g is None else g.to(device, dtype)
-        schedule(optimizer.param_groups[0], base, t)
+        for group, own in zip(optimizer.param_groups, base, strict=True):
+            schedule(group, own, t)
         oracles.step(optimizer, **asked(optimizer, t))
-    return [p.detach() for p in params], optimizer
+    return params, optimizer
+
+
+def _said(case: Case, dtype: torch.dtype) -> tuple[list[ParamGroup], list[int]]:
+    """What each parameter's group says, and which of the optimizer's it is: one group may have become several."""
+    params = parameters(dtype)
+    groups = [(id(p), group) for group in case.build(params).param_groups for p in group["params"]]
+    said, order = dict(groups), [place for place, _ in groups]
+    return [dict(said[id(p)]) for p in params], [order.index(id(p)) for p in params]
 
 
 def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[list[Tensor], list[Memory]]:
@@ -107,16 +116,17 @@ def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[l
     if case.reference is None:
         raise LookupError(f"{case.name} has no textbook loop, and its oracle {case.oracle} is not installed")
     params: list[Tensor] = [p.detach() for p in parameters(dtype)]
-    states: list[Memory] = [{"number": k} for k in range(len(params))]
-    options = dict(case.build(parameters(dtype)).param_groups[0])
-    base = dict(options)
+    options, numbers = _said(case, dtype)
+    states: list[Memory] = [{"number": number} for number in numbers]
+    base = [dict(group) for group in options]
     for t, step in enumerate(gradients(steps)):
-        schedule(options, base, t)
+        for group, own in zip(options, base, strict=True):
+            schedule(group, own, t)
         if case.together:
             gradients_of = [None if g is None else g.to(dtype) for g in step]
-            params = case.reference(params, gradients_of, states, options, losses(t))
+            params = case.reference(params, gradients_of, states, options[0], losses(t))
             continue
         for k, g in enumerate(step):
             if g is not None:
-                params[k] = case.reference(params[k], g.to(dtype), states[k], options)
+                params[k] = case.reference(params[k], g.to(dtype), states[k], options[k])
     return params, states

@@ -5,6 +5,7 @@
 coefficients of a step, in the order of theirs, and the scalars after it. ``step``, if there, is first and already
 counts this step; ``new_state`` is true when the state was created for it. Values may be scalars or blocks.
 ``step_scale = "one"``: if there, the engine does ``p -= d``, not ``p -= lr * d``.
+``replaces``: if there, the state with which the engine does ``p = d``, and never reads p.
 ``direction(p, g, state, c, STATES) -> d, state``: elementwise, of the compute type; ``state`` holds the
 states that the parameter has, and STATES (constexpr) their names, joined by commas.
 

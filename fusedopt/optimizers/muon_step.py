@@ -1,0 +1,316 @@
+"""What a step of Muon runs on: two launches, and a function of stacks of matrices between them.
+
+The first launch is a step of the gradients: it unscales, clips and adds noise, steps what AdamW has, and writes what the
+matrix function is of, momentum or Nesterov's, into one stack for each shape. The second is a step of the matrices, whose
+gradient is what the function made: decay, average, masters. The rule's parts are told apart by ``algorithm``:
+
+=============  =========================  ==================================  ===========================
+``algorithm``  parameter                  gradient                            state
+=============  =========================  ==================================  ===========================
+``"adamw"``    the optimizer's            its own                             the optimizer's
+``"muon"``     its place in a stack       the optimizer's parameter's         momentum; a step of its own
+``"after"``    the optimizer's, detached  its place in a stack                the optimizer's
+=============  =========================  ==================================  ===========================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fusedopt import memory, planner, rescaling, storage
+from fusedopt.aliases import Group, ParamGroup, ParamGroups, ParamState, States, Stored
+from fusedopt.context import Context, StepRequest
+from fusedopt.interrupts import held_back
+from fusedopt.newton_schulz import Iteration, Workspace, fastest_dtype, orthogonalize
+from fusedopt.options import AVERAGE, CAUTIOUS, EVERY, MASTER, NOISE, RESCALE, RESCALE_STEP, STATE_DTYPE, STEP
+from fusedopt.scaling import Scaling
+from fusedopt.state import NewState
+from fusedopt.stepper import Stepper, Told
+
+ADAMW, MUON, AFTER = "adamw", "muon", "after"
+MOMENTUM = ("momentum_buffer", storage.scale_of("momentum_buffer"))
+NOT_BEFORE = {AVERAGE, MASTER, CAUTIOUS, RESCALE, EVERY, RESCALE_STEP}  # options of matrices that the second launch has
+NOT_AFTER = {NOISE, STATE_DTYPE, RESCALE, EVERY, RESCALE_STEP}
+NEITHER = NOT_BEFORE & NOT_AFTER  # what comes after both
+
+Shape = tuple[int, int]
+
+
+@dataclass(eq=False, slots=True)
+class _Matrix:
+    """A parameter that Muon steps.
+
+    Attributes:
+        number: Which of the optimizer's it is.
+        p: The parameter.
+        update: What the function is of, then what it made: the parameter's place in a stack, of its shape.
+        detached: The parameter without its gradient.
+    """
+
+    number: int
+    p: Tensor
+    update: Tensor
+    detached: Tensor
+
+
+@dataclass(eq=False, slots=True)
+class _Stack:
+    """Matrices of one shape, and what is done to them."""
+
+    values: Tensor
+    iteration: Iteration
+    matrices: list[_Matrix]
+
+
+def shape_of(p: Tensor) -> Shape:
+    """What a parameter is as a matrix: whatever follows the first dimension is one."""
+    return p.shape[0], math.prod(p.shape[1:])
+
+
+def ratio(adjust_lr_fn: str | None, shape: Shape) -> float:
+    """What the learning rate of a matrix is multiplied by; ``torch.optim.Muon`` says what each is for."""
+    rows, columns = shape
+    if not rows or not columns:
+        return 1.0
+    if adjust_lr_fn == "match_rms_adamw":
+        return 0.2 * math.sqrt(max(rows, columns))
+    return math.sqrt(max(1.0, rows / columns))
+
+
+def _iteration(group: Group, shape: Shape) -> Iteration:
+    a, b, c = map(float, group["ns_coefficients"])
+    return Iteration((a, b, c), int(group["ns_steps"]), float(group["eps"]), ratio(group["adjust_lr_fn"], shape))
+
+
+def _dtype(group: Group, p: Tensor) -> torch.dtype:
+    """What the function of a matrix is computed in."""
+    return group["ns_dtype"] or (torch.float64 if p.dtype == torch.float64 else fastest_dtype(p.device.type))
+
+
+class Launches(Stepper):
+    """Steps a Muon. What it is as a stepper is the first launch.
+
+    Args:
+        whole: The optimizer, brought up to date before every step.
+        workspace: Of the matrix function; others may share it that do not step at the same time.
+    """
+
+    def __init__(self, whole: Context, workspace: Workspace) -> None:
+        super().__init__(replace(whole, param_groups=[], state={}, retained=[]))
+        self._whole = whole
+        self._after = Stepper(replace(whole, param_groups=[], state={}, retained=[], statuses={}))
+        self._workspace = workspace
+        self._stacks: list[_Stack] = []
+        self._matrices: list[_Matrix] = []
+        self._others: list[Tensor] = []
+        self._groups: list[_Said] = []
+        self._made_of: list[object] = []
+
+    def step(self, request: StepRequest) -> Told:
+        """Do a step.
+
+        Raises:
+            RuntimeError, TypeError, ValueError: For what cannot be stepped; everything is as it was.
+        """
+        whole = self._whole
+        rescales, new = rescaling.is_asked(whole), self._without_average()
+        try:
+            self._bring_up_to_date()
+            with held_back():
+                told = super().step(request)
+                if told.is_new:
+                    self._keep_states()
+                if told.skipped:
+                    return told
+                for stack in self._stacks:
+                    if any(matrix.update.grad is not None for matrix in stack.matrices):
+                        orthogonalize(stack.values, stack.iteration, self._workspace)
+                if self._matrices:
+                    after = StepRequest(self._found(request), increments_versions=request.increments_versions)
+                    if self._after.step(after).is_new:
+                        self._keep_states()
+                if rescales:
+                    rescaling.after_step(whole, new)
+            return told
+        finally:
+            for matrix in self._matrices:
+                matrix.update.grad = None
+
+    def step_again_and_free(self, increments_versions: bool) -> bool:
+        """It takes more than one call."""
+        return False
+
+    def _without_average(self) -> NewState:
+        """The parameters whose average is yet to be made, where that matters."""
+        whole = self._whole
+        if not rescaling.is_asked(whole):
+            return []
+        everyone = enumerate(whole.everyone())
+        return [(i, p, ("ema",)) for i, (p, _) in everyone if "ema" not in whole.state.get(p, {})]
+
+    def _found(self, request: StepRequest) -> Scaling:
+        """What tells the second launch whether the first was skipped; nobody waits to hear of it."""
+        if not request.skip_nonfinite and request.scaling.found_inf is None:
+            return Scaling()
+        statuses = list(self._whole.statuses.values())
+        return Scaling(found_inf=statuses[0].skipped.to(torch.float32)) if statuses else Scaling()
+
+    # ------------------------------------------------------------------------------------------------ every step
+
+    def _bring_up_to_date(self) -> None:
+        """Hand groups, gradients and states over to both launches."""
+        for context in (self.context, self._after.context):
+            context.engine, context.process_group = self._whole.engine, self._whole.process_group
+        made_of = self._looked_at()
+        is_new = len(made_of) != len(self._made_of) or not all(map(_is_same, made_of, self._made_of))
+        if is_new:
+            self._make(made_of)
+        for said in self._groups:
+            said.update(self._whole.param_groups)
+        self._hand_over_states()
+        for matrix in self._matrices:
+            matrix.update.grad = g = matrix.p.grad
+            matrix.detached.grad = None if g is None else matrix.update
+        if is_new:
+            planner.check(self._after.context)
+
+    def _looked_at(self) -> list[object]:
+        """All that stacks are made of: parameters, where they are, and what is done to them."""
+        found: list[object] = []
+        for group in self._whole.param_groups:
+            found += [group["algorithm"], len(group["params"])]
+            if group["algorithm"] != MUON:
+                found += group["params"]
+                continue
+            found += [group[key] for key in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "ns_dtype")]
+            for p in group["params"]:
+                found += [p, memory.local(p).data_ptr(), p.shape, p.dtype]
+        return found
+
+    def _hand_over_states(self) -> None:
+        """Where the optimizer's states are others than those that were handed over, or kept, say which they are."""
+        before, after, state = self.context.state, self._after.context.state, self._whole.state
+        for p in self._others:
+            if (its := state.get(p)) is not before.get(p):
+                _put(before, p, its)
+        for matrix in self._matrices:
+            its = state.get(matrix.p)
+            if its is not after.get(matrix.detached):
+                _put(after, matrix.detached, its)
+            if _momentum(its) != _momentum(before.get(matrix.update)):
+                _put(before, matrix.update, _before_it(its))
+
+    def _keep_states(self) -> None:
+        """Give the optimizer the states that a launch has made."""
+        before, after, state = self.context.state, self._after.context.state, self._whole.state
+        for p in self._others:
+            if (its := before.get(p)) is not state.get(p):
+                _put(state, p, its)
+        for matrix in self._matrices:
+            its = after.get(matrix.detached, {})
+            its |= {name: t for name, t in before.get(matrix.update, {}).items() if name in MOMENTUM}
+            if its:
+                state[matrix.p] = after[matrix.detached] = its
+
+    # ---------------------------------------------------------------------------------------------------- making
+
+    def _make(self, made_of: list[object]) -> None:
+        """Make stacks, and what both launches step."""
+        stacks: dict[tuple[object, ...], list[tuple[int, Tensor, Group]]] = {}
+        others: list[Tensor] = []
+        for number, (p, group) in enumerate(self._whole.everyone()):
+            if group["algorithm"] == MUON:
+                shape = shape_of(p)
+                key = (p.device, _dtype(group, p), shape, _iteration(group, shape))
+                stacks.setdefault(key, []).append((number, p, group))
+            else:
+                others.append(p)
+        self._stacks, self._others = [_stack(members) for members in stacks.values()], others
+        matrices = [matrix for stack in self._stacks for matrix in stack.matrices]
+        self._matrices = sorted(matrices, key=lambda matrix: matrix.number)
+        self._make_groups()
+        self._made_of = made_of
+
+    def _make_groups(self) -> None:
+        """What both launches have in the place of the optimizer's groups."""
+        before, after, matrices = self.context, self._after.context, iter(self._matrices)
+        for context in (before, after):
+            context.param_groups, context.state = [], {}
+        self._groups = []
+        for g, group in enumerate(self._whole.param_groups):
+            if group["algorithm"] != MUON:
+                self._groups.append(_Said(g, before.param_groups, NEITHER, {}))
+                continue
+            its = [next(matrices) for _ in group["params"]]
+            own = {"params": [matrix.update for matrix in its]}
+            self._groups.append(_Said(g, before.param_groups, NOT_BEFORE, own))
+            own = {"params": [matrix.detached for matrix in its], "algorithm": AFTER, "maximize": False}
+            self._groups.append(_Said(g, after.param_groups, NOT_AFTER, own))
+        after.numbers = [matrix.number for matrix in self._matrices]
+
+
+class _Said:
+    """What one of the optimizer's groups says to a launch.
+
+    Args:
+        number: Which group.
+        groups: The launch's, of which this becomes the last.
+        without: Options that are not for it.
+        own: What it has in the place of the group's.
+    """
+
+    def __init__(self, number: int, groups: ParamGroups, without: set[str], own: ParamGroup) -> None:
+        self._number, self._without, self._own = number, without, own
+        self._said: ParamGroup = {}
+        groups.append(self._said)
+
+    def update(self, groups: ParamGroups) -> None:
+        """Say what it says now."""
+        new = {key: value for key, value in groups[self._number].items() if key not in self._without} | self._own
+        if new.keys() != self._said.keys():
+            self._said.clear()
+        self._said.update(new)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _stack(members: Sequence[tuple[int, Tensor, Group]]) -> _Stack:
+    """A stack of parameters that are matrices of one shape."""
+    _, first, group = members[0]
+    shape = shape_of(first)
+    values = torch.zeros(len(members), *shape, dtype=_dtype(group, first), device=first.device)
+    stack = _Stack(values, _iteration(group, shape), [])
+    for place, (number, p, _) in zip(values, members, strict=True):
+        update, detached = place.view(p.shape), p.detach()
+        update.grad_dtype = detached.grad_dtype = None  # of whatever dtype
+        stack.matrices.append(_Matrix(number, p, update, detached))
+    return stack
+
+
+def _is_same(a: object, b: object) -> bool:
+    return a is b or (not isinstance(a, Tensor) and a == b)
+
+
+def _put(states: States, p: Tensor, state: ParamState | None) -> None:
+    if state is None:
+        states.pop(p, None)
+    else:
+        states[p] = state
+
+
+def _momentum(state: Stored | None) -> list[int]:
+    """What tells a state's momentum from another."""
+    return [id(state.get(name)) for name in MOMENTUM] if state else [id(None)] * len(MOMENTUM)
+
+
+def _before_it(state: Stored | None) -> ParamState | None:
+    """The first launch's state of a matrix: the optimizer's momentum, and a step of its own, which it counts itself."""
+    own = {name: state[name] for name in MOMENTUM if state and state.get(name) is not None}
+    if own and state:
+        own[STEP] = torch.as_tensor(state.get(STEP, 0.0)).detach().clone()
+    return own or None
