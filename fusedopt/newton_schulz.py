@@ -2,13 +2,15 @@
 
 For X of singular values in [0, 1], ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` takes each singular value s to
 ``a s + b s^3 + c s^5``; with Muon's coefficients five times of it bring them near 1, and what is left is near the
-orthogonal factor of the polar decomposition. Sources: Jordan et al., "Muon", 2024; Higham, "Functions of Matrices", ch. 8.
+orthogonal factor of the polar decomposition. Sources: Jordan et al., "Muon", 2024; Higham, "Functions of Matrices",
+chapter 8.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -64,7 +66,7 @@ def orthogonalize(stack: Tensor, iteration: Iteration, workspace: Workspace) -> 
     m, n = stack.shape[1:]
     side = min(m, n)
     each = (2 * m * n + 2 * side * side) * stack.element_size()
-    for part in stack.split(max(1, most // max(each, 1))):
+    for part in cast("Sequence[Tensor]", stack.split(max(1, most // max(each, 1)))):
         _iterate(part, iteration, workspace)
 
 
@@ -74,7 +76,8 @@ def _iterate(x: Tensor, iteration: Iteration, workspace: Workspace) -> None:
     side = min(m, n)
     gram, polynomial = (workspace.take(x, which, k, side, side) for which in (0, 1))
     here, there = x, workspace.take(x, 2, k, m, n)
-    lengths = torch.linalg.vector_norm(x.view(k, m * n), dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    lengths = cast("Tensor", torch.linalg.vector_norm(x.view(k, m * n), dim=1, dtype=wide))
     # An odd number of steps, each from one place to the other, ends where it should if the first begins elsewhere.
     target = there if steps % 2 else here
     torch.mul(x, (1.0 if steps else scale) * lengths.clamp(min=eps).reciprocal().to(x.dtype).view(k, 1, 1), out=target)

@@ -59,6 +59,7 @@ BAD = [
 def accepts(name, option):
     return option in inspect.signature(getattr(fusedopt, name).__init__).parameters
 
+
 BETAS = [
     ({"betas": (1.0, 0.9)}, r"betas\[0\]"),
     ({"betas": (0.9, 1.0)}, r"betas\[1\]"),

@@ -91,7 +91,7 @@ class MuonRule(Rule):
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
         if not _are_three_numbers(coefficients):
             return f"ns_coefficients is {coefficients!r}; it must be three finite numbers"
-        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= steps <= MOST_STEPS:
+        if isinstance(steps, bool) or not isinstance(steps, Integral) or not 0 <= int(steps) <= MOST_STEPS:
             return f"ns_steps is {steps!r}; it must be a whole number from 0 to {MOST_STEPS}"
         if group["adjust_lr_fn"] not in ADJUST_LR:
             return f"adjust_lr_fn is {group['adjust_lr_fn']!r}; it may be 'original', 'match_rms_adamw' or None"
@@ -105,6 +105,11 @@ def _are_three_numbers(value: object) -> bool:
         return False
     numbers = cast("Sequence[object]", value)
     return all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
+
+
+def _tensor_of(member: object) -> object:
+    """A member of a group, which may be a pair of a name and a parameter."""
+    return cast("tuple[object, object]", member)[1] if isinstance(member, tuple) else member
 
 
 def is_matrix(p: object) -> bool:
@@ -222,7 +227,7 @@ class Muon(FusedOptimizer):
         adamw = _adamw(group.pop("adamw", None), self._adamw)
         if algorithm not in (None, ADAMW, MUON):
             raise ValueError(f"algorithm (group {number}) is {algorithm!r}; it may be 'muon', 'adamw' or None")
-        fit = [is_matrix(member[1] if isinstance(member, tuple) else member) for member in group["params"]]
+        fit = [is_matrix(_tensor_of(member)) for member in group["params"]]
         if algorithm == MUON and not all(fit):
             self._refuse(group, number, fit.index(False))
         if algorithm is None and any(fit) and not all(fit):
@@ -239,14 +244,12 @@ class Muon(FusedOptimizer):
 
     def _refuse(self, group: Group, number: int, i: int) -> None:
         """Raise for what cannot be a matrix."""
-        member = group["params"][i]
-        p = member[1] if isinstance(member, tuple) else member
-        if not isinstance(p, Tensor):
-            return  # torch says what it has to be
-        raise ValueError(
-            f"{checks.Label({}, number, i, p)} is no real matrix, which algorithm='muon' steps; leave its group without "
-            "algorithm, or say 'adamw'"
-        )
+        p = _tensor_of(group["params"][i])
+        if isinstance(p, Tensor):  # else torch says what it has to be
+            raise ValueError(
+                f"{checks.Label({}, number, i, p)} is no real matrix, which algorithm='muon' steps; say 'adamw', or "
+                "nothing, of its group"
+            )
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state from here, or from ``torch.optim.Muon``, which counts no steps: then they begin again.

@@ -1,8 +1,8 @@
 """What a step of Muon runs on: two launches, and a function of stacks of matrices between them.
 
-The first launch is a step of the gradients: it unscales, clips and adds noise, steps what AdamW has, and writes what the
-matrix function is of, momentum or Nesterov's, into one stack for each shape. The second is a step of the matrices, whose
-gradient is what the function made: decay, average, masters. The rule's parts are told apart by ``algorithm``:
+The first launch is a step of the gradients: it unscales, clips and adds noise, steps what AdamW has, and writes what
+the matrix function is of, momentum or Nesterov's, into one stack for each shape. The second is a step of the matrices,
+whose gradient is what the function made: decay, average, masters. The rule's parts are told apart by ``algorithm``:
 
 =============  =========================  ==================================  ===========================
 ``algorithm``  parameter                  gradient                            state
@@ -15,18 +15,17 @@ gradient is what the function made: decay, average, masters. The rule's parts ar
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fusedopt import memory, planner, rescaling, storage
-from fusedopt.aliases import Group, ParamGroup, ParamGroups, ParamState, States, Stored
+from fusedopt.aliases import ParamGroup, ParamGroups, ParamState, States, Stored
 from fusedopt.context import Context, StepRequest
 from fusedopt.interrupts import held_back
-from fusedopt.newton_schulz import Iteration, Workspace, fastest_dtype, orthogonalize
+from fusedopt.newton_schulz import Workspace
+from fusedopt.optimizers.muon_stacks import Stacks, matrix_of
 from fusedopt.options import AVERAGE, CAUTIOUS, EVERY, MASTER, NOISE, RESCALE, RESCALE_STEP, STATE_DTYPE, STEP
 from fusedopt.scaling import Scaling
 from fusedopt.state import NewState
@@ -37,59 +36,6 @@ MOMENTUM = ("momentum_buffer", storage.scale_of("momentum_buffer"))
 NOT_BEFORE = {AVERAGE, MASTER, CAUTIOUS, RESCALE, EVERY, RESCALE_STEP}  # options of matrices that the second launch has
 NOT_AFTER = {NOISE, STATE_DTYPE, RESCALE, EVERY, RESCALE_STEP}
 NEITHER = NOT_BEFORE & NOT_AFTER  # what comes after both
-
-Shape = tuple[int, int]
-
-
-@dataclass(eq=False, slots=True)
-class _Matrix:
-    """A parameter that Muon steps.
-
-    Attributes:
-        number: Which of the optimizer's it is.
-        p: The parameter.
-        update: What the function is of, then what it made: the parameter's place in a stack, of its shape.
-        detached: The parameter without its gradient.
-    """
-
-    number: int
-    p: Tensor
-    update: Tensor
-    detached: Tensor
-
-
-@dataclass(eq=False, slots=True)
-class _Stack:
-    """Matrices of one shape, and what is done to them."""
-
-    values: Tensor
-    iteration: Iteration
-    matrices: list[_Matrix]
-
-
-def shape_of(p: Tensor) -> Shape:
-    """What a parameter is as a matrix: whatever follows the first dimension is one."""
-    return p.shape[0], math.prod(p.shape[1:])
-
-
-def ratio(adjust_lr_fn: str | None, shape: Shape) -> float:
-    """What the learning rate of a matrix is multiplied by; ``torch.optim.Muon`` says what each is for."""
-    rows, columns = shape
-    if not rows or not columns:
-        return 1.0
-    if adjust_lr_fn == "match_rms_adamw":
-        return 0.2 * math.sqrt(max(rows, columns))
-    return math.sqrt(max(1.0, rows / columns))
-
-
-def _iteration(group: Group, shape: Shape) -> Iteration:
-    a, b, c = map(float, group["ns_coefficients"])
-    return Iteration((a, b, c), int(group["ns_steps"]), float(group["eps"]), ratio(group["adjust_lr_fn"], shape))
-
-
-def _dtype(group: Group, p: Tensor) -> torch.dtype:
-    """What the function of a matrix is computed in."""
-    return group["ns_dtype"] or (torch.float64 if p.dtype == torch.float64 else fastest_dtype(p.device.type))
 
 
 class Launches(Stepper):
@@ -105,8 +51,7 @@ class Launches(Stepper):
         self._whole = whole
         self._after = Stepper(replace(whole, param_groups=[], state={}, retained=[], statuses={}))
         self._workspace = workspace
-        self._stacks: list[_Stack] = []
-        self._matrices: list[_Matrix] = []
+        self._stacks = Stacks([], workspace)
         self._others: list[Tensor] = []
         self._groups: list[_Said] = []
         self._made_of: list[object] = []
@@ -127,10 +72,8 @@ class Launches(Stepper):
                     self._keep_states()
                 if told.skipped:
                     return told
-                for stack in self._stacks:
-                    if any(matrix.update.grad is not None for matrix in stack.matrices):
-                        orthogonalize(stack.values, stack.iteration, self._workspace)
-                if self._matrices:
+                self._stacks.apply()
+                if self._stacks.matrices:
                     after = StepRequest(self._found(request), increments_versions=request.increments_versions)
                     if self._after.step(after).is_new:
                         self._keep_states()
@@ -138,7 +81,7 @@ class Launches(Stepper):
                     rescaling.after_step(whole, new)
             return told
         finally:
-            for matrix in self._matrices:
+            for matrix in self._stacks.matrices:
                 matrix.update.grad = None
 
     def step_again_and_free(self, increments_versions: bool) -> bool:
@@ -173,7 +116,7 @@ class Launches(Stepper):
         for said in self._groups:
             said.update(self._whole.param_groups)
         self._hand_over_states()
-        for matrix in self._matrices:
+        for matrix in self._stacks.matrices:
             matrix.update.grad = g = matrix.p.grad
             matrix.detached.grad = None if g is None else matrix.update
         if is_new:
@@ -198,7 +141,7 @@ class Launches(Stepper):
         for p in self._others:
             if (its := state.get(p)) is not before.get(p):
                 _put(before, p, its)
-        for matrix in self._matrices:
+        for matrix in self._stacks.matrices:
             its = state.get(matrix.p)
             if its is not after.get(matrix.detached):
                 _put(after, matrix.detached, its)
@@ -211,7 +154,7 @@ class Launches(Stepper):
         for p in self._others:
             if (its := before.get(p)) is not state.get(p):
                 _put(state, p, its)
-        for matrix in self._matrices:
+        for matrix in self._stacks.matrices:
             its = after.get(matrix.detached, {})
             its |= {name: t for name, t in before.get(matrix.update, {}).items() if name in MOMENTUM}
             if its:
@@ -221,24 +164,16 @@ class Launches(Stepper):
 
     def _make(self, made_of: list[object]) -> None:
         """Make stacks, and what both launches step."""
-        stacks: dict[tuple[object, ...], list[tuple[int, Tensor, Group]]] = {}
-        others: list[Tensor] = []
-        for number, (p, group) in enumerate(self._whole.everyone()):
-            if group["algorithm"] == MUON:
-                shape = shape_of(p)
-                key = (p.device, _dtype(group, p), shape, _iteration(group, shape))
-                stacks.setdefault(key, []).append((number, p, group))
-            else:
-                others.append(p)
-        self._stacks, self._others = [_stack(members) for members in stacks.values()], others
-        matrices = [matrix for stack in self._stacks for matrix in stack.matrices]
-        self._matrices = sorted(matrices, key=lambda matrix: matrix.number)
+        numbered = list(enumerate(self._whole.everyone()))
+        matrices = [matrix_of(number, p, group) for number, (p, group) in numbered if group["algorithm"] == MUON]
+        self._stacks = Stacks(matrices, self._workspace)
+        self._others = [p for _, (p, group) in numbered if group["algorithm"] != MUON]
         self._make_groups()
         self._made_of = made_of
 
     def _make_groups(self) -> None:
         """What both launches have in the place of the optimizer's groups."""
-        before, after, matrices = self.context, self._after.context, iter(self._matrices)
+        before, after, matrices = self.context, self._after.context, iter(self._stacks.matrices)
         for context in (before, after):
             context.param_groups, context.state = [], {}
         self._groups = []
@@ -251,7 +186,7 @@ class Launches(Stepper):
             self._groups.append(_Said(g, before.param_groups, NOT_BEFORE, own))
             own = {"params": [matrix.detached for matrix in its], "algorithm": AFTER, "maximize": False}
             self._groups.append(_Said(g, after.param_groups, NOT_AFTER, own))
-        after.numbers = [matrix.number for matrix in self._matrices]
+        after.numbers = [matrix.number for matrix in self._stacks.matrices]
 
 
 class _Said:
@@ -275,21 +210,6 @@ class _Said:
         if new.keys() != self._said.keys():
             self._said.clear()
         self._said.update(new)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def _stack(members: Sequence[tuple[int, Tensor, Group]]) -> _Stack:
-    """A stack of parameters that are matrices of one shape."""
-    _, first, group = members[0]
-    shape = shape_of(first)
-    values = torch.zeros(len(members), *shape, dtype=_dtype(group, first), device=first.device)
-    stack = _Stack(values, _iteration(group, shape), [])
-    for place, (number, p, _) in zip(values, members, strict=True):
-        update, detached = place.view(p.shape), p.detach()
-        update.grad_dtype = detached.grad_dtype = None  # of whatever dtype
-        stack.matrices.append(_Matrix(number, p, update, detached))
-    return stack
 
 
 def _is_same(a: object, b: object) -> bool:
