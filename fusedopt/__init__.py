@@ -7,6 +7,7 @@ from fusedopt.backward import step_in_backward
 from fusedopt.conversion import convert_state, master_weights
 from fusedopt.fuse import fuse
 from fusedopt.invariance import scale_invariant_groups
+from fusedopt.matrix_groups import muon_groups
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import *  # noqa: F403
 from fusedopt.optimizers.nsgd import InputPowers
@@ -18,5 +19,5 @@ except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
 __all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "fuse"]
-__all__ += ["convert_state", "master_weights", "scale_invariant_groups", "step_in_backward"]
+__all__ += ["convert_state", "master_weights", "muon_groups", "scale_invariant_groups", "step_in_backward"]
 __all__ += optimizers.__all__

@@ -127,7 +127,10 @@ def test_zero_and_tiny_matrices(engine):
 def test_groups_are_of_one_algorithm():
     ps = params((3, 2), (4,), (2, 2, 2), ())
     optimizer = fusedopt.Muon(
-        [(f"p{i}", p) for i, p in enumerate(ps)], lr=0.5, adamw={"betas": (0.8, 0.9), "weight_decay": 0.3}, maximize=True
+        [(f"p{i}", p) for i, p in enumerate(ps)],
+        lr=0.5,
+        adamw={"betas": (0.8, 0.9), "weight_decay": 0.3},
+        maximize=True,
     )
     matrices, others = optimizer.param_groups
     assert [matrices[k] for k in ("algorithm", "lr", "eps", "weight_decay")] == ["muon", 0.5, 1e-7, 0.1]
@@ -443,3 +446,45 @@ def test_state_may_be_converted(engine):
             optimizer.step()
     assert list(optimizer.state[ps[0]]) == ["momentum_buffer", "step"]
     assert optimizer.state[ps[0]]["step"] == 8
+
+
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+class Model(torch.nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.head = torch.nn.Linear(4, 9, bias=False)
+        self.tokens = torch.nn.Embedding(9, 4)
+        self.router = torch.nn.Linear(4, 4)
+        self.conv = torch.nn.Conv1d(4, 4, 3)
+        self.norm = torch.nn.LayerNorm(4)
+        self.last = torch.nn.Linear(4, 4)
+        if tied:
+            self.head.weight = self.tokens.weight
+
+    def names(self, *more, **options):
+        groups = fusedopt.muon_groups(self, *more, **options)
+        return {group["algorithm"]: {name for name, _ in group["params"]} for group in groups}
+
+
+def test_groups_of_a_model():
+    found = Model().names()
+    assert found["muon"] == {"head.weight", "router.weight", "conv.weight"}
+    assert found["adamw"] >= {"tokens.weight", "last.weight", "last.bias", "norm.weight", "conv.bias"}
+    assert Model().names(adamw=["*router*"])["muon"] == {"head.weight", "conv.weight"}
+    assert Model(tied=True).names()["muon"] == {"router.weight", "conv.weight"}
+    with pytest.raises(ValueError, match="gate"):
+        Model().names(adamw=["gate"])
+    with pytest.raises(TypeError, match="Module"):
+        fusedopt.muon_groups([])
+
+
+def test_a_model_may_say_what_its_output_is():
+    model = Model()
+    model.get_output_embeddings = lambda: model.head
+    assert model.names()["muon"] == {"router.weight", "conv.weight", "last.weight"}
+    groups = fusedopt.muon_groups(model)
+    optimizer = fusedopt.Muon(groups, lr=0.5)
+    assert [group["algorithm"] for group in optimizer.param_groups] == ["muon", "adamw"]
+    assert fusedopt.muon_groups(torch.nn.LayerNorm(3))[0]["algorithm"] == "adamw"
