@@ -60,23 +60,15 @@ def accepts(name, option):
     return option in inspect.signature(getattr(fusedopt, name).__init__).parameters
 
 
-BETAS = [
-    ({"betas": (1.0, 0.9)}, r"betas\[0\]"),
-    ({"betas": (0.9, 1.0)}, r"betas\[1\]"),
-    ({"betas": (-0.1, 0.9)}, r"betas\[0\]"),
-    ({"betas": (0.9, NAN)}, r"betas\[1\]"),
-]
-THREE = [
-    *(({"betas": (*o["betas"], 0.9)}, named) for o, named in BETAS),
-    ({"betas": (0.9, 0.99)}, "three numbers"),
-    ({"betas": (0.9, 0.99, 1.0)}, r"betas\[2\]"),
-]
+BETAS = [((1.0, 0.9), 0), ((0.9, 1.0), 1), ((-0.1, 0.9), 0), ((0.9, NAN), 1)]  # and which of them is wrong
 
 
 def bad(name):
     """What a class must not take of the options it has; betas of three where it has three."""
     has_three = accepts(name, "betas") and len(getattr(fusedopt, name)(params((3,))).defaults["betas"]) == 3
-    return BAD + (THREE if has_three else BETAS)
+    betas = [((*two, 0.9) if has_three else two, rf"betas\[{wrong}\]") for two, wrong in BETAS]
+    more = [((0.9, 0.99), "three numbers"), ((0.9, 0.99, 1.0), r"betas\[2\]")] if has_three else []
+    return [*BAD, *(({"betas": value}, named) for value, named in betas + more)]
 
 
 BAD_ARGUMENTS = [(n, o, named) for n in ALL for o, named in bad(n) if all(accepts(n, option) for option in o)]
