@@ -20,6 +20,7 @@ class Case:
         warmup: Steps before the timed ones.
         weight_decay: Of the first group.
         told: What every step is told besides, such as the loss.
+        by_shape: Whether matrices of hidden layers are stepped otherwise than the rest; groups say so by ``algorithm``.
         measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
     """
 
@@ -29,6 +30,7 @@ class Case:
     options: dict[str, Any] = field(hash=False)
     warmup: int = 2
     weight_decay: float = 0.01
+    by_shape: bool = False
     measured: int = 0
     told: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -44,6 +46,7 @@ class Case:
 
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
+MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "original", "adamw": ADAM}
 LOSS = {"loss": 1.0}
 CASES = {
     case.name: case
@@ -75,8 +78,11 @@ CASES = {
         Case("KoalaV", "KoalaV", 1e-3, {"sigma": 0.1, "q": 1.0, "r": 1.0}, weight_decay=0.0, measured=1, told=LOSS),
         Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
+        Case("Muon", "Muon", 0.02, MUON, by_shape=True),
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
-        Case("ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3),  # first: sets v
+        Case(
+            "ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3
+        ),  # first: sets v
         Case("Adan", "Adan", 1e-3, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
     )
 }

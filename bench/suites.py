@@ -18,10 +18,12 @@ class Suite:
     Attributes:
         name: What ``find`` finds it by.
         groups: The shapes of every param group.
+        apart: Those of embeddings and output layers.
     """
 
     name: str
     groups: tuple[Shapes, ...]
+    apart: frozenset[Shape] = frozenset()
 
     @property
     def shapes(self) -> Shapes:
@@ -43,7 +45,11 @@ class Suite:
         if count > len(shapes):
             raise ValueError(f"suite {self.name} has {len(shapes)} tensors, which cannot be {count} groups")
         bounds = [len(shapes) * k // count for k in range(count + 1)]
-        return Suite(self.name, tuple(shapes[a:b] for a, b in zip(bounds, bounds[1:], strict=False)))
+        return Suite(self.name, tuple(shapes[a:b] for a, b in zip(bounds, bounds[1:], strict=False)), self.apart)
+
+    def is_hidden(self, shape: Shape) -> bool:
+        """Whether a shape is that of a hidden layer's matrix."""
+        return len(shape) > 1 and shape not in self.apart
 
 
 def _linear(inputs: int, outputs: int) -> Shapes:
@@ -116,18 +122,20 @@ class Kind:
         about: One line.
         groups: The shapes of its groups, given how many layers there are to be.
         layers: How many there are by default; None if their number is fixed.
+        apart: Shapes of embeddings and output layers.
     """
 
     about: str
     groups: Callable[[int], tuple[Shapes, ...]]
     layers: int | None = None
+    apart: Shapes = ()
 
 
 KINDS = {
-    "gpt2": Kind("GPT-2, 124M parameters", lambda _: (gpt2(),)),
+    "gpt2": Kind("GPT-2, 124M parameters", lambda _: (gpt2(),), apart=((50257, 768), (1024, 768))),
     "llama3-8b": Kind("layers of Llama-3-8B, 218M each", lambda layers: (llama3(layers),), layers=1),
-    "resnet50": Kind("ResNet-50, 26M", lambda _: (resnet50(),)),
-    "vit-b16": Kind("ViT-B/16, 87M", lambda _: (vit(),)),
+    "resnet50": Kind("ResNet-50, 26M", lambda _: (resnet50(),), apart=((1000, 2048),)),
+    "vit-b16": Kind("ViT-B/16, 87M", lambda _: (vit(),), apart=((1, 1, 768), (1, 197, 768), (1000, 768))),
     "moe": Kind("layers of Granite-3.0-1B-A400M, 53M each, a group per expert", moe, layers=8),
 }
 ACCEPTED = (
@@ -153,4 +161,5 @@ def find(name: str) -> Suite:
     if known is None or kind is None or (known[2] and kind.layers is None):
         raise ValueError(f"no suite is called {name!r}; there are {ACCEPTED}")
     layers = int(known[2] or kind.layers or 0)
-    return Suite(name if kind.layers is None else f"{known[1]}:{layers}", kind.groups(layers))
+    shown = name if kind.layers is None else f"{known[1]}:{layers}"
+    return Suite(shown, kind.groups(layers), frozenset(kind.apart))

@@ -104,12 +104,18 @@ class Tensors:
         for k, shapes in enumerate(workload.suite.groups):
             made = []
             for shape in shapes:
-                p = torch.nn.Parameter(_filled((1,) if single else shape, values))
+                one = (1,) * (len(shape) if case.by_shape else 1)
+                p = torch.nn.Parameter(_filled(one if single else shape, values))
                 p.grad = self._gradient(p)
                 made.append(p)
             # Each group with options of its own, or they could be stepped as one.
             factor = 1 + k / 1024
-            self._groups.append({"params": made, "lr": case.lr * factor, "weight_decay": case.weight_decay * factor})
+            said = {"lr": case.lr * factor, "weight_decay": case.weight_decay * factor}
+            if case.by_shape:
+                hidden = [workload.suite.is_hidden(shape) for shape in shapes]
+                self._groups += [{**part, **said} for part in _by_algorithm(made, hidden)]
+            else:
+                self._groups.append({"params": made, **said})
             self.params += made
 
     def groups(self) -> list[dict[str, Any]]:
@@ -127,6 +133,15 @@ class Tensors:
 
     def _gradient(self, p: Tensor) -> Tensor:
         return _filled(p.shape, self._values, int(self._gradients == "misaligned")).mul_(0.01)
+
+
+def _by_algorithm(params: list[Tensor], hidden: list[bool]) -> list[dict[str, Any]]:
+    """Matrices of hidden layers and the rest, as groups of Muon."""
+    parts = {
+        name: [p for p, is_hidden in zip(params, hidden, strict=True) if is_hidden == wanted]
+        for name, wanted in (("muon", True), ("adamw", False))
+    }
+    return [{"params": members, "algorithm": name} for name, members in parts.items() if members]
 
 
 def _filled(shape: Sequence[int], values: Tensor, offset: int = 0) -> Tensor:

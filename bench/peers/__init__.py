@@ -15,6 +15,7 @@ from fusedopt.bench.peers import (
     deepspeed,
     flashoptim,
     lion_pytorch,
+    muon,
     optimi,
     pytorch_optimizer,
     timm,
@@ -38,6 +39,7 @@ ADAPTERS = (
     adabound,
     adamp,
     timm,
+    muon,
 )
 
 __all__ = ["ADAPTERS", "Groups", "Peer", "known", "offered"]

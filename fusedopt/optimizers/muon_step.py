@@ -16,6 +16,7 @@ whose gradient is what the function made: decay, average, masters. The rule's pa
 from __future__ import annotations
 
 from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -54,7 +55,9 @@ class Launches(Stepper):
         self._stacks = Stacks([], workspace)
         self._others: list[Tensor] = []
         self._groups: list[_Said] = []
-        self._made_of: list[object] = []
+        self._params: list[Tensor] = []
+        self._said: list[object] = []
+        self._handed: list[object] = []  # states, and their momenta
 
     def step(self, request: StepRequest) -> Told:
         """Do a step.
@@ -109,10 +112,11 @@ class Launches(Stepper):
         """Hand groups, gradients and states over to both launches."""
         for context in (self.context, self._after.context):
             context.engine, context.process_group = self._whole.engine, self._whole.process_group
-        made_of = self._looked_at()
-        is_new = len(made_of) != len(self._made_of) or not all(map(_is_same, made_of, self._made_of))
+        params, said = self._looked_at()
+        is_new = said != self._said or len(params) != len(self._params) or not all(map(is_, params, self._params))
         if is_new:
-            self._make(made_of)
+            self._make()
+            self._params, self._said = params, said
         for said in self._groups:
             said.update(self._whole.param_groups)
         self._hand_over_states()
@@ -122,22 +126,27 @@ class Launches(Stepper):
         if is_new:
             planner.check(self._after.context)
 
-    def _looked_at(self) -> list[object]:
-        """All that stacks are made of: parameters, where they are, and what is done to them."""
-        found: list[object] = []
+    def _looked_at(self) -> tuple[list[Tensor], list[object]]:
+        """All that stacks are made of: parameters; and where they are, and what is done to them."""
+        params: list[Tensor] = []
+        said: list[object] = []
         for group in self._whole.param_groups:
-            found += [group["algorithm"], len(group["params"])]
-            if group["algorithm"] != MUON:
-                found += group["params"]
-                continue
-            found += [group[key] for key in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "ns_dtype")]
-            for p in group["params"]:
-                found += [p, memory.local(p).data_ptr(), p.shape, p.dtype]
-        return found
+            params += group["params"]
+            said += [group["algorithm"], len(group["params"])]
+            if group["algorithm"] == MUON:
+                said += [group[key] for key in ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "ns_dtype")]
+                for p in group["params"]:
+                    said += [memory.local(p).data_ptr(), p.shape, p.dtype]
+        return params, said
 
     def _hand_over_states(self) -> None:
         """Where the optimizer's states are others than those that were handed over, or kept, say which they are."""
         before, after, state = self.context.state, self._after.context.state, self._whole.state
+        states = list(map(state.get, self._params))  # each lookup by a tensor takes a fifth of a microsecond
+        found: list[object] = [*states, *(its.get(MOMENTUM[0]) if its else None for its in states)]
+        if len(found) == len(self._handed) and all(map(is_, found, self._handed)):
+            return
+        self._handed = found
         for p in self._others:
             if (its := state.get(p)) is not before.get(p):
                 _put(before, p, its)
@@ -162,14 +171,14 @@ class Launches(Stepper):
 
     # ---------------------------------------------------------------------------------------------------- making
 
-    def _make(self, made_of: list[object]) -> None:
+    def _make(self) -> None:
         """Make stacks, and what both launches step."""
         numbered = list(enumerate(self._whole.everyone()))
         matrices = [matrix_of(number, p, group) for number, (p, group) in numbered if group["algorithm"] == MUON]
         self._stacks = Stacks(matrices, self._workspace)
         self._others = [p for _, (p, group) in numbered if group["algorithm"] != MUON]
+        self._handed = []
         self._make_groups()
-        self._made_of = made_of
 
     def _make_groups(self) -> None:
         """What both launches have in the place of the optimizer's groups."""
@@ -210,10 +219,6 @@ class _Said:
         if new.keys() != self._said.keys():
             self._said.clear()
         self._said.update(new)
-
-
-def _is_same(a: object, b: object) -> bool:
-    return a is b or (not isinstance(a, Tensor) and a == b)
 
 
 def _put(states: States, p: Tensor, state: ParamState | None) -> None:
