@@ -25,6 +25,7 @@ from fusedopt.bench import (
     compare,
     contenders,
     markdown,
+    muon_parts,
     optimizers,
     peers,
     quiet,
@@ -47,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, compare, report or tune."""
     try:
         commands = {None: _measure, "compare": _compare, "report": _report, "tune": tune.run, "ranks": ranks.run}
-        return (commands | {"trainer": trainer.run})[args.bench_command](args)
+        return (commands | {"trainer": trainer.run, "muon": muon_parts.run})[args.bench_command](args)
     except ResultError as error:
         raise report.CommandError(str(error)) from error
 

@@ -8,7 +8,19 @@ from pathlib import Path
 import torch
 
 from fusedopt import engines
-from fusedopt.bench import compare, optimizers, peers, ranks, standard, stored, suites, trainer, tune, workload
+from fusedopt.bench import (
+    compare,
+    muon_parts,
+    optimizers,
+    peers,
+    ranks,
+    standard,
+    stored,
+    suites,
+    trainer,
+    tune,
+    workload,
+)
 
 EPILOG = """\
 Without --suite, --optimizer, --sweep and the options of a step: the standard set. With any of them: every
@@ -23,12 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_steps(parser)
     _add_contenders(parser)
     commands = parser.add_subparsers(
-        dest="bench_command", metavar="compare | report | tune | ranks | trainer", title="commands"
+        dest="bench_command", metavar="compare | report | tune | ranks | trainer | muon", title="commands"
     )
     _add_compare(commands.add_parser("compare", help="two results side by side", description="Two results."))
     _add_tune(commands.add_parser("tune", help="the GPU engines' choices", description="Which are the fastest."))
     _add_ranks(commands.add_parser("ranks", help="FSDP2's shards", description="Parameters sharded by FSDP2."))
     _add_trainer(commands.add_parser("trainer", help="in transformers' loop", description="Steps in a Trainer."))
+    _add_muon(commands.add_parser("muon", help="the parts of a step", description="Where Muon's time goes on GPT-2."))
     page = commands.add_parser("report", help="a folder of results as Markdown", description="Results as Markdown.")
     page.add_argument("folder", type=Path, metavar="DIR", help="has JSON files; report.md and plots are written to it")
 
@@ -144,6 +157,13 @@ def _add_trainer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=_positive, default=12, metavar="N", help="of GPT-2 (default: %(default)s)")
     parser.add_argument("--width", type=_positive, default=768, metavar="N", help="(default: %(default)s)")
     _add_rounds(parser, trainer.ROUNDS)
+
+
+def _add_muon(parser: argparse.ArgumentParser) -> None:
+    _add_json(parser)
+    parser.add_argument("--layers", type=_positive, default=12, metavar="N", help="of GPT-2 (default: %(default)s)")
+    parser.add_argument("--width", type=_positive, default=768, metavar="N", help="(default: %(default)s)")
+    _add_rounds(parser, muon_parts.ROUNDS)
 
 
 def _suite(name: str) -> suites.Suite:

@@ -85,9 +85,8 @@ def peers(case: Case, device: str) -> list[Peer]:
         return []
     options, adamw = dict(case.own), case.own["adamw"]
     jordan = {"adamw": adamw, "momentum": options["momentum"]}
-    timms = {key: options[key] for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")} | {
-        "betas": adamw["betas"]
-    }
+    timms = {key: options[key] for key in ("momentum", "nesterov", "ns_steps", "adjust_lr_fn")}
+    timms |= {"betas": adamw["betas"], "ns_coefficients": "original"}
     theirs = {"momentum": options["momentum"], "nesterov": options["nesterov"], "ns_steps": options["ns_steps"]}
     theirs |= {"weight_decouple": True, "adamw_betas": adamw["betas"], "adamw_eps": adamw["eps"]}
     return [
