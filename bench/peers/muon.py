@@ -76,6 +76,8 @@ def _timm(groups: Groups, **options: Any) -> torch.optim.Optimizer:
     optimizer = oracles.find("timm:Muon")
     if optimizer is None:
         raise ImportError("timm has no Muon here")
+    for group in groups:
+        group["nesterov"] = options["nesterov"] and group["use_muon"]  # else it has NAdamW beside it
     return optimizer(groups, **options)
 
 
