@@ -47,6 +47,7 @@ class Case:
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "original", "adamw": ADAM}
+PRODIGY = ADAM | {"decouple": True, "d0": 1e-6, "d_coef": 1.0}
 LOSS = {"loss": 1.0}
 CASES = {
     case.name: case
@@ -79,6 +80,7 @@ CASES = {
         Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
         Case("Muon", "Muon", 0.02, MUON, by_shape=True),
+        Case("Prodigy", "Prodigy", 1.0, PRODIGY, measured=4),
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
         Case(
             "ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3

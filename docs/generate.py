@@ -29,7 +29,7 @@ GUIDES = {
     "AdamP": "adamp", "SGDP": "adamp", "AMSGD": "amsgd", "AMAdamW": "amadamw", "SWATS": "swats", "KoalaM": "koala",
     "KoalaV": "koala", "NSGD": "nsgd",
 }  # fmt: skip
-FUNCTIONS = ("fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups")
+FUNCTIONS = ("fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups", "muon_groups")
 OPTIONS = ("EMA", "Lookahead", "GradientNoise", "InputPowers")
 PLACES = {"fuse": "fusedopt.fuse.fuse"}  # or a module of that name would be found
 SHOWN = {

@@ -54,6 +54,7 @@ class Hyper:
     high: float = math.inf
     low_open: bool = False
     high_open: bool = False
+    unbounded: bool = False  # whether it may be infinite
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -67,15 +68,16 @@ class Hyper:
     @property
     def domain(self) -> str:
         """The interval in which it must lie, for messages."""
-        left, right = "(" if self.low_open else "[", ")" if self.high_open or self.high == math.inf else "]"
+        is_open = self.high_open or (self.high == math.inf and not self.unbounded)
+        left, right = "(" if self.low_open else "[", ")" if is_open else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
     @property
     def closed_domain(self) -> tuple[float, float]:
         """The smallest and the largest double that is allowed."""
         low = math.nextafter(self.low, math.inf) if self.low_open else self.low
-        high = math.nextafter(self.high, -math.inf) if self.high_open or self.high == math.inf else self.high
-        return low, high
+        is_open = self.high_open or (self.high == math.inf and not self.unbounded)
+        return low, math.nextafter(self.high, -math.inf) if is_open else self.high
 
     def of(self, group: Group) -> float | Tensor:
         """The value as the group has it: a number, or a one-element tensor."""

@@ -17,6 +17,7 @@ from fusedopt.bench.peers import (
     lion_pytorch,
     muon,
     optimi,
+    prodigyopt,
     pytorch_optimizer,
     timm,
     torch_optim,
@@ -38,6 +39,7 @@ ADAPTERS = (
     lion_pytorch,
     adabound,
     adamp,
+    prodigyopt,
     timm,
     muon,
 )

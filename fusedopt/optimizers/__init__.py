@@ -19,6 +19,7 @@ from fusedopt.optimizers.muon import Muon
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
 from fusedopt.optimizers.nsgd import NSGD
+from fusedopt.optimizers.prodigy import Prodigy
 from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
@@ -52,6 +53,7 @@ __all__ = [
     "Muon",
     "NAdam",
     "NAdamW",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",

@@ -56,6 +56,7 @@ LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
+PRODIGY: Arguments = {"d0": 1e-4}  # so that it leaves it within the gate's steps
 MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
@@ -180,6 +181,16 @@ CASES = (
         {"lr": 0.01, "momentum": 0.9, "nesterov": True, "delta": 0.3, **WD},
         "adamp:SGDP",
         references.sgdp,
+    ),
+    Case("Prodigy", "Prodigy", {**PRODIGY, **WD}, "none:Prodigy", references.prodigy, exact=1e-5, together=True),
+    Case(
+        "Prodigy coupled",
+        "Prodigy",
+        {**PRODIGY, "decouple": False, "safeguard_warmup": True, "growth_rate": 1.02, **WD},
+        "none:Prodigy",
+        references.prodigy,
+        exact=1e-5,
+        together=True,
     ),
     Case("KoalaV", "KoalaV", WD, "none:KoalaV", references.koalav, exact=1e-5, together=True),
     Case(

@@ -314,6 +314,34 @@ def swats(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
 Many = list[Tensor]
 
 
+def prodigy(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
+    """Mishchenko and Defazio 2024, algorithm 4, with the decay rates and eps of their code; all tensors at once."""
+    x, (b1, b2) = xs[0], h["betas"]
+    d, b3, d0 = x.get("d", h["d0"]), h["beta3"] or math.sqrt(b2), h["d0"]
+    rate, slope, size = d * h["lr"], 0.0, 0.0
+    stepping = [(k, g) for k, g in enumerate(grads) if g is not None]
+    for k, g in stepping:
+        p, own = params[k], xs[k]
+        g = g if h["decouple"] else g + h["weight_decay"] * p
+        zero = torch.zeros_like(p)
+        own.setdefault("p0", p)
+        slope += d / d0 * rate * float((g * (own["p0"] - p)).sum())
+        own["m"] = b1 * own.get("m", zero) + (1 - b1) * d * g
+        own["v"] = b2 * own.get("v", zero) + (1 - b2) * d**2 * g**2
+        own["s"] = b3 * own.get("s", zero) + d / d0 * (d if h["safeguard_warmup"] else rate) * g
+        size += float(own["s"].abs().sum())
+    if size == 0:
+        return params
+    x["r"] = b3 * x.get("r", 0.0) + slope
+    estimate = h["d_coef"] * x["r"] / size
+    x["most"] = max(x.get("most", d0), estimate)
+    x["d"] = min(x["most"], (max(d, estimate) if d == d0 else d) * h["growth_rate"])
+    stepped, decay = list(params), h["weight_decay"] if h["decouple"] else 0.0
+    for k, _ in stepping:
+        stepped[k] = params[k] - rate * (xs[k]["m"] / (xs[k]["v"].sqrt() + x["d"] * h["eps"]) + decay * params[k])
+    return stepped
+
+
 def koalav(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
     """Davtyan et al. 2022, algorithm 1, with the layers' own innovations of the authors' code; all tensors at once."""
     x, stepped, most = xs[0], list(params), 0.0
