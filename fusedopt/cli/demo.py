@@ -35,7 +35,8 @@ SAMPLE_LENGTH = 240
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add this command's options."""
-    shared = [name for name in sorted(OPTIMIZERS) if hasattr(torch.optim, name)]
+    theirs = {name for name in OPTIMIZERS if hasattr(torch.optim, name)} - {"Muon"}  # which takes matrices alone
+    shared = sorted(theirs)
     parser.add_argument(
         "--steps", type=_positive, help=f"of training (default: {STEPS}; {race.STEPS} of all optimizers)"
     )

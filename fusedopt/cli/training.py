@@ -82,11 +82,23 @@ class Run:
         """Mean loss on text that was not trained on."""
         generator = torch.Generator().manual_seed(SEED)
         pairs = (batch(numbers, BATCH, self.model.context, generator) for _ in range(batches))
-        return statistics.fmean(self.model.loss(x, y).item() for x, y in pairs)
+        to_evaluate, to_train = (getattr(self.optimizer, name, None) for name in ("eval", "train"))
+        if to_evaluate:  # what it trains is not what is evaluated
+            to_evaluate()
+        loss = statistics.fmean(self.model.loss(x, y).item() for x, y in pairs)
+        if to_train:
+            to_train()
+        return loss
 
 
 def new_run(
-    kind: type[torch.optim.Optimizer], label: str, arguments: Arguments, steps: int, characters: int, shape: Shape
+    kind: type[torch.optim.Optimizer],
+    label: str,
+    arguments: Arguments,
+    steps: int,
+    characters: int,
+    shape: Shape,
+    seed: int = SEED,
 ) -> Run:
     """A run of an optimizer; all have the same start, gradients clipped to the same norm, and the same schedule.
 
@@ -97,16 +109,24 @@ def new_run(
         steps: How many steps the learning rate's schedule has.
         characters: How many characters the text has.
         shape: Sizes of the model.
+        seed: Of the model's start.
     """
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     model = GPT(characters, shape)
     is_ours = issubclass(kind, fusedopt.FusedOptimizer)
     clips = {"max_grad_norm": MAX_GRAD_NORM} if is_ours else {}
     make = cast("Callable[..., torch.optim.Optimizer]", kind)
-    optimizer = make(model if kind is fusedopt.NSGD else model.parameters(), **clips, **arguments)
+    optimizer = make(_parameters(kind, model), **clips, **arguments)
     schedule = LambdaLR(optimizer, lambda step: _warmup_cosine(step / steps))
     measures = "loss" in inspect.signature(optimizer.step).parameters
     return Run(label, model, optimizer, schedule, is_ours, measures)
+
+
+def _parameters(kind: type[torch.optim.Optimizer], model: GPT) -> object:
+    """What an optimizer is given of a model."""
+    if kind is fusedopt.Muon:
+        return fusedopt.muon_groups(model)
+    return model if kind is fusedopt.NSGD else model.parameters()
 
 
 def new_runs(optimizer: str, steps: int, characters: int, shape: Shape) -> dict[str, Run]:
@@ -148,13 +168,19 @@ def show(runs: dict[str, Run], text: Text, steps: int) -> None:
             bar.update(task, advance=1, description="loss " + ", ".join(f"{key} {loss:.3f}" for loss, key in shown))
 
 
-def train(runs: dict[str, Run], text: Text, steps: int) -> Iterator[None]:
+def train(runs: dict[str, Run], text: Text, steps: int, seed: int = SEED) -> Iterator[None]:
     """Train all runs on the same batches, in turn: what else the machine does strikes both alike.
+
+    Args:
+        runs: Which.
+        text: On what.
+        steps: How many.
+        seed: Of what is drawn from it.
 
     Yields:
         Nothing, after every step.
     """
-    generator = torch.Generator().manual_seed(SEED)
+    generator = torch.Generator().manual_seed(seed)
     order = list(runs.values())
     context = order[0].model.context
     for _ in range(steps):
