@@ -146,34 +146,42 @@ STATES = {label(rule, states): len(states) for rule in RULES.values() for states
 
 
 class Watched(dict):
-    """States that note whether anybody looks at them."""
+    """States that note which of them anybody looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.looked_at = set()
 
     def __getitem__(self, name):
-        self.looked_at = True
+        self.looked_at.add(name)
         return torch.ones(3)
 
 
-def looks_at_states(rule):
-    """Whether a rule looks at states before the step."""
+def looked_at(rule):
+    """The states that a rule looks at before the step."""
     name = next(name for name in EVERY if getattr(fusedopt, name).rule is rule)
     group = getattr(fusedopt, name)([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
     c = rule.prepare(h, SimpleNamespace(**dict.fromkeys(rule.scalars, 1.0)), False)
     states = Watched()
     rule.measure(torch.ones(3), torch.ones(3), states, c)
-    return hasattr(states, "looked_at")
+    return states.looked_at
 
 
 MEASURED = {  # states that are looked at before the step
-    label(rule, states): len(states) * looks_at_states(rule)
+    label(rule, states): len(looked_at(rule) & set(states))
     for rule in RULES.values()
     if rule.measures
     for states in rule.variants()
 }
 
 
-# Loads and stores of spilled registers, 45, 9, 136, 49 and 4 on sm_90: to be mended. All others have none.
+REPLACED = {label(rule, s) for rule in RULES.values() for s in rule.variants() if rule.replaces in s}
+
+
+# Loads and stores of spilled registers, on sm_90 45, 9, 136, 49, 4, 36 and 5: to be mended. All others have none.
 SPILLS = {"amadamw sums": 64, "adamp": 16, "adamp sums": 160, "swats+exp_avg_sq": 64, "koalam scopes": 8}
+SPILLS |= {"prodigy": 48, "adan": 24}
 
 
 @pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])
@@ -208,7 +216,8 @@ def test_every_kernel_compiles_to_wide_accesses_without_spills(arch, dtype, opti
             loads = 2 * two + 2 * MEASURED[name]
             assert k["loads_128"] >= loads and k["loads_128"] % loads == 0 and k["stores_128"] == 0, k
             continue
-        loads, stores = 2 * two + 2 * STATES[name], two + 2 * STATES[name]
+        read = 1 if name in REPLACED else 2  # the gradient, and the parameter
+        loads, stores = read * two + 2 * STATES[name], two + 2 * STATES[name]
         assert k["loads_128"] >= loads and k["loads_128"] % loads == 0, k
         assert k["stores_128"] >= stores and k["stores_128"] % stores == 0, k
 

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from fusedopt.triton_kernels.noise import noise
-from fusedopt.triton_kernels.signatures import average, draws, n_states
+from fusedopt.triton_kernels.signatures import average, draws, n_states, replaces
 from fusedopt.triton_kernels.tile import fetch, locate, put
 
 
@@ -22,7 +22,10 @@ def operands(
     state = ()
     for k in tl.static_range(n_states(SIGNATURES, K)):
         state = state + (fetch(addresses, at, SIGNATURES, K, 2 + k, SIZE, FULL),)
-    return at, p, tl.where(engine[1] != 0, g + engine[1] * p, g), state
+    if replaces(SIGNATURES, K):
+        return at, p, g, state  # and p is not read, where the rule does not
+    else:
+        return at, p, tl.where(engine[1] != 0, g + engine[1] * p, g), state
 
 
 @triton.jit

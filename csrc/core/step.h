@@ -77,7 +77,9 @@ template <class Rule, class T, class Conclude>
 FUSEDOPT_HD void step_element(T& p, T g, T* state, const EngineScalars<T>& e,
                               const typename Rule::template Coefficients<T>& c, Conclude conclude) {
   g *= e.gradient_factor;
-  if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
+  if constexpr (!kReplaces<Rule>) {
+    if (e.coupled_decay != T(0)) g += e.coupled_decay * p;
+  }
   const T d = Rule::template direction<T>(p, g, state, c);
   if constexpr (kReplaces<Rule>) {
     p = d;

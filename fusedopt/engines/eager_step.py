@@ -77,7 +77,8 @@ class Step:
         g = g * gradient_factor
         if group.get(options.NOISE):
             g = g + self._noise()
-        self._g = g + coupled_decay * self._value if coupled_decay else g
+        self._replaces = self._rule.replaces in names
+        self._g = g + coupled_decay * self._value if coupled_decay and not self._replaces else g
 
     def _find_operands(self) -> dict[str, Operand]:
         stored = [
@@ -138,7 +139,7 @@ class Step:
         decayed = self._decay_factor * self._value
         if self._group.get(options.CAUTIOUS):
             decayed = torch.where(d * self._value >= 0, decayed, self._value)
-        value = stepped = d if rule.replaces in new else decayed - self._step_scale * d
+        value = stepped = d if self._replaces else decayed - self._step_scale * d
         if average := options.average_state(self._group):
             new[average.name], value = self._averaged(average.name, stepped)
         if self.is_differentiable:
