@@ -48,6 +48,7 @@ class Case:
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "original", "adamw": ADAM}
 PRODIGY = ADAM | {"decouple": True, "d0": 1e-6, "d_coef": 1.0}
+FREE = {"warmup_steps": 4, "r": 0.0, "weight_lr_power": 2.0}
 LOSS = {"loss": 1.0}
 CASES = {
     case.name: case
@@ -80,6 +81,8 @@ CASES = {
         Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
         Case("Muon", "Muon", 0.02, MUON, by_shape=True),
+        Case("ScheduleFreeAdamW", "ScheduleFreeAdamW", 2.5e-3, ADAM | FREE),
+        Case("ScheduleFreeSGD", "ScheduleFreeSGD", 0.1, {"momentum": 0.9} | FREE),
         Case("Prodigy", "Prodigy", 1.0, PRODIGY, measured=4),
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
         Case(

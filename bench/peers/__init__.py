@@ -19,6 +19,7 @@ from fusedopt.bench.peers import (
     optimi,
     prodigyopt,
     pytorch_optimizer,
+    schedulefree,
     timm,
     torch_optim,
     torchao,
@@ -40,6 +41,7 @@ ADAPTERS = (
     adabound,
     adamp,
     prodigyopt,
+    schedulefree,
     timm,
     muon,
 )

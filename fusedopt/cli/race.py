@@ -50,6 +50,8 @@ ARGUMENTS: dict[str, Json] = {
     "RAdam": {"lr": 2e-2},
     "RMSprop": {"lr": 2e-3},
     "Rprop": {"lr": 2e-2},
+    "ScheduleFreeAdamW": {"lr": 1e-2},
+    "ScheduleFreeSGD": {"lr": 2.0},
     "SGD": {"lr": 0.1, "momentum": 0.9},
     "SGDP": {"lr": 0.1, "momentum": 0.9},
     "SWATS": {"lr": 5e-3},

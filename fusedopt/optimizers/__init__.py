@@ -24,6 +24,7 @@ from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
+from fusedopt.optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
 from fusedopt.optimizers.sgd import SGD
 from fusedopt.optimizers.swats import SWATS
 
@@ -57,6 +58,8 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "Rprop",
+    "ScheduleFreeAdamW",
+    "ScheduleFreeSGD",
 ]
 
 OPTIMIZERS: dict[str, type[FusedOptimizer]] = {name: globals()[name] for name in sorted(__all__)}

@@ -56,6 +56,7 @@ LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
+FREE: Arguments = {"warmup_steps": 30, "r": 0.5, **WD}
 PRODIGY: Arguments = {"d0": 1e-4}  # so that it leaves it within the gate's steps
 MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
 CASES = (
@@ -181,6 +182,17 @@ CASES = (
         {"lr": 0.01, "momentum": 0.9, "nesterov": True, "delta": 0.3, **WD},
         "adamp:SGDP",
         references.sgdp,
+    ),
+    # Rates that are gone through in the gate's steps, and z, which is what is stepped.
+    Case("ScheduleFreeAdamW", "ScheduleFreeAdamW", FREE, "none:", references.schedule_free, exact=1e-6, results=("z",)),
+    Case(
+        "ScheduleFreeSGD",
+        "ScheduleFreeSGD",
+        {"lr": 0.01, **FREE},
+        "none:",
+        references.schedule_free,
+        exact=1e-6,
+        results=("z",),
     ),
     Case("Prodigy", "Prodigy", {**PRODIGY, **WD}, "none:Prodigy", references.prodigy, exact=1e-5, together=True),
     Case(

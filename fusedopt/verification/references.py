@@ -244,6 +244,23 @@ def adan(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p * (1 - decay) - h["lr"] * d if h["no_prox"] else (p - h["lr"] * d) / (1 + decay)
 
 
+def schedule_free(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Defazio et al. 2024, algorithm 1, without its average, as their code does it; AdamW's if there are betas."""
+    t, z, beta = _tick(x), x.get("z", p), h["betas"][0] if "betas" in h else h["momentum"]
+    lr = h["lr"] * (min(1.0, t / h["warmup_steps"]) if h["warmup_steps"] else 1.0)
+    x["most"] = max(x.get("most", 0.0), lr)
+    weight = t ** h["r"] * x["most"] ** h["weight_lr_power"]
+    x["sum"] = x.get("sum", 0.0) + weight
+    c, u = weight / x["sum"], g
+    if "betas" in h:
+        b2 = h["betas"][1]
+        x["v"] = b2 * x.get("v", torch.zeros_like(p)) + (1 - b2) * g**2
+        u = g / ((x["v"] / (1 - b2**t)).sqrt() + h["eps"])
+    u = u + h["weight_decay"] * p
+    x["z"] = z - lr * u
+    return (1 - c) * p + c * z - lr * (1 - beta * (1 - c)) * u
+
+
 def muon(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """Jordan et al. 2024, with torch's form of the momentum; by AdamW what is no matrix."""
     if h["algorithm"] == "adamw":
