@@ -27,7 +27,8 @@ DOCS, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 # Pages that say more of a class than its docstring.
 GUIDES = {
     "AdamP": "adamp", "SGDP": "adamp", "AMSGD": "amsgd", "AMAdamW": "amadamw", "SWATS": "swats", "KoalaM": "koala",
-    "KoalaV": "koala", "Muon": "muon", "NSGD": "nsgd",
+    "KoalaV": "koala", "Muon": "muon", "NSGD": "nsgd", "ScheduleFreeAdamW": "schedule_free",
+    "ScheduleFreeSGD": "schedule_free",
 }  # fmt: skip
 FUNCTIONS = ("fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups", "muon_groups")
 OPTIONS = ("EMA", "Lookahead", "GradientNoise", "InputPowers")

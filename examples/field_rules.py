@@ -35,18 +35,18 @@ class Rule:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
-ADAM = (1e-3, 2e-3, 5e-3, 1e-2, 2e-2)
+ADAM = (2e-4, 5e-4, 1e-3, 2e-3, 5e-3)
 DECAY = {"weight_decay": 1e-2}
 RULES = (
     Rule("AdamW", ADAM),
     Rule("Muon", (5e-3, 1e-2, 2e-2, 5e-2, 0.1), {**DECAY, "adamw": {"lr": 5e-3}}),
     Rule("AdEMAMix", ADAM, {**DECAY, "alpha_warmup": 300, "beta3_warmup": 300}),
     Rule("ADOPT", ADAM, {**DECAY, "decoupled_weight_decay": True}),
-    Rule("Adan", (2e-3, 5e-3, 1e-2, 2e-2, 5e-2), DECAY),
-    Rule("Lion", (2e-4, 5e-4, 1e-3, 2e-3, 5e-3), DECAY),
+    Rule("Adan", (5e-4, 1e-3, 2e-3, 5e-3, 1e-2), DECAY),
+    Rule("Lion", (1e-4, 2e-4, 5e-4, 1e-3, 2e-3), DECAY),
     Rule("Prodigy", (0.5, 1.0, 2.0), DECAY),
-    Rule("ScheduleFreeAdamW", (2e-3, 5e-3, 1e-2, 2e-2, 5e-2), DECAY),
-    Rule("ScheduleFreeSGD", (0.5, 1.0, 2.0, 5.0, 10.0)),
+    Rule("ScheduleFreeAdamW", (1e-3, 2e-3, 5e-3, 1e-2, 2e-2), DECAY),
+    Rule("ScheduleFreeSGD", (0.2, 0.5, 1.0, 2.0, 5.0)),
 )
 
 
