@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fusedopt import checks
 from fusedopt.aliases import ParamGroup
-from fusedopt.optimizers.muon import is_matrix
+from fusedopt.optimizers.muon_stacks import is_matrix
 from fusedopt.optimizers.muon_step import ADAMW, MUON
 
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)

@@ -38,16 +38,21 @@ class Iteration(NamedTuple):
 
 
 class Workspace:
-    """Memory for the iteration, which is used again and again. It is as large as what was worked on at once."""
+    """Memory for the iteration, which is used again and again. It is as large as what was worked on at once.
+
+    What it has outgrown it keeps: a graph may work in it.
+    """
 
     def __init__(self) -> None:
         self._flat: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+        self._outgrown: list[Tensor] = []
 
     def take(self, like: Tensor, which: int, *shape: int) -> Tensor:
         """A tensor of a shape, which shares memory with others that were taken as the same."""
         key, numel = (like.device, like.dtype, which), torch.Size(shape).numel()
         flat = self._flat.get(key)
         if flat is None or flat.numel() < numel:
+            self._outgrown += [] if flat is None else [flat]
             flat = self._flat[key] = torch.empty(numel, dtype=like.dtype, device=like.device)
         return flat[:numel].view(shape)
 
@@ -62,20 +67,37 @@ def orthogonalize(stack: Tensor, iteration: Iteration, workspace: Workspace) -> 
         iteration: What to do.
         workspace: Memory for it.
     """
-    most = WORKED_ON.get(stack.device.type, WORKED_ON_ELSEWHERE)
-    m, n = stack.shape[1:]
-    side = min(m, n)
-    each = (2 * m * n + 2 * side * side) * stack.element_size()
-    for part in cast("Sequence[Tensor]", stack.split(max(1, most // max(each, 1)))):
+    for part in cast("Sequence[Tensor]", stack.split(_at_once(stack))):
         _iterate(part, iteration, workspace)
 
 
-def _iterate(x: Tensor, iteration: Iteration, workspace: Workspace) -> None:
-    (a, b, c), steps, eps, scale = iteration
+@torch.no_grad()
+def reserve(stack: Tensor, workspace: Workspace) -> None:
+    """Take the memory that ``orthogonalize`` needs for a stack."""
+    _taken(stack[: _at_once(stack)], workspace)
+
+
+def _at_once(stack: Tensor) -> int:
+    """How many matrices of a stack are worked on at once."""
+    m, n = stack.shape[1:]
+    each = (2 * m * n + 2 * min(m, n) ** 2) * stack.element_size()
+    return max(1, WORKED_ON.get(stack.device.type, WORKED_ON_ELSEWHERE) // max(each, 1))
+
+
+def _taken(x: Tensor, workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
+    """Memory for two products, and for matrices of a part."""
     k, m, n = x.shape
     side = min(m, n)
     gram, polynomial = (workspace.take(x, which, k, side, side) for which in (0, 1))
-    here, there = x, workspace.take(x, 2, k, m, n)
+    return gram, polynomial, workspace.take(x, 2, k, m, n)
+
+
+# Products with `out` are not cast by autocast, whatever is on where the step is called.
+def _iterate(x: Tensor, iteration: Iteration, workspace: Workspace) -> None:
+    (a, b, c), steps, eps, scale = iteration
+    k, m, n = x.shape
+    gram, polynomial, there = _taken(x, workspace)
+    here = x
     wide = torch.promote_types(x.dtype, torch.float32)
     lengths = cast("Tensor", torch.linalg.vector_norm(x.view(k, m * n), dim=1, dtype=wide))
     # An odd number of steps, each from one place to the other, ends where it should if the first begins elsewhere.

@@ -346,3 +346,39 @@ def test_rescaled_matrices_have_unit_length(engine, kind):
             "all": torch.cat([p.flatten() for p in ps[:2]]).norm(),
         }
         torch.testing.assert_close(lengths[kind], torch.ones_like(lengths[kind]))
+
+
+def test_parameters_that_are_no_longer_matrices(engine):
+    """As ZeRO makes them of a group's: an error, before anything has changed."""
+    ps = params((4, 3), (2,))
+    optimizer = built(ps, engine=engine)
+    flat = params((12,))
+    optimizer.param_groups[0]["params"] = flat
+    for _ in range(2):
+        fill_gradients([*flat, ps[1]])
+        before = snapshot(optimizer)
+        with pytest.raises(ValueError, match=r"parameter 0 of group 0 .*no real matrix"):
+            optimizer.step()
+        assert_same(snapshot(optimizer), before)
+
+
+def test_what_fsdp1_flattened_is_refused():
+    flat = params((12,))
+    flat[0]._fsdp_flattened = True
+    with pytest.raises(ValueError, match="parameter 0 of group 0 .*flattened"):
+        fusedopt.Muon(flat)
+    assert fusedopt.Muon([{"params": flat, "algorithm": "adamw"}]).param_groups[0]["algorithm"] == "adamw"
+
+
+def test_autocast_changes_nothing(engine):
+    torch.manual_seed(0)
+    a = params((8, 6), (6,))
+    b = copies(a)
+    one, other = built(a, engine=engine), built(b, engine=engine)
+    fill_gradients(a)
+    for p, q in zip(a, b, strict=True):
+        q.grad = p.grad.clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one.step()
+    other.step()
+    assert_same(snapshot(one), snapshot(other))

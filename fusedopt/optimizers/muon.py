@@ -15,6 +15,7 @@ from fusedopt.aliases import Arguments, Group, ParamGroup, ParamsT, ProcessGroup
 from fusedopt.context import Context
 from fusedopt.newton_schulz import Workspace
 from fusedopt.optimizer import FusedOptimizer, arguments
+from fusedopt.optimizers.muon_stacks import is_matrix
 from fusedopt.optimizers.muon_step import ADAMW, AFTER, MUON, Launches
 from fusedopt.options import STEP, Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import (
@@ -110,11 +111,6 @@ def _are_three_numbers(value: object) -> bool:
 def _tensor_of(member: object) -> object:
     """A member of a group, which may be a pair of a name and a parameter."""
     return cast("tuple[object, object]", member)[1] if isinstance(member, tuple) else member
-
-
-def is_matrix(p: object) -> bool:
-    """Whether Muon steps a parameter, unless its group says otherwise: a real one of two dimensions or more."""
-    return isinstance(p, Tensor) and p.dim() > 1 and not p.is_complex()
 
 
 class Muon(FusedOptimizer):
@@ -228,6 +224,12 @@ class Muon(FusedOptimizer):
         if algorithm not in (None, ADAMW, MUON):
             raise ValueError(f"algorithm (group {number}) is {algorithm!r}; it may be 'muon', 'adamw' or None")
         fit = [is_matrix(_tensor_of(member)) for member in group["params"]]
+        for i, member in enumerate(group["params"]):
+            if getattr(_tensor_of(member), "_fsdp_flattened", False) and algorithm != ADAMW:
+                raise ValueError(
+                    f"parameter {i} of group {number} is a piece of tensors that FullyShardedDataParallel flattened, "
+                    "in which nobody sees matrices; shard with fully_shard, or say algorithm='adamw' of its group"
+                )
         if algorithm == MUON and not all(fit):
             self._refuse(group, number, fit.index(False))
         if algorithm is None and any(fit) and not all(fit):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt import memory, storage
 from fusedopt.aliases import Group
-from fusedopt.newton_schulz import Iteration, Workspace, fastest_dtype, orthogonalize
+from fusedopt.newton_schulz import Iteration, Workspace, fastest_dtype, orthogonalize, reserve
 from fusedopt.optimizers.muon_ranks import Cut, Everywhere, Exchange, Mover, cut_of, local_update
 from fusedopt.ranks import Reduction
 
@@ -48,6 +48,11 @@ class _Stack:
     values: Tensor
     iteration: Iteration
     matrices: list[Matrix] | None
+
+
+def is_matrix(p: object) -> bool:
+    """Whether Muon steps a parameter, unless its group says otherwise: a real one of two dimensions or more."""
+    return isinstance(p, Tensor) and p.dim() > 1 and not p.is_complex()
 
 
 def shape_of(p: Tensor) -> Shape:
@@ -99,6 +104,8 @@ class Stacks:
         for exchange, members in exchanges:
             exchange.put_into({i: wholes[id(m)] for i, m in enumerate(members) if id(m) in wholes})
             self._movers.append(exchange)
+        for stack in self._stacks:
+            reserve(stack.values, workspace)
         for matrix in self.matrices:
             matrix.detached = matrix.p.detach()
             matrix.update.grad_dtype = matrix.detached.grad_dtype = None  # of whatever dtype

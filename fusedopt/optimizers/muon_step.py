@@ -21,12 +21,12 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from fusedopt import memory, planner, rescaling, storage
+from fusedopt import checks, memory, planner, rescaling, storage
 from fusedopt.aliases import ParamGroup, ParamGroups, ParamState, States, Stored
 from fusedopt.context import Context, StepRequest
 from fusedopt.interrupts import held_back
 from fusedopt.newton_schulz import Workspace
-from fusedopt.optimizers.muon_stacks import Stacks, matrix_of
+from fusedopt.optimizers.muon_stacks import Stacks, is_matrix, matrix_of
 from fusedopt.options import AVERAGE, CAUTIOUS, EVERY, MASTER, NOISE, RESCALE, RESCALE_STEP, STATE_DTYPE, STEP
 from fusedopt.scaling import Scaling
 from fusedopt.state import NewState
@@ -66,7 +66,8 @@ class Launches(Stepper):
             RuntimeError, TypeError, ValueError: For what cannot be stepped; everything is as it was.
         """
         whole = self._whole
-        rescales, new = rescaling.is_asked(whole), self._without_average()
+        rescales = rescaling.is_asked(whole)
+        new = self._without_average() if rescales else []
         try:
             self._bring_up_to_date()
             with held_back():
@@ -92,12 +93,9 @@ class Launches(Stepper):
         return False
 
     def _without_average(self) -> NewState:
-        """The parameters whose average is yet to be made, where that matters."""
-        whole = self._whole
-        if not rescaling.is_asked(whole):
-            return []
-        everyone = enumerate(whole.everyone())
-        return [(i, p, ("ema",)) for i, (p, _) in everyone if "ema" not in whole.state.get(p, {})]
+        """The parameters whose average is yet to be made."""
+        everyone, state = enumerate(self._whole.everyone()), self._whole.state
+        return [(i, p, ("ema",)) for i, (p, _) in everyone if "ema" not in state.get(p, {})]
 
     def _found(self, request: StepRequest) -> Scaling:
         """What tells the second launch whether the first was skipped; nobody waits to hear of it."""
@@ -113,18 +111,19 @@ class Launches(Stepper):
         for context in (self.context, self._after.context):
             context.engine, context.process_group = self._whole.engine, self._whole.process_group
         params, said = self._looked_at()
-        is_new = said != self._said or len(params) != len(self._params) or not all(map(is_, params, self._params))
-        if is_new:
-            self._make()
-            self._params, self._said = params, said
-        for said in self._groups:
-            said.update(self._whole.param_groups)
+        is_valid = said == self._said and len(params) == len(self._params) and all(map(is_, params, self._params))
+        if not is_valid:
+            self._said = []  # until all of it was seen to be right
+            self._make(params)
+        for group in self._groups:
+            group.update(self._whole.param_groups)
         self._hand_over_states()
         for matrix in self._stacks.matrices:
             matrix.update.grad = g = matrix.p.grad
             matrix.detached.grad = None if g is None else matrix.update
-        if is_new:
+        if not is_valid:
             planner.check(self._after.context)
+            self._said = said
 
     def _looked_at(self) -> tuple[list[Tensor], list[object]]:
         """All that stacks are made of: parameters; and where they are, and what is done to them."""
@@ -171,13 +170,20 @@ class Launches(Stepper):
 
     # ---------------------------------------------------------------------------------------------------- making
 
-    def _make(self) -> None:
+    def _make(self, params: list[Tensor]) -> None:
         """Make stacks, and what both launches step."""
         numbered = list(enumerate(self._whole.everyone()))
+        labels = checks.labels(self._whole.param_groups)
+        for number, (p, group) in numbered:
+            if group["algorithm"] == MUON and not is_matrix(p):
+                raise ValueError(
+                    f"{labels[number]} is no real matrix, and its group says algorithm='muon'; what flattens or swaps "
+                    "parameters, as ZeRO does, is not for Muon: shard with fully_shard"
+                )
         matrices = [matrix_of(number, p, group) for number, (p, group) in numbered if group["algorithm"] == MUON]
         self._stacks = Stacks(matrices, self._workspace)
         self._others = [p for _, (p, group) in numbered if group["algorithm"] != MUON]
-        self._handed = []
+        self._params, self._handed = params, []
         self._make_groups()
 
     def _make_groups(self) -> None:
