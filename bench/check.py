@@ -61,6 +61,8 @@ def objection(peer: Peer, workload: Workload) -> str | None:
 def _stepped(peer: Peer, workload: Workload) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters before some steps, after ours, and after a peer's."""
     case, shapes = workload.case, SHAPES + MORE_SHAPES
+    if peer.most_dims is not None:
+        shapes = tuple(shape for shape in shapes if len(shape) <= peer.most_dims)
     if peer.compiles:
         shapes = SHAPES if peer.storage == "full" else MORE_SHAPES[-1:] * 2
     half = (len(shapes) + 1) // 2

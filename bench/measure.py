@@ -136,6 +136,8 @@ class Bench:
         count = len(workload.suite.shapes)
         if peer.most_tensors is not None and count > peer.most_tensors:
             return f"{peer.name} on {workload.suite.name}: left out, {count:,} tensors would take it minutes to compile"
+        if peer.most_dims is not None and any(len(shape) > peer.most_dims for shape in workload.suite.shapes):
+            return f"{peer.name} on {workload.suite.name}: left out, it is for {peer.most_dims} dimensions at most"
         key = (peer.name, workload.case.name, workload.dtype, workload.kind, workload.clip is None, workload.amp)
         if key not in self._objections:
             self.report(f"checking {peer.name} {workload.case.name}")

@@ -93,7 +93,7 @@ def peers(case: Case, device: str) -> list[Peer]:
     theirs |= {"weight_decouple": True, "adamw_betas": adamw["betas"], "adamw_eps": adamw["eps"]}
     return [
         Peer("torch-pair", "torch", Pair, options, differs=DIFFERS),
-        Peer("muon", "muon-optimizer", _jordan, jordan, differs=DIFFERS),
+        Peer("muon", "muon-optimizer", _jordan, jordan, differs=DIFFERS, most_dims=2),
         Peer("timm-muon", "timm", partial(_marked, _timm), timms, differs=DIFFERS),
         Peer(
             "pytorch-optimizer-muon",

@@ -29,6 +29,7 @@ class Peer:
         compiles: Whether its ``step`` goes through ``torch.compile``.
         calls: Kernels outside torch's operators that a step on a CPU calls for each tensor.
         most_tensors: How many it can step in reasonable time; None if any number.
+        most_dims: Of how many dimensions its tensors can be; None if of any.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Peer:
     compiles: bool = False
     calls: int = 0
     most_tensors: int | None = None
+    most_dims: int | None = None
 
     def version(self) -> str | None:
         """The installed version; None if there is none."""
