@@ -87,7 +87,8 @@ def test_demo_takes_every_shared_optimizer(tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "Shape", lambda **_: SMALL)
     monkeypatch.setattr(plot, "draw", lambda *arguments: None)
     monkeypatch.setattr(demo, "SAMPLE_LENGTH", 1)
-    shared = [name for name in fusedopt.optimizers.__all__ if hasattr(torch.optim, name)]
+    theirs = {name for name in fusedopt.optimizers.__all__ if hasattr(torch.optim, name)}
+    shared = sorted(theirs - {"Muon"})  # torch's steps matrices alone
     assert len(shared) >= 7
     for name in shared:
         assert main(["demo", "--steps", "2", "--optimizer", name, "--json", str(tmp_path / "demo.json")]) == 0

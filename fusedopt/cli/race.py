@@ -103,6 +103,7 @@ def _order(loss: float) -> tuple[bool, float]:
 def _print(content: Json) -> None:
     columns = ("optimizer", "arguments", "engine", "held-out loss", "training loss", "ms per step")
     table = report.table(f"{content['steps']} steps; losses in nats per character", *columns, numeric=columns[3:])
+    table.columns[0].no_wrap = True
     for name, row in content["runs"].items():
         arguments = ", ".join(f"{key}={value!r}" for key, value in row["arguments"].items())
         numbers = f"{row['held_out_loss']:.3f}", f"{row['train_loss']:.3f}", f"{row['optimizer_ms']:.2f}"
