@@ -53,6 +53,7 @@ class Hyper:
     high: float = math.inf
     low_open: bool = False
     high_open: bool = False
+    infinite: bool = False  # whether infinity is in its domain, as of a limit that is none
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -66,20 +67,27 @@ class Hyper:
     @property
     def domain(self) -> str:
         """The interval in which it must lie, for messages."""
-        left, right = "(" if self.low_open else "[", ")" if self.high_open or self.high == math.inf else "]"
+        left, right = "(" if self.low_open else "[", ")" if self._is_open_above else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
     @property
     def closed_domain(self) -> tuple[float, float]:
         """The smallest and the largest double that is allowed."""
         low = math.nextafter(self.low, math.inf) if self.low_open else self.low
-        high = math.nextafter(self.high, -math.inf) if self.high_open or self.high == math.inf else self.high
+        high = math.nextafter(self.high, -math.inf) if self._is_open_above else self.high
         return low, high
+
+    @property
+    def _is_open_above(self) -> bool:
+        return self.high_open or (self.high == math.inf and not self.infinite)
 
     def of(self, group: Group) -> float | Tensor:
         """The value as the group has it: a number, or a one-element tensor."""
         value = group[self.key]
         return value[self.index] if self.index >= 0 else value
+
+
+PARAM = "<param>"  # what a state is at first that is a copy of the parameter then; no group has such a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +96,7 @@ class State:
 
     name: str
     when: str = ""  # exists only while this hyperparameter or flag of the group is truthy
-    init: str | float = 0.0  # its initial value, or the key of the group's
+    init: str | float = 0.0  # its initial value, the key of the group's, or PARAM
     signed: bool = True  # whether it can be negative
     exact: bool = False  # whether it must keep all that float32 holds
 
