@@ -145,34 +145,34 @@ STATES = {label(rule, states): len(states) for rule in RULES.values() for states
 
 
 class Watched(dict):
-    """States that note whether anybody looks at them."""
+    """States that note which of them anybody looks at."""
+
+    def __init__(self):
+        self.looked_at = set()
 
     def __getitem__(self, name):
-        self.looked_at = True
+        self.looked_at.add(name)
         return torch.ones(3)
 
 
-def looks_at_states(rule):
-    """Whether a rule looks at states before the step."""
+def looks_at(rule):
+    """How many states a rule looks at before the step."""
     name = next(name for name in EVERY if getattr(fusedopt, name).rule is rule)
     group = getattr(fusedopt, name)([torch.nn.Parameter(torch.ones(1))]).param_groups[0]
     h = SimpleNamespace(**{x.name: float(x.of(group)) for x in rule.hyper})
     c = rule.prepare(h, SimpleNamespace(**dict.fromkeys(rule.scalars, 1.0)), False)
     states = Watched()
     rule.measure(torch.ones(3), torch.ones(3), states, c)
-    return hasattr(states, "looked_at")
+    return len(states.looked_at)
 
 
 MEASURED = {  # states that are looked at before the step
-    label(rule, states): len(states) * looks_at_states(rule)
-    for rule in RULES.values()
-    if rule.measures
-    for states in variants(rule)
+    label(rule, states): looks_at(rule) for rule in RULES.values() if rule.measures for states in variants(rule)
 }
 
 
-# Loads and stores of spilled registers, 45, 9, 136, 49 and 4 on sm_90: to be mended. All others have none.
-SPILLS = {"amadamw sums": 64, "adamp": 16, "adamp sums": 160, "swats+exp_avg_sq": 64, "koalam scopes": 8}
+# Loads and stores of spilled registers, 45, 9, 136, 49, 4 and 78 on sm_90: to be mended. All others have none.
+SPILLS = {"amadamw sums": 64, "adamp": 16, "adamp sums": 160, "swats+exp_avg_sq": 64, "koalam scopes": 8, "prodigy": 96}
 
 
 @pytest.mark.parametrize("arch", ["90", *(pytest.param(a, marks=pytest.mark.nightly) for a in ("80", "100", "gfx942"))])

@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, Json] = {
     "NAdam": {"lr": 5e-3},
     "NAdamW": {"lr": 5e-3},
     "NSGD": {"lr": 1.0, "momentum": 0.9},
+    "Prodigy": {"lr": 1.0},
     "RAdam": {"lr": 2e-2},
     "RMSprop": {"lr": 2e-3},
     "Rprop": {"lr": 2e-2},

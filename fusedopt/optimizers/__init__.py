@@ -18,6 +18,7 @@ from fusedopt.optimizers.lion import Lion
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
 from fusedopt.optimizers.nsgd import NSGD
+from fusedopt.optimizers.prodigy import Prodigy
 from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
 from fusedopt.optimizers.rmsprop import RMSprop
@@ -50,6 +51,7 @@ __all__ = [
     "Lion",
     "NAdam",
     "NAdamW",
+    "Prodigy",
     "RAdam",
     "RMSprop",
     "Rprop",

@@ -30,6 +30,7 @@ class Case:
         steps: How many are compared.
         results: States that are of use in themselves, and compared as parameters are.
         together: Whether the textbook loop steps all tensors at once: it is given lists, and the losses of samples.
+        flat: States that the oracle keeps as vectors.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     steps: int = 300
     results: tuple[str, ...] = ()
     together: bool = False
+    flat: tuple[str, ...] = ()
 
     def build(self, params: Iterable[Tensor], **more: object) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -55,6 +57,8 @@ LARS = {"lr": 0.5, "trust_coefficient": 0.01, **WD}
 TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
+LIMITED = {"safeguard_warmup": True, "growth_rate": 1.02, "beta3": 0.99}  # d goes on growing for all 300 steps
+FLAT = ("s", "p0")  # of prodigyopt
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
     Case("SGD momentum", "SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
@@ -184,6 +188,24 @@ CASES = (
     Case("SWATS", "SWATS", {"scope": "tensor", **WD}, "none:SWATS", references.swats, exact=1e-5),
     Case(
         "SWATS switching", "SWATS", {"scope": "tensor", "tol": 1e-3, **WD}, "none:SWATS", references.swats, exact=1e-5
+    ),
+    # From a d0 whose steps are seen beside rounding.
+    *(
+        Case(
+            name,
+            "Prodigy",
+            {**options, **WD},
+            "prodigyopt:Prodigy",
+            references.prodigy,
+            exact=1e-6,
+            together=True,
+            flat=FLAT,
+        )
+        for name, options in (
+            ("Prodigy", {"d0": 1e-3}),
+            ("Prodigy coupled", {"d0": 1e-2, "decouple": False, "use_bias_correction": True}),
+            ("Prodigy limited", {"d0": 1e-3, **LIMITED}),
+        )
     ),
     Case("NSGD", "NSGD", {"lr": 0.01, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
     Case("NSGD plain", "NSGD", {"lr": 0.01, "momentum": 0.0, **WD}, "torch:SGD", references.sgd),

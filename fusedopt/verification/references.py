@@ -339,6 +339,34 @@ def koalam(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory
     return stepped
 
 
+def prodigy(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
+    """Mishchenko and Defazio 2024, the version for Adam, with the options of their code; all tensors at once."""
+    x, (b1, b2), k = xs[0], h["betas"], xs[0].get("k", 0) + 1
+    d, d0, decay = x.get("d", h["d0"]), h["d0"], h["weight_decay"]
+    corrected = math.sqrt(1 - b2**k) / (1 - b1**k) if h["use_bias_correction"] else 1.0
+    gamma = d * h["lr"] * corrected
+    weight, along, length = (d if h["safeguard_warmup"] else gamma), 0.0, 0.0
+    live = {i: g if h["decouple"] else g + decay * params[i] for i, g in enumerate(grads) if g is not None}
+    for i, g in live.items():
+        own, zero = xs[i], torch.zeros_like(g)
+        along += gamma * float((g * (own.setdefault("p0", params[i]) - params[i])).sum())
+        own["m"] = b1 * own.get("m", zero) + (1 - b1) * d * g
+        own["v"] = b2 * own.get("v", zero) + (1 - b2) * d**2 * g**2
+        own["s"] = h["beta3"] * own.get("s", zero) + d / d0 * weight * g
+        length += float(own["s"].abs().sum())
+    if length == 0:
+        return params
+    x["r"] = h["beta3"] * x.get("r", 0.0) + d / d0 * along
+    estimate = h["d_coef"] * x["r"] / length
+    x["most"] = max(x.get("most", d0), estimate)
+    x["d"] = min(x["most"], max(d, estimate) * h["growth_rate"] if d == d0 else d * h["growth_rate"])
+    x["k"], stepped = k, list(params)
+    for i in live:
+        p = params[i] * (1 - gamma * decay) if h["decouple"] else params[i]
+        stepped[i] = p - gamma * xs[i]["m"] / (xs[i]["v"].sqrt() + x["d"] * h["eps"])
+    return stepped
+
+
 def _measurement_noise(x: Memory, h: Memory, losses: Tensor) -> float:
     x["r"] = 0.9 * x.get("r", 1.0) + 0.1 * float((losses**2).mean()) if h["online"] else h["r"]
     return x["r"]
