@@ -21,6 +21,7 @@ class Case:
         weight_decay: Of the first group.
         told: What every step is told besides, such as the loss.
         measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
+        one_lr: Whether all groups must have the same learning rate.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Case:
     weight_decay: float = 0.01
     measured: int = 0
     told: dict[str, Any] = field(default_factory=dict, hash=False)
+    one_lr: bool = False
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -45,6 +47,8 @@ class Case:
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 LOSS = {"loss": 1.0}
+# Of a size at which bf16 parameters move; and gradients that are always the same would let it grow without end.
+DISTANCE = {"d0": 1.0, "d_coef": 1.0, "growth_rate": 1.0}
 CASES = {
     case.name: case
     for case in (
@@ -78,5 +82,6 @@ CASES = {
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
         Case("ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3),  # first: sets v
         Case("Adan", "Adan", 1e-3, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+        Case("Prodigy", "Prodigy", 1.0, ADAM | DISTANCE, measured=4, one_lr=True),
     )
 }

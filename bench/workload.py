@@ -109,7 +109,8 @@ class Tensors:
                 made.append(p)
             # Each group with options of its own, or they could be stepped as one.
             factor = 1 + k / 1024
-            self._groups.append({"params": made, "lr": case.lr * factor, "weight_decay": case.weight_decay * factor})
+            lr = case.lr if case.one_lr else case.lr * factor
+            self._groups.append({"params": made, "lr": lr, "weight_decay": case.weight_decay * factor})
             self.params += made
 
     def groups(self) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from fusedopt.bench.peers import (
     flashoptim,
     lion_pytorch,
     optimi,
+    prodigyopt,
     pytorch_optimizer,
     timm,
     torch_optim,
@@ -37,6 +38,7 @@ ADAPTERS = (
     lion_pytorch,
     adabound,
     adamp,
+    prodigyopt,
     timm,
 )
 
