@@ -22,6 +22,7 @@ class Case:
         told: What every step is told besides, such as the loss.
         by_shape: Whether matrices of hidden layers are stepped otherwise than the rest; groups say so by ``algorithm``.
         measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
+        one_lr: Whether all groups must have the same learning rate.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Case:
     by_shape: bool = False
     measured: int = 0
     told: dict[str, Any] = field(default_factory=dict, hash=False)
+    one_lr: bool = False
 
     @property
     def asked(self) -> dict[str, Any]:
@@ -47,9 +49,10 @@ class Case:
 
 ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "original", "adamw": ADAM}
-PRODIGY = ADAM | {"decouple": True, "d0": 1e-6, "d_coef": 1.0}
 FREE = {"warmup_steps": 4, "r": 0.0, "weight_lr_power": 2.0}
 LOSS = {"loss": 1.0}
+# Of a size at which bf16 parameters move; and gradients that are always the same would let it grow without end.
+DISTANCE = {"d0": 1.0, "d_coef": 1.0, "growth_rate": 1.0}
 CASES = {
     case.name: case
     for case in (
@@ -83,11 +86,11 @@ CASES = {
         Case("Muon", "Muon", 0.02, MUON, by_shape=True),
         Case("ScheduleFreeAdamW", "ScheduleFreeAdamW", 2.5e-3, ADAM | FREE),
         Case("ScheduleFreeSGD", "ScheduleFreeSGD", 0.1, {"momentum": 0.9} | FREE),
-        Case("Prodigy", "Prodigy", 1.0, PRODIGY, measured=4),
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
         Case(
             "ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3
         ),  # first: sets v
         Case("Adan", "Adan", 1e-3, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+        Case("Prodigy", "Prodigy", 1.0, ADAM | DISTANCE, measured=4, one_lr=True),
     )
 }

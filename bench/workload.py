@@ -110,7 +110,8 @@ class Tensors:
                 made.append(p)
             # Each group with options of its own, or they could be stepped as one.
             factor = 1 + k / 1024
-            said = {"lr": case.lr * factor, "weight_decay": case.weight_decay * factor}
+            lr = case.lr if case.one_lr else case.lr * factor
+            said = {"lr": lr, "weight_decay": case.weight_decay * factor}
             if case.by_shape:
                 hidden = [workload.suite.is_hidden(shape) for shape in shapes]
                 self._groups += [{**part, **said} for part in _by_algorithm(made, hidden)]

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from typing import cast
 
 import torch
+from torch import Tensor
 
-from fusedopt.aliases import ParamGroup, ProcessGroup
+from fusedopt.aliases import ParamGroup, ParamState, ProcessGroup
 from fusedopt.optimizer import FusedOptimizer
 from fusedopt.optimizers import OPTIMIZERS
 from fusedopt.state import adopt_state, widened
 
 Make = Callable[..., FusedOptimizer]
 
-PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp")
+PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp", "prodigyopt")
+OFF = {"slice_p": 1}  # what options are where they do nothing, if that is not falsy
+FOUND = {"d_hat", "d_denom"}  # what prodigyopt's step leaves in groups, and no step reads
 
 
 def fuse(
@@ -32,7 +35,7 @@ def fuse(
     for the old one still move the learning rate, and no memory is spent. Don't step the old one again.
 
     Args:
-        optimizer: Of torch.optim, lion-pytorch, adabound, adamp or timm; of a class that fusedopt has too.
+        optimizer: Of torch.optim, lion-pytorch, adabound, adamp, prodigyopt or timm; of a class that fusedopt has too.
         max_grad_norm: See ``fusedopt.FusedOptimizer``.
         skip_nonfinite: See there.
         process_group: See there.
@@ -62,8 +65,7 @@ def fuse(
         engine=engine,
     )
     for live, checked in zip(optimizer.param_groups, fused.param_groups, strict=True):
-        for key, value in checked.items():
-            live.setdefault(key, value)
+        live.update({key: value for key, value in checked.items() if live.get(key) is None})
     fused.param_groups = optimizer.param_groups
     fused.defaults.update({k: v for k, v in optimizer.defaults.items() if k in fused.defaults})
     for group, counted in zip(fused.param_groups, counts, strict=True):
@@ -71,7 +73,7 @@ def fuse(
             del group[key]
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                theirs = widened(counterpart.rule, {**counted, **state})
+                theirs = widened(counterpart.rule, _shaped(counterpart, p, {**counted, **state}))
                 fused.state[p] = adopt_state(counterpart.rule, p, theirs, copy=False)
     for name, hooks in vars(optimizer).items():
         if name.endswith("_hooks"):
@@ -109,12 +111,22 @@ def _counts(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> lis
     return [{key: group[key] for key in scalars & group.keys()} for group in optimizer.param_groups]
 
 
+def _shaped(ours: type[FusedOptimizer], p: Tensor, state: ParamState) -> ParamState:
+    """A state whose tensors have the parameter's shape; prodigyopt's are flat, or one number where all are the same."""
+    shaped = dict(state)
+    for name in {spec.name for spec in ours.rule.states} & state.keys():
+        value: object = state[name]
+        if isinstance(value, Tensor) and not value.is_sparse and value.shape != p.shape:
+            shaped[name] = value.view(p.shape) if value.dim() else value.expand(p.shape).clone()
+    return shaped
+
+
 def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> None:
     known = _options(ours) | ours.rule.scalars.keys() | {"initial_lr", "param_names", "max_lr_snapshot"}
     for i, group in enumerate(optimizer.param_groups):
-        for key in group.keys() - known:
+        for key in group.keys() - known - FOUND:
             scheduled = key in ("max_lr", "min_lr", "max_momentum", "base_momentum")  # OneCycleLR's and CyclicLR's own
-            if group[key] and not scheduled:
+            if group[key] and not scheduled and group[key] != OFF.get(key):
                 raise ValueError(f"group {i} has {key}={group[key]!r}, which fusedopt.{ours.__name__} does not have")
     if getattr(optimizer, "decoupled_wd", False):
         raise ValueError(

@@ -54,7 +54,7 @@ class Hyper:
     high: float = math.inf
     low_open: bool = False
     high_open: bool = False
-    unbounded: bool = False  # whether it may be infinite
+    infinite: bool = False  # whether infinity is in its domain, as of a limit that is none
 
     def __post_init__(self) -> None:
         if not self.key:
@@ -68,21 +68,26 @@ class Hyper:
     @property
     def domain(self) -> str:
         """The interval in which it must lie, for messages."""
-        is_open = self.high_open or (self.high == math.inf and not self.unbounded)
-        left, right = "(" if self.low_open else "[", ")" if is_open else "]"
+        left, right = "(" if self.low_open else "[", ")" if self._is_open_above else "]"
         return f"{left}{self.low:g}, {self.high:g}{right}"
 
     @property
     def closed_domain(self) -> tuple[float, float]:
         """The smallest and the largest double that is allowed."""
         low = math.nextafter(self.low, math.inf) if self.low_open else self.low
-        is_open = self.high_open or (self.high == math.inf and not self.unbounded)
-        return low, math.nextafter(self.high, -math.inf) if is_open else self.high
+        return low, math.nextafter(self.high, -math.inf) if self._is_open_above else self.high
+
+    @property
+    def _is_open_above(self) -> bool:
+        return self.high_open or (self.high == math.inf and not self.infinite)
 
     def of(self, group: Group) -> float | Tensor:
         """The value as the group has it: a number, or a one-element tensor."""
         value = group[self.key]
         return value[self.index] if self.index >= 0 else value
+
+
+PARAM = "<param>"  # what a state is at first that is a copy of the parameter then; no group has such a key
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +96,7 @@ class State:
 
     name: str
     when: str = ""  # exists only while this hyperparameter or flag of the group is truthy
-    init: str | float = 0.0  # its initial value, or the key of the group's
+    init: str | float = 0.0  # its initial value, the key of the group's, or PARAM
     signed: bool = True  # whether it can be negative
     exact: bool = False  # whether it must keep all that float32 holds
 

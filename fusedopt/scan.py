@@ -58,7 +58,7 @@ class Key(NamedTuple):
         if h is None:
             return cls(None, -1, 0, 0.0, 0.0)
         low, high = checks.step_domain(h)
-        return cls(h.key, h.index, size, low, high if h.unbounded else min(high, most))
+        return cls(h.key, h.index, size, low, high if h.infinite else min(high, most))
 
 
 class GroupSpec(NamedTuple):

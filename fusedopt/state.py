@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fusedopt import memory, options, storage
 from fusedopt.aliases import Group, ParamState, Stored
-from fusedopt.rule import LAST_FLOAT_STEP, Rule, Scalar
+from fusedopt.rule import LAST_FLOAT_STEP, PARAM, Rule, Scalar
 
 NewState = list[tuple[int, Tensor, tuple[str, ...]]]  # which parameter, and the names of states made for a step
 
@@ -48,8 +48,8 @@ def initial_state(rule: type[Rule], p: Tensor, group: Group) -> dict[str, Tensor
     """What a rule has of a parameter before its first step: scalars, then tensors."""
     state = {name: _scalar(_first(value, p, group)) for name, value in rule.scalars.items()}
     for spec in rule.active_states(group):
-        value = float(group[spec.init] if isinstance(spec.init, str) else spec.init)
-        state |= storage.new_state(spec, p, group, value)
+        value = group[spec.init] if isinstance(spec.init, str) and spec.init != PARAM else spec.init
+        state |= storage.new_state(spec, p, group, None if value == PARAM else float(value))
     return state
 
 

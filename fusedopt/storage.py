@@ -166,13 +166,15 @@ def spread(p: Tensor, here: Tensor, shape: Sequence[int]) -> Tensor:
     return DTensor.from_local(here, p.device_mesh, p.placements, run_check=False, shape=size, stride=tuple(stride))
 
 
-def new_state(spec: State, p: Tensor, group: Group, value: float) -> dict[str, Tensor]:
-    """A parameter's state with one value everywhere."""
-    codec = codec_of(spec, p, group)
+def new_state(spec: State, p: Tensor, group: Group, value: float | None) -> dict[str, Tensor]:
+    """A parameter's state with one value everywhere; None: with the parameter's values."""
+    codec, here = codec_of(spec, p, group), memory.local(p)
     if codec.block == 1:
         dtype = codec.dtypes[0]
-        return {spec.name: _like(p, p.dtype if PARTS.get(p.dtype) == dtype else dtype, value)}
-    here = memory.local(p)
+        made = _like(p, p.dtype if PARTS.get(p.dtype) == dtype else dtype, value)
+        return {spec.name: made.copy_(p.detach()) if value is None else made}
+    if value is None:
+        return state_of(spec, p, here.detach().to(torch.float32), codec)
     scales = torch.full(codecs.scales_shape(here.shape), value, device=here.device)
     codes = _like(p, torch.uint8, codecs.constant(value, codec))
     return {spec.name: codes, scale_of(spec.name): spread(p, scales, codecs.scales_shape(p.shape))}

@@ -194,9 +194,9 @@ def test_a_step_that_is_wrong_in_half_precision_only_is_seen():
 
 
 @pytest.mark.filterwarnings("ignore")  # some are older than torch's deprecations
-@pytest.mark.parametrize("case", ["AdaBound", "AdamP", "Lion", "NAdamW", "SGDP"])
+@pytest.mark.parametrize("case", ["AdaBound", "AdamP", "Lion", "NAdamW", "Prodigy", "SGDP"])
 def test_the_authors_compute_the_same_update(case):
-    authors = ("adabound", "adamp", "lion-pytorch", "timm")
+    authors = ("adabound", "adamp", "lion-pytorch", "prodigyopt", "timm")
     installed = [peer for peer in peers.offered(CASES[case], "cpu") if peer.package in authors]
     for peer in installed:
         if peer.version() is None:

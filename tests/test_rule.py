@@ -1,5 +1,6 @@
 """What a rule says of weight decay, of what scales its direction, and of its scalars."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,11 @@ import torch
 from helpers import close, params
 
 import fusedopt
-from fusedopt.rule import COUPLED, DECOUPLED, LR, RULE, WEIGHT_DECAY, Rule, StepScale
+from fusedopt import checks
+from fusedopt.codecs import dequantized
+from fusedopt.operands import Q8_SIGNED
+from fusedopt.rule import COUPLED, DECOUPLED, LR, PARAM, RULE, WEIGHT_DECAY, Hyper, Rule, State, StepScale
+from fusedopt.state import initial_state
 
 LR_, DECAY, GRADIENT = 0.1, 0.5, 3.0
 
@@ -81,3 +86,31 @@ def test_scalar_that_starts_as_the_group_says():
 def test_scalars_begin_with_the_step():
     with pytest.raises(TypeError, match="the first of Wrong.scalars is 'level'; it must be 'step'"):
         type("Wrong", (Rule,), {"scalars": {"level": 0.0, "step": 0.0}})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("exact", [False, True])
+def test_state_that_starts_as_the_parameter(dtype, exact):
+    class Remembers(Rule):
+        states = (State("first", init=PARAM, exact=exact),)
+        prepare = direction = None
+
+    p = torch.nn.Parameter(torch.randn(64, 130).to(dtype).t())
+    first = initial_state(Remembers, p, {})["first"]
+    assert first.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype) and not first.requires_grad
+    assert torch.equal(first, p.to(first.dtype)) and first.stride() == p.stride()
+    assert first.data_ptr() != p.data_ptr()
+    if dtype == torch.bfloat16:
+        made = initial_state(Remembers, p, {"state_dtype": "8bit"})
+        values = made["first"] if exact else dequantized(made["first"], made["first_scale"], Q8_SIGNED)
+        close(values, p.float(), 1e-9 if exact else 0.03)
+
+
+def test_domain_with_infinity():
+    limit, number = Hyper("limit", low=1.0, infinite=True), Hyper("number", low=1.0)
+    assert (limit.domain, number.domain) == ("[1, inf]", "[1, inf)")
+    for value in (1.0, 1e300, math.inf):
+        checks.hyperparameter(limit, 0, {"limit": value, "params": params((1,))}, "")
+    for hyper, value in ((limit, 0.5), (limit, math.nan), (number, math.inf), (number, 1e300)):
+        with pytest.raises(ValueError, match=hyper.name):
+            checks.hyperparameter(hyper, 0, {hyper.name: value, "params": params((1,))}, "")

@@ -115,8 +115,7 @@ def test_one_launch_with_clipping_and_mixed_states(monkeypatch, engine, device, 
     theirs = copies(ps)
 
     def build(parameters, engine):
-        rates = [0.01] * 3 if name == "Prodigy" else [0.01, 0.02, 0.03]  # it has one estimate, and one rate
-        groups = [{"params": parameters[k::3], "lr": rates[k], "weight_decay": 0.1 * k} for k in range(3)]
+        groups = [{"params": parameters[k::3], "lr": 0.01 * (k + 1), "weight_decay": 0.1 * k} for k in range(3)]
         optimizer = getattr(fusedopt, name)(groups, engine=engine, max_grad_norm=1.0)
         for switch in optimizer.rule.switches():
             optimizer.param_groups[1][switch] = 0.9 if switch == "momentum" else True

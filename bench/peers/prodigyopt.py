@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import Any
+
+import torch
+
 from fusedopt.bench.optimizers import Case
-from fusedopt.bench.peers.peer import Peer, from_module
+from fusedopt.bench.peers.peer import Groups, Peer, from_module
+
+
+def _make(groups: Groups, **options: Any) -> torch.optim.Optimizer:
+    with redirect_stdout(StringIO()):  # it prints which decay it takes
+        return from_module("prodigyopt", "Prodigy")(groups, **options)
 
 
 def peers(case: Case, device: str) -> list[Peer]:
     """Prodigy."""
-    if case.name != "Prodigy":
-        return []
-    return [Peer("prodigyopt", "prodigyopt", from_module("prodigyopt", "Prodigy"), case.options)]
+    return [Peer("prodigyopt", "prodigyopt", _make, case.options)] if case.name == "Prodigy" else []

@@ -9,6 +9,7 @@ MORE = {
     "AdEMAMix": {"weight_decouple": True},
     "AdaBound": {"weight_decouple": False},
     "Lion": {"weight_decouple": True},
+    "Prodigy": {"weight_decouple": True},
     "RAdam": {"weight_decouple": False},
     "SWATS": {"weight_decouple": False},
 }

@@ -22,10 +22,4 @@ FUSEDOPT_HD Scheduled scheduled(const Hyper& h, Scalars& s) {
   return {share, lr * (1 - h.beta1 * (1 - share)), lr};
 }
 
-// z, which begins as y.
-template <class T, class Coefficients>
-FUSEDOPT_HD T iterate_of(T p, const T* state, const Coefficients& c) {
-  return c.is_new != T(0) ? p : state[0];
-}
-
 }  // namespace fusedopt

@@ -11,12 +11,11 @@ struct ScheduleFreeAdamW {
   static constexpr auto step_scale = StepScale::kOne;
   FUSEDOPT_SCALARS(step, weight_sum, lr_max);
   FUSEDOPT_HYPER(lr, weight_decay, beta1, beta2, eps, warmup_steps, r, weight_lr_power);
-  FUSEDOPT_COEFFICIENTS(is_new, share, along, lr, decay, beta2, one_minus_beta2, root_scale, eps);
+  FUSEDOPT_COEFFICIENTS(share, along, lr, decay, beta2, one_minus_beta2, root_scale, eps);
 
-  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool new_state) {
+  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     const Scheduled now = scheduled(h, s);
     return {
-        .is_new = new_state ? 1.0 : 0.0,
         .share = now.share,
         .along = now.along,
         .lr = now.lr,
@@ -30,7 +29,7 @@ struct ScheduleFreeAdamW {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    const T z = iterate_of(p, state, c);
+    const T z = state[0];
     state[1] = c.beta2 * state[1] + c.one_minus_beta2 * (g * g);
     const T u = g / (c.root_scale * std::sqrt(state[1]) + c.eps) + c.decay * p;
     state[0] = z - c.lr * u;

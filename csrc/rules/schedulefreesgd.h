@@ -11,12 +11,11 @@ struct ScheduleFreeSGD {
   static constexpr auto step_scale = StepScale::kOne;
   FUSEDOPT_SCALARS(step, weight_sum, lr_max);
   FUSEDOPT_HYPER(lr, weight_decay, beta1, warmup_steps, r, weight_lr_power);
-  FUSEDOPT_COEFFICIENTS(is_new, share, along, lr, decay);
+  FUSEDOPT_COEFFICIENTS(share, along, lr, decay);
 
-  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool new_state) {
+  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars& s, bool) {
     const Scheduled now = scheduled(h, s);
     return {
-        .is_new = new_state ? 1.0 : 0.0,
         .share = now.share,
         .along = now.along,
         .lr = now.lr,
@@ -26,7 +25,7 @@ struct ScheduleFreeSGD {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    const T z = iterate_of(p, state, c), u = g + c.decay * p;
+    const T z = state[0], u = g + c.decay * p;
     state[0] = z - c.lr * u;
     return c.share * (p - z) + c.along * u;
   }

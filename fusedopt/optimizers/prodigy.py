@@ -1,8 +1,9 @@
-"""Prodigy."""
+"""Prodigy: Adam whose learning rate is an estimate of how far the parameters still have to go."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import (
     BETAS,
-    EPS,
     LR,
+    PARAM,
     RULE,
     WEIGHT_DECAY,
     Hyper,
@@ -21,142 +22,156 @@ from fusedopt.rule import (
     Names,
     Rule,
     Scalars,
+    Score,
     State,
     States,
-    StepScale,
     bias_correction,
 )
+from fusedopt.sums import ALL
 
-SINGLE = 1 + 1e-6  # a number and itself in float32 are nearer to each other than by this factor
-COMMON = ("betas", "beta3", "d0", "d_coef", "growth_rate", "use_bias_correction")  # what one estimate is made with
+ROUNDING = 1e-7  # what float32 makes of d0 is nearer to it than that
+COMMON = ("beta3", "d0", "d_coef", "growth_rate")  # of all groups that share a d
+
+
+def rate(c: Values, m: Values) -> float:
+    """The learning rate of a tensor's group."""
+    return c.lr
 
 
 class ProdigyRule(Rule):
-    """``p <- p - d lr (m / (sqrt(v) + d eps) + wd p)``, where d estimates how far the solution is.
+    """Adam of ``d g`` with the rate ``d lr``; d is the largest so far of ``d_coef r / |s|_1``, sums over the scope.
 
-    ``m <- b1 m + (1-b1) d g``, ``v <- b2 v + (1-b2) d^2 g^2``, ``s <- b3 s + lr d^2 / d0 g``; over all parameters
-    ``r <- b3 r + lr d^2 / d0 sum g (p0 - p)``, ``d <- max(d, coef r / sum |s|)``; the denominator has the new d.
+    ``s <- b3 s + d/d0 d lr g``, ``r <- b3 r + d/d0 d lr <g, p0 - p>``, p0 being the parameter before its first step.
+    Of other rates than the largest, tensors are stepped as Prodigy steps ``p / (lr / largest)``.
     """
 
     name = "prodigy"
     hyper: Hypers = (
         LR,
-        WEIGHT_DECAY,
         *BETAS,
         Hyper("beta3", high=1.0, high_open=True),
-        EPS,
+        Hyper("eps", low_open=True),
+        WEIGHT_DECAY,
+        Hyper("decouple", high=1.0),
+        Hyper("use_bias_correction", high=1.0),
+        Hyper("safeguard_warmup", high=1.0),
         Hyper("d0", low_open=True),
-        Hyper("d_coef"),
-        Hyper("growth_rate", low=1.0, unbounded=True),
-        Hyper("decouple"),
-        Hyper("use_bias_correction"),
-        Hyper("safeguard_warmup"),
+        Hyper("d_coef", low_open=True),
+        Hyper("growth_rate", low=1.0, infinite=True),
     )
     states: States = (
         State("s", exact=True),
-        State("p0", exact=True),
+        State("p0", init=PARAM, exact=True),
         State("exp_avg"),
         State("exp_avg_sq", signed=False),
     )
-    scalars: Scalars = {"step": 0.0, "d": "d0", "d_max": "d0", "d_numerator": 0.0}
-    shared: Names = ("d", "d_max", "d_numerator")
+    scalars: Scalars = {"step": 0.0, "d": "d0", "d_max": "d0", "d_numerator": 0.0, "k": 0.0}
+    shared: Names = ("d", "d_max", "d_numerator", "k")
+    scopes: Names = ("all", "group", "tensor")
     decay = RULE
-    step_scale: StepScale = StepScale.ONE
-    scopes: Names = ("all",)
-    measures: Names = ("slope", "size")
+    measures: Names = ("along", "length")
+    score: Score | None = rate
 
     @staticmethod
     def prepare(h: Values, s: Values, new_state: bool) -> Values:
-        scale = math.sqrt(bias_correction(h.beta2, s.step)) / bias_correction(h.beta1, s.step)
-        d_lr = s.d * h.lr * (scale if h.use_bias_correction else 1.0)
-        moves, beta3 = h.lr > 0, h.beta3 if h.beta3 > 0 else math.sqrt(h.beta2)
+        corrected, weight, moves = 1.0, s.d / h.d0 * s.d, h.lr > 0
+        if h.use_bias_correction:
+            corrected = math.sqrt(bias_correction(h.beta2, s.k + 1)) / bias_correction(h.beta1, s.k + 1)
         return Values(
-            is_new=1.0 if new_state else 0.0,
-            moves=1.0 if moves else 0.0,
+            lr=h.lr,
+            keep=h.beta1 if moves else 1.0,
+            take=s.d * (1 - h.beta1),
+            keep_square=h.beta2 if moves else 1.0,
+            take_square=s.d * s.d * (1 - h.beta2),
+            keep_sum=h.beta3 if moves else 1.0,
+            take_sum=weight * (1.0 if h.safeguard_warmup else h.lr * corrected),
             coupled=0.0 if h.decouple else h.weight_decay,
-            decay=h.weight_decay if h.decouple else 0.0,
-            keep_m=h.beta1 if moves else 1.0,
-            take_m=s.d * (1 - h.beta1) if moves else 0.0,
-            keep_v=h.beta2 if moves else 1.0,
-            take_v=s.d * s.d * (1 - h.beta2) if moves else 0.0,
-            keep_s=beta3 if moves else 1.0,
-            take_s=s.d / h.d0 * (s.d if h.safeguard_warmup else d_lr) if moves else 0.0,
-            slope_scale=s.d / h.d0 * d_lr,
-            beta3=beta3,
+            decoupled=h.weight_decay if h.decouple else 0.0,
+            corrected=corrected,
+            weight=weight,
+            beta3=h.beta3,
             d0=h.d0,
             d_coef=h.d_coef,
             growth_rate=h.growth_rate,
+            scale=s.d * corrected if moves else 0.0,
             eps=h.eps,
-            d_lr=d_lr,
         )
 
     @staticmethod
+    def advance(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensor]:
+        """The gradient with coupled decay, or 0 of what does not move, and the new sum of gradients."""
+        g = g + c.coupled * p if c.lr > 0 else torch.zeros_like(g)
+        return g, c.keep_sum * state["s"] + c.take_sum * g
+
+    @staticmethod
     def measure(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, ...]:
-        g = g + c.coupled * p
-        start = p if c.is_new else state["p0"]
-        return c.slope_scale * (g * (start - p)), c.moves * (c.keep_s * state["s"] + c.take_s * g).abs()
+        g, s = ProdigyRule.advance(p, g, state, c)
+        return c.corrected * g * (state["p0"] - p), s.abs() if c.lr > 0 else torch.zeros_like(s)
 
     @staticmethod
     def finish(c: Values, s: Values, m: Values) -> None:
-        if m.whole.size > 0:
-            s.d_numerator = c.beta3 * s.d_numerator + m.whole.slope
-            estimate = c.d_coef * s.d_numerator / m.whole.size
-            d = max(s.d, estimate) if s.d <= c.d0 * SINGLE else s.d
-            s.d_max = max(s.d_max, estimate)
-            s.d = min(s.d_max, d * c.growth_rate)
-        else:  # nothing is known yet, and nothing moves
-            c.d_lr = 0.0
+        if m.whole.length == 0:  # nothing has moved anything yet
+            c.scale = 0.0
+            return
+        largest = c.lr if m.largest == -math.inf else m.largest
+        s.d_numerator = c.beta3 * s.d_numerator + c.weight * largest * m.whole.along
+        estimate = c.d_coef * s.d_numerator / m.whole.length
+        d = max(s.d, estimate) if s.d <= c.d0 * (1 + ROUNDING) else s.d
+        s.d_max = max(s.d_max, estimate)
+        s.d = min(s.d_max, d * c.growth_rate)
+        s.k = s.k + 1
         c.eps = s.d * c.eps
 
     @staticmethod
     def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
-        g = g + c.coupled * p
-        m = c.keep_m * state["exp_avg"] + c.take_m * g
-        v = c.keep_v * state["exp_avg_sq"] + c.take_v * (g * g)
-        s = c.keep_s * state["s"] + c.take_s * g
-        d = c.d_lr * (m / (v.sqrt() + c.eps) + c.decay * p)
-        return d, {"s": s, "p0": p.clone() if c.is_new else state["p0"], "exp_avg": m, "exp_avg_sq": v}
+        g, s = ProdigyRule.advance(p, g, state, c)
+        m = c.keep * state["exp_avg"] + c.take * g
+        v = c.keep_square * state["exp_avg_sq"] + c.take_square * (g * g)
+        d = c.scale * (m / (v.sqrt() + c.eps) + c.decoupled * p)
+        return d, {**state, "s": s, "exp_avg": m, "exp_avg_sq": v}
 
 
 class Prodigy(FusedOptimizer):
-    """Adam that finds its learning rate: it estimates the distance d from where training began to a solution.
+    """Adam that finds its learning rate: leave ``lr`` at 1, and let schedulers scale it.
 
-    With g the gradient, p0 the parameter before its first step, and sums over all parameters:
-    ``m <- b1 m + (1-b1) d g``, ``v <- b2 v + (1-b2) d^2 g^2``, ``s <- b3 s + lr d^2 / d0 g``,
-    ``r <- b3 r + lr d^2 / d0 sum g (p0 - p)``, ``d' = d_coef r / sum |s|``; d becomes the largest d' so far, in every
-    step at most ``growth_rate`` times what it was, but when it leaves ``d0``; and
-    ``p <- p - d lr (m / (sqrt(v) + d eps) + weight_decay p)``, in which eps alone is multiplied by the new d.
-
-    The estimate is one for all groups: ``lr`` of a group is the same everywhere or 0, with which a group is not stepped
-    and counts for nothing. It is read as ``optimizer.d``. ``slice_p`` of the authors' package, which keeps p0 and s of
-    some elements only, is not there.
+    d is an estimate, from below, of how far the parameters p0 before their first step are from a minimum.
+    ``s <- b3 s + d/d0 d lr g`` and ``r <- b3 r + d/d0 d lr <g, p0 - p>``; then ``m <- b1 m + d (1-b1) g``,
+    ``v <- b2 v + d^2 (1-b2) g^2``, and with ``D = max(d, d_coef r / |s|_1)``, sums over all parameters,
+    ``p <- (1 - d lr weight_decay) p - d lr m / (sqrt(v) + D eps)``; then d is D, but for ``growth_rate``.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
-        lr: What d is multiplied by, 1 unless for a schedule; a float or a one-element tensor.
+        lr: What d is multiplied by; a float or a one-element tensor. Groups where it is 0 neither move nor count. Where
+            it differs otherwise, which the authors' package refuses, parameters are stepped as if they were divided
+            by what their rate is of the largest, so that d is an estimate of what is to go in those units.
         betas: Decay rates of the first and second moment, each in [0, 1).
-        beta3: Decay rate of the estimate; None or 0 for the root of ``betas[1]``.
-        eps: Added to the root of the second moment, times d.
+        beta3: Decay rate of s and r, in [0, 1); None for the root of ``betas[1]``.
+        eps: Added to the root of the second moment, times d; above 0.
         weight_decay: Decay coefficient.
-        decouple: Decay as AdamW does; else ``weight_decay * p`` is added to the gradient.
-        use_bias_correction: Multiply lr by Adam's ``sqrt(1-b2^t) / (1-b1^t)``.
-        safeguard_warmup: Leave lr out of s, so that a warm-up does not make the estimate too large.
-        d0: The first estimate.
-        d_coef: What later ones are multiplied by; 0.5 or 2 instead of a smaller or larger learning rate.
-        growth_rate: How much d may grow in a step.
+        decouple: Whether decay is multiplied by ``d lr``, and not added to the gradient as ``weight_decay * p``.
+        use_bias_correction: Multiply lr by ``sqrt(1-b2^t) / (1-b1^t)`` in step t of the optimizer.
+        safeguard_warmup: Leave lr out of s, so that d does not grow too far while it is warmed up.
+        d0: What d is before the first step, above 0.
+        d_coef: What estimates are multiplied by; the authors tune by it.
+        growth_rate: By how much d may grow in a step, once it has left d0: from 1 to infinity, which is no limit.
+        scope: What shares a d: "all" parameters, as the authors have it, or those of a "group", or a "tensor" alone.
+            beta3, d0, d_coef and growth_rate must be the same wherever d is.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
+    ``optimizer.d`` is the estimate. The package's ``slice_p``, which looks at every n-th element only, is not here.
+    With ``betas[0] = 0`` steps have the d of before, as in the paper; the package's have the new one.
+
     Raises:
-        ValueError: If a hyperparameter is outside its domain, or groups differ in what one estimate is made with.
+        ValueError: If a hyperparameter is outside its domain, or groups that share a d differ in one that is d's.
 
     Example:
         >>> optimizer = fusedopt.Prodigy(model.parameters(), weight_decay=0.01)
-        >>> float(optimizer.d)  # after a step
+        >>> scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        >>> float(optimizer.d)  # after some steps
 
     Reference:
-        Mishchenko and Defazio, "Prodigy: An expeditiously adaptive parameter-free learner", ICML 2024, arXiv
-        2306.06101.
+        Mishchenko and Defazio, ICML 2024, arXiv 2306.06101; the form is that of their package prodigyopt.
     """
 
     rule: type[Rule] = ProdigyRule
@@ -165,10 +180,10 @@ class Prodigy(FusedOptimizer):
         self,
         params: ParamsT,
         lr: float | Tensor = 1.0,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         beta3: float | None = None,
         eps: float = 1e-8,
-        weight_decay: float = 0.0,
+        weight_decay: float = 0,
         decouple: bool = True,
         use_bias_correction: bool = False,
         safeguard_warmup: bool = False,
@@ -176,6 +191,7 @@ class Prodigy(FusedOptimizer):
         d_coef: float = 1.0,
         growth_rate: float = math.inf,
         *,
+        scope: str = "all",
         maximize: bool = False,
         foreach: bool | None = None,
         capturable: bool = False,
@@ -191,55 +207,56 @@ class Prodigy(FusedOptimizer):
         handles_amp: bool = True,
         engine: str = "auto",
     ) -> None:
-        taken = {**locals(), "beta3": beta3 or 0.0}
-        super().__init__(params, **arguments(taken))
+        super().__init__(params, **arguments(locals()))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group of parameters; see ``fusedopt.FusedOptimizer.add_param_group``."""
-        if is_group(param_group) and param_group.get("beta3", 0.0) is None:
-            param_group["beta3"] = 0.0
+        if is_group(param_group):
+            if self.scope == ALL and self.param_groups:
+                first = self.param_groups[0]
+                if param_group.get("beta3", first["beta3"]) is None:
+                    param_group["beta3"] = first["beta3"]
+                for key in COMMON:
+                    param_group.setdefault(key, first[key])
+                _require_common([first, param_group])
+            elif param_group.get("beta3", self.defaults["beta3"]) is None:
+                param_group["beta3"] = _root(param_group.get("betas", self.defaults["betas"]))
         super().add_param_group(param_group)
-        try:
-            self._check_common()
-        except ValueError:
-            self.param_groups.pop()
-            raise
+
+    def _before_step(self) -> None:
+        if self.scope == ALL:
+            _require_common(self.param_groups)
 
     @property
     def d(self) -> Tensor:
-        """The estimate, a 0-dim tensor: ``d0`` before the first step. Reading its value waits for the device."""
+        """The estimate that the next step multiplies by.
+
+        Returns:
+            A new one-element tensor on the parameters' device; reading its value waits for the device. In other scopes
+            than "all" it is that of the first parameter that was stepped; ``optimizer.state[p]["d"]`` has each one's.
+        """
         for group in self.param_groups:
             for p in group["params"]:
-                if state := self.state.get(p):
-                    return state["d"].detach().clone()
-        return torch.tensor(float(self.param_groups[0]["d0"]))
-
-    def _before_step(self) -> None:
-        super()._before_step()
-        self._check_common()
-
-    def _check_common(self) -> None:
-        """Groups agree on what is common to all."""
-        lr: object = None
-        for g, group in enumerate(self.param_groups):
-            if isinstance(group["lr"], Tensor) or not group["lr"]:
-                continue  # nobody waits for a device to compare
-            if lr is not None and group["lr"] != lr:
-                raise ValueError(
-                    f"lr (group {g}) is {group['lr']!r}, and {lr!r} in a group before it; Prodigy has one estimate for "
-                    "all groups, and a group's lr is that of the others or 0"
-                )
-            lr = group["lr"]
+                if "d" in self.state.get(p, {}):
+                    return self.state[p]["d"].detach().clone()
         first = self.param_groups[0]
-        for g, group in enumerate(self.param_groups):
-            for key in COMMON:
-                if not _are_equal(group, first, key):
-                    raise ValueError(
-                        f"{key} (group {g}) is {group[key]!r}; it is common to all, and {first[key]!r} in 0"
-                    )
+        return torch.tensor(float(first["d0"]), device=next((p.device for p in first["params"]), None))
 
 
-def _are_equal(a: Group, b: Group, key: str) -> bool:
-    """Whether groups say the same; tensors, which are not looked at, are the same ones."""
-    x, y = a[key], b[key]
-    return x is y or (not isinstance(x, Tensor) and not isinstance(y, Tensor) and bool(x == y))
+def _root(betas: object) -> float:
+    """Of the second; of what is no pair of betas anything, for a check is to say so."""
+    try:
+        return math.sqrt(float(betas[1]))  # pyright: ignore[reportIndexIssue, reportUnknownArgumentType]
+    except (TypeError, ValueError, IndexError):
+        return 0.0
+
+
+def _require_common(groups: Sequence[Group]) -> None:
+    """What is d's is the same in groups that share one; tensors are not looked at."""
+    for key in COMMON:
+        value = groups[0][key] if groups else None
+        for group in groups[1:]:
+            other = group[key]
+            if other is not value and not isinstance(other, Tensor) and not isinstance(value, Tensor):
+                if other != value:
+                    raise ValueError(f"{key} is {value!r} in one group and {other!r} in another, which share a d")

@@ -17,6 +17,7 @@ from fusedopt.options import MASTER, Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import (
     EPS,
     LR,
+    PARAM,
     RULE,
     WEIGHT_DECAY,
     Hyper,
@@ -53,7 +54,7 @@ class ScheduleFreeSGDRule(Rule):
     hyper: Hypers = (
         LR, WEIGHT_DECAY, Hyper("beta1", "momentum", low_open=True, high=1.0, high_open=True), *SCHEDULE
     )  # fmt: skip
-    states: Specs = (State("z", exact=True),)
+    states: Specs = (State("z", init=PARAM, exact=True),)
     scalars: Scalars = SCALARS
     decay = RULE
     step_scale: StepScale = StepScale.ONE
@@ -61,11 +62,11 @@ class ScheduleFreeSGDRule(Rule):
     @staticmethod
     def prepare(h: Values, s: Values, new_state: bool) -> Values:
         share, along, lr = scheduled(h, s, h.beta1)
-        return Values(is_new=1.0 if new_state else 0.0, share=share, along=along, lr=lr, decay=h.weight_decay)
+        return Values(share=share, along=along, lr=lr, decay=h.weight_decay)
 
     @staticmethod
     def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
-        z, u = p if c.is_new else state["z"], g + c.decay * p
+        z, u = state["z"], g + c.decay * p
         return c.share * (p - z) + c.along * u, {"z": z - c.lr * u}
 
 
@@ -81,7 +82,7 @@ class ScheduleFreeAdamWRule(Rule):
         EPS,
         *SCHEDULE,
     )
-    states: Specs = (State("z", exact=True), State("exp_avg_sq", signed=False))
+    states: Specs = (State("z", init=PARAM, exact=True), State("exp_avg_sq", signed=False))
     scalars: Scalars = SCALARS
     decay = RULE
     step_scale: StepScale = StepScale.ONE
@@ -90,7 +91,6 @@ class ScheduleFreeAdamWRule(Rule):
     def prepare(h: Values, s: Values, new_state: bool) -> Values:
         share, along, lr = scheduled(h, s, h.beta1)
         return Values(
-            is_new=1.0 if new_state else 0.0,
             share=share,
             along=along,
             lr=lr,
@@ -103,7 +103,7 @@ class ScheduleFreeAdamWRule(Rule):
 
     @staticmethod
     def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
-        z = p if c.is_new else state["z"]
+        z = state["z"]
         v = c.beta2 * state["exp_avg_sq"] + c.one_minus_beta2 * (g * g)
         u = g / (c.root_scale * v.sqrt() + c.eps) + c.decay * p
         return c.share * (p - z) + c.along * u, {"z": z - c.lr * u, "exp_avg_sq": v}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fusedopt
 from fusedopt.aliases import Arguments
-from fusedopt.verification import references
+from fusedopt.verification import joint_references, references
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +31,7 @@ class Case:
         steps: How many are compared.
         results: States that are of use in themselves, and compared as parameters are.
         together: Whether the textbook loop steps all tensors at once: it is given lists, and the losses of samples.
+        flat: States that the oracle keeps as vectors.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Case:
     steps: int = 300
     results: tuple[str, ...] = ()
     together: bool = False
+    flat: tuple[str, ...] = ()
 
     def build(self, params: Iterable[Tensor], **more: object) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -57,7 +59,8 @@ TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
 FREE: Arguments = {"warmup_steps": 30, "r": 0.5, **WD}
-PRODIGY: Arguments = {"d0": 1e-4}  # so that it leaves it within the gate's steps
+LIMITED = {"safeguard_warmup": True, "growth_rate": 1.02, "beta3": 0.99}  # d goes on growing for all 300 steps
+FLAT = ("s", "p0")  # of prodigyopt
 MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
@@ -194,27 +197,35 @@ CASES = (
         exact=1e-6,
         results=("z",),
     ),
-    Case("Prodigy", "Prodigy", {**PRODIGY, **WD}, "none:Prodigy", references.prodigy, exact=1e-5, together=True),
-    Case(
-        "Prodigy coupled",
-        "Prodigy",
-        {**PRODIGY, "decouple": False, "safeguard_warmup": True, "growth_rate": 1.02, **WD},
-        "none:Prodigy",
-        references.prodigy,
-        exact=1e-5,
-        together=True,
+    # From a d0 whose steps are seen beside rounding.
+    *(
+        Case(
+            name,
+            "Prodigy",
+            {**options, **WD},
+            "prodigyopt:Prodigy",
+            joint_references.prodigy,
+            exact=1e-6,
+            together=True,
+            flat=FLAT,
+        )
+        for name, options in (
+            ("Prodigy", {"d0": 1e-3}),
+            ("Prodigy coupled", {"d0": 1e-2, "decouple": False, "use_bias_correction": True}),
+            ("Prodigy limited", {"d0": 1e-3, **LIMITED}),
+        )
     ),
-    Case("KoalaV", "KoalaV", WD, "none:KoalaV", references.koalav, exact=1e-5, together=True),
+    Case("KoalaV", "KoalaV", WD, "none:KoalaV", joint_references.koalav, exact=1e-5, together=True),
     Case(
         "KoalaV online",
         "KoalaV",
         {"r": "online", "match_reference": True, **WD},
         "none:KoalaV",
-        references.koalav,
+        joint_references.koalav,
         exact=1e-5,
         together=True,
     ),
-    Case("KoalaM", "KoalaM", {"r": "online", **WD}, "none:KoalaM", references.koalam, exact=1e-5, together=True),
+    Case("KoalaM", "KoalaM", {"r": "online", **WD}, "none:KoalaM", joint_references.koalam, exact=1e-5, together=True),
     Case("SWATS", "SWATS", {"scope": "tensor", **WD}, "none:SWATS", references.swats, exact=1e-5),
     Case(
         "SWATS switching", "SWATS", {"scope": "tensor", "tol": 1e-3, **WD}, "none:SWATS", references.swats, exact=1e-5

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache, partial
+from io import StringIO
 from typing import cast
 
 import torch
@@ -116,7 +118,8 @@ def oracle(case: Case, params: list[Parameter]) -> torch.optim.Optimizer:
     make = cast("Callable[..., torch.optim.Optimizer]", cls)
     if case.alone:
         return cast("torch.optim.Optimizer", oracles.Alone(lambda ps: make(ps, **options), params))
-    return make(params, **options)
+    with redirect_stdout(StringIO()):  # prodigyopt prints which decay it takes
+        return make(params, **options)
 
 
 def results(case: Case, params: list[Parameter], optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -176,7 +179,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     def step(make: Make, kind: torch.dtype, device: torch.device = CPU) -> tuple[list[Tensor], torch.optim.Optimizer]:
         params = [torch.nn.Parameter(p.to(device, kind, copy=True)) for p in start]
         optimizer = make(params)
-        optimizer.load_state_dict(oracles.complete(copy.deepcopy(state), optimizer))
+        optimizer.load_state_dict(oracles.complete(copy.deepcopy(state), optimizer, case.flat))
         for p, g in zip(params, last, strict=True):
             p.grad = None if g is None else g.to(device, kind)
         oracles.step(optimizer, **asked(optimizer, steps))

@@ -17,7 +17,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fusedopt.aliases import Arguments, ParamGroups, StateDict
+from fusedopt.aliases import Arguments, ParamGroups, ParamState, StateDict
+from fusedopt.optimizer import FusedOptimizer
 
 
 @cache
@@ -87,10 +88,23 @@ class Alone:
             optimizer.state[p].update({k: v.to(p.dtype, copy=True) for k, v in own.items()})
 
 
-def complete(state: StateDict, optimizer: torch.optim.Optimizer) -> StateDict:
-    """A state dict of ours with those options of an oracle's groups that are not ours."""
-    groups = zip(optimizer.param_groups, state["param_groups"], strict=True)
-    return {**state, "param_groups": [{**theirs, **ours} for theirs, ours in groups]}
+def complete(state: StateDict, optimizer: torch.optim.Optimizer, flat: Iterable[str] = ()) -> StateDict:
+    """A state dict of ours as an oracle's, whose groups have options that are not ours, and may have our scalars.
+
+    Args:
+        state: Ours.
+        optimizer: The oracle, or one of ours.
+        flat: States that it keeps as vectors.
+    """
+    if isinstance(optimizer, FusedOptimizer):
+        return state
+    own = {i: {k: v.flatten() if k in flat else v for k, v in each.items()} for i, each in state["state"].items()}
+    groups: ParamGroups = []
+    for theirs, ours in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        first = next((own[i] for i in ours["params"] if i in own), ParamState())
+        counted = {key: float(first[key]) for key in (theirs.keys() - ours.keys()) & first.keys()}
+        groups.append({**theirs, **counted, **ours})
+    return {**state, "state": own, "param_groups": groups}
 
 
 def step(optimizer: torch.optim.Optimizer, **told: object) -> None:

@@ -159,13 +159,13 @@ def lamb(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     t = _tick(x)
     (b1, b2), v = h["betas"], _moments(p, g, x, h)
     u = (x["m"] / (1 - b1**t)) / ((v / (1 - b2**t)).sqrt() + h["eps"]) + h["weight_decay"] * p
-    ratio = _norm(p) / _norm(u) if _adapts(h) and _norm(p) > 0 and _norm(u) > 0 else 1.0
+    ratio = norm(p) / norm(u) if _adapts(h) and norm(p) > 0 and norm(u) > 0 else 1.0
     return p - h["lr"] * ratio * u
 
 
 def lars(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     """You et al. 2017, algorithm 1, with torch's momentum; timm adapts what decays alone."""
-    w, n, decay = _norm(p), _norm(g), h["weight_decay"]
+    w, n, decay = norm(p), norm(g), h["weight_decay"]
     ratio = h["trust_coefficient"] * w / (n + decay * w + h["eps"]) if _adapts(h) and w > 0 and n > 0 else 1.0
     return sgd(p, ratio * (g + decay * p), x, {**h, "weight_decay": 0.0})
 
@@ -187,18 +187,18 @@ def sgdp(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p * (1 - h["lr"] * h["weight_decay"] * ratio / (1 - h["momentum"])) - h["lr"] * d
 
 
-def _norm(t: Tensor, dim: int | None = None) -> Tensor:
+def norm(t: Tensor, dim: int | None = None) -> Tensor:
     """The L2 norm, of all elements or along a dimension."""
-    return cast("Tensor", torch.linalg.vector_norm(t, dim=dim))
+    return cast("Tensor", torch.linalg.vectornorm(t, dim=dim))
 
 
 def _projected(p: Tensor, g: Tensor, u: Tensor, h: Memory) -> tuple[Tensor, float]:
     for rows in (len(p), 1) if p.dim() > 1 and p.numel() else ():
         q, f, w = (t.reshape(rows, -1) for t in (p, g, u))
-        lengths = (_norm(f, 1).clamp(min=h["eps"]), _norm(q, 1).clamp(min=h["eps"]))
+        lengths = (norm(f, 1).clamp(min=h["eps"]), norm(q, 1).clamp(min=h["eps"]))
         cosines = (f * q).sum(1).abs() / (lengths[0] * lengths[1])
         if cosines.max() < h["delta"] / math.sqrt(q.shape[1]):
-            n = q / (_norm(q, 1)[:, None] + h["eps"])
+            n = q / (norm(q, 1)[:, None] + h["eps"])
             return (w - n * (n * w).sum(1, keepdim=True)).reshape(p.shape), h["wd_ratio"]
     return u, 1.0
 
@@ -326,84 +326,6 @@ def swats(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
         if t > 1 and settled > 0 and abs(settled - rate) < h["tol"] + 1e-6 * abs(rate):
             x["sgd"], x["lr"], x["b"] = settled, h["lr"], torch.zeros_like(p)
     return p + q
-
-
-Many = list[Tensor]
-
-
-def prodigy(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
-    """Mishchenko and Defazio 2024, algorithm 4, with the decay rates and eps of their code; all tensors at once."""
-    x, (b1, b2) = xs[0], h["betas"]
-    d, b3, d0 = x.get("d", h["d0"]), h["beta3"] or math.sqrt(b2), h["d0"]
-    rate, slope, size = d * h["lr"], 0.0, 0.0
-    stepping = [(k, g) for k, g in enumerate(grads) if g is not None]
-    for k, g in stepping:
-        p, own = params[k], xs[k]
-        g = g if h["decouple"] else g + h["weight_decay"] * p
-        zero = torch.zeros_like(p)
-        own.setdefault("p0", p)
-        slope += d / d0 * rate * float((g * (own["p0"] - p)).sum())
-        own["m"] = b1 * own.get("m", zero) + (1 - b1) * d * g
-        own["v"] = b2 * own.get("v", zero) + (1 - b2) * d**2 * g**2
-        own["s"] = b3 * own.get("s", zero) + d / d0 * (d if h["safeguard_warmup"] else rate) * g
-        size += float(own["s"].abs().sum())
-    if size == 0:
-        return params
-    x["r"] = b3 * x.get("r", 0.0) + slope
-    estimate = h["d_coef"] * x["r"] / size
-    x["most"] = max(x.get("most", d0), estimate)
-    x["d"] = min(x["most"], (max(d, estimate) if d == d0 else d) * h["growth_rate"])
-    stepped, decay = list(params), h["weight_decay"] if h["decouple"] else 0.0
-    for k, _ in stepping:
-        stepped[k] = params[k] - rate * (xs[k]["m"] / (xs[k]["v"].sqrt() + x["d"] * h["eps"]) + decay * params[k])
-    return stepped
-
-
-def koalav(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
-    """Davtyan et al. 2022, algorithm 1, with the layers' own innovations of the authors' code; all tensors at once."""
-    x, stepped, most = xs[0], list(params), 0.0
-    x["s"] = x.get("s", h["sigma"]) + h["q"]
-    noise = _measurement_noise(x, h, losses)
-    for k, (p, g) in enumerate(zip(params, grads, strict=True)):
-        if g is not None and float(_norm(g)) >= 1e-9:
-            f = g + h["weight_decay"] * p
-            loss, square = float(losses.mean()) + 0.5 * h["weight_decay"] * float(_norm(p)) ** 2, float(_norm(f)) ** 2
-            innovation = x["s"] * square + noise
-            stepped[k] = p - h["lr"] * x["s"] / innovation * loss * (g if h["match_reference"] else f)
-            most = max(most, square / innovation)
-    x["s"] -= x["s"] ** 2 * most
-    return stepped
-
-
-def koalam(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
-    """The same, algorithm 2: predicted, then corrected. The covariance is a matrix in double."""
-    x, most = xs[0], 0.0
-    zero = [torch.zeros_like(p) for p in params]
-    u, e = x.get("u", zero), x.get("e", zero)
-    drift = math.sqrt(sum(float(_norm(a - p)) ** 2 for a, p in zip(e, params, strict=True)))
-    stepped, u = [p + v for p, v in zip(params, u, strict=True)], [h["a"] * v for v in u]
-    x["qw"] = 0.9 * x.get("qw", h["q"]) + 0.1 * drift / sum(p.numel() for p in params)
-    f = torch.tensor([[1, 1], [0, h["a"]]], dtype=torch.float64)
-    covariance = x.get("P", torch.diag(torch.tensor([h["sw"], h["sv"]], dtype=torch.float64)))
-    covariance = f @ covariance @ f.T + torch.diag(torch.tensor([x["qw"], h["qv"]], dtype=torch.float64))
-    noise, column = _measurement_noise(x, h, losses), [float(c) for c in covariance[:, 0]]
-    for k, (p, g) in enumerate(zip(list(stepped), grads, strict=True)):
-        if g is not None and float(_norm(g)) >= 1e-9:
-            slope = g + h["weight_decay"] * p
-            square = float(_norm(slope)) ** 2
-            innovation = column[0] * square + noise
-            loss = float(losses.mean()) + 0.5 * h["weight_decay"] * float(_norm(p)) ** 2
-            stepped[k] = p - h["lr"] * column[0] / innovation * loss * slope
-            u[k] = u[k] - h["lr"] * column[1] / innovation * loss * slope
-            e = [0.9 * a + 0.1 * stepped[k] if i == k else a for i, a in enumerate(e)]
-            most = max(most, square / innovation)
-    x["u"], x["e"], x["P"] = u, e, covariance - most * torch.outer(covariance[:, 0], covariance[:, 0])
-    return stepped
-
-
-def _measurement_noise(x: Memory, h: Memory, losses: Tensor) -> float:
-    x["r"] = 0.9 * x.get("r", 1.0) + 0.1 * float((losses**2).mean()) if h["online"] else h["r"]
-    return x["r"]
 
 
 def _adapts(h: Memory) -> bool:

@@ -1,7 +1,7 @@
-"""Prodigy: ``m <- b1 m + (1 - b1) d g``, ``v <- b2 v + (1 - b2) d^2 g^2``, ``s <- b3 s + lr d^2 / d0 g``.
+"""Prodigy: ``s <- b3 s + d/d0 d lr g``, ``r <- b3 r + d/d0 d lr <g, p0 - p>``; p0 is p before its first step.
 
-Over everything ``r <- b3 r + lr d^2 / d0 sum g (p0 - p)`` and ``d <- max(d, coef r / sum |s|)``;
-``p <- p - d lr (m / (sqrt(v) + d eps) + wd p)`` with the d before, but for that beside eps.
+``m <- b1 m + d (1-b1) g``, ``v <- b2 v + d^2 (1-b2) g^2``, ``D = max(d, d_coef r / |s|_1)`` with sums over the scope,
+``p <- p - d lr (m / (sqrt(v) + D eps) + wd p)``, or with ``wd p`` in the gradient where decay is coupled.
 """
 
 import triton
@@ -11,66 +11,88 @@ from fusedopt.triton_kernels.math import bias_correction, div, sqrt
 
 name = "prodigy"
 states = ("s", "p0", "exp_avg", "exp_avg_sq")
-scalars = ("step", "d", "d_max", "d_numerator")
+scalars = ("step", "d", "d_max", "d_numerator", "k")
 hyper = (
-    "lr", "weight_decay", "beta1", "beta2", "beta3", "eps", "d0", "d_coef", "growth_rate", "decouple",
-    "use_bias_correction", "safeguard_warmup",
+    "lr", "beta1", "beta2", "beta3", "eps", "weight_decay", "decouple", "use_bias_correction", "safeguard_warmup",
+    "d0", "d_coef", "growth_rate",
 )  # fmt: skip
 coefficients = (
-    "is_new", "moves", "coupled", "decay", "keep_m", "take_m", "keep_v", "take_v", "keep_s", "take_s", "slope_scale",
-    "beta3", "d0", "d_coef", "growth_rate", "eps", "d_lr",
+    "lr", "keep", "take", "keep_square", "take_square", "keep_sum", "take_sum", "coupled", "decoupled",
+    "corrected", "weight", "beta3", "d0", "d_coef", "growth_rate", "scale", "eps",
 )  # fmt: skip
-measures = ("slope", "size")
-step_scale = "one"
+measures = ("along", "length")
 
 
 @triton.jit
 def prepare(h, s, new_state):
-    """Coefficients; ``finish`` puts the new estimate in."""
-    lr, weight_decay, beta1, beta2, beta3, eps, d0, d_coef, growth_rate, decouple, corrects, safeguard = h
-    step, d, _, _ = s
-    scale = tl.sqrt(bias_correction(beta2, step)) / bias_correction(beta1, step)
-    d_lr = d * lr * tl.where(corrects != 0, scale, 1.0)
-    rate = tl.where(beta3 > 0, beta3, tl.sqrt(beta2))
-    moves = tl.where(lr > 0, 1.0, 0.0)
-    stays = 1 - moves
-    coupled, decay = tl.where(decouple != 0, 0.0, weight_decay), tl.where(decouple != 0, weight_decay, 0.0)
-    moments = (
-        moves * beta1 + stays, moves * d * (1 - beta1), moves * beta2 + stays, moves * d * d * (1 - beta2),
-        moves * rate + stays, moves * (d / d0) * tl.where(safeguard != 0, d, d_lr),
-    )  # fmt: skip
-    rest = (d / d0) * d_lr, rate, d0, d_coef, growth_rate, eps, d_lr
-    return (tl.where(new_state, 1.0, 0.0), moves, coupled, decay) + moments + rest, s
+    """Coefficients; ``finish`` puts what d makes of them in."""
+    lr, beta1, beta2, beta3, eps, weight_decay, decouple, corrects, safeguard, d0, d_coef, growth_rate = h
+    _, d, _, _, k = s
+    corrected = tl.sqrt(bias_correction(beta2, k + 1)) / bias_correction(beta1, k + 1)
+    corrected = tl.where(corrects != 0, corrected, 1.0)
+    weight, moves = d / d0 * d, lr > 0
+    c = (
+        lr,
+        tl.where(moves, beta1, 1.0),
+        d * (1 - beta1),
+        tl.where(moves, beta2, 1.0),
+        d * d * (1 - beta2),
+        tl.where(moves, beta3, 1.0),
+        weight * tl.where(safeguard != 0, 1.0, lr * corrected),
+        tl.where(decouple != 0, 0.0, weight_decay),
+        tl.where(decouple != 0, weight_decay, 0.0),
+        corrected,
+        weight,
+        beta3,
+        d0,
+        d_coef,
+        growth_rate,
+        tl.where(moves, d * corrected, 0.0),
+        eps,
+    )
+    return c, s
+
+
+@triton.jit
+def advance(p, g, state, c):
+    """The gradient with coupled decay, or 0 of what does not move, and the new sum of gradients."""
+    h = tl.where(c[0] > 0, g + c[7] * p, 0.0)
+    return h, c[5] * state[0] + c[6] * h
 
 
 @triton.jit
 def measure(p, g, state, c, STATES):
-    """See the module's text."""
-    g = g + c[2] * p
-    start = tl.where(c[0] != 0, p, state[1])
-    return (c[10] * (g * (start - p)), c[1] * tl.abs(c[8] * state[0] + c[9] * g))
+    """``g (p0 - p)`` and ``|s|``, of what moves."""
+    h, s = advance(p, g, state, c)
+    return (c[9] * h * (state[1] - p), tl.where(c[0] > 0, tl.abs(s), 0.0))
+
+
+@triton.jit
+def score(c, m):
+    """The learning rate of a tensor's group."""
+    return c[0] + 0 * m[0]
 
 
 @triton.jit
 def finish(c, s, m, whole, largest):
-    """The estimate."""
-    step, d, d_max, numerator = s
-    is_known = whole[1] > 0
-    found = c[11] * numerator + whole[0]
-    estimate = c[13] * found / tl.where(is_known, whole[1], 1.0)
-    start = tl.where((d <= c[12] * (1 + 1e-6)) & (estimate > d), estimate, d)
-    most = tl.where(estimate > d_max, estimate, d_max)
-    grown = start * c[14]
-    new = tl.where(is_known, tl.where(grown < most, grown, most), d)
-    after = step, new, tl.where(is_known, most, d_max), tl.where(is_known, found, numerator)
-    return c[:15] + (c[15] * new, tl.where(is_known, c[16], 0.0)), after
+    """The estimate, unless nothing has moved anything yet; float32 makes of d0 what is nearer to it than 1e-7."""
+    step, before, d_max, numerator, k = s
+    goes = whole[1] != 0
+    lr = tl.where(largest == float("-inf"), c[0], largest)
+    numerator = tl.where(goes, c[11] * numerator + c[10] * lr * whole[0], numerator)
+    estimate = c[13] * numerator / tl.where(goes, whole[1], 1.0)
+    d = tl.where((before <= c[12] * (1 + 1e-7)) & (estimate > before), estimate, before)
+    d_max = tl.where(goes & (estimate > d_max), estimate, d_max)
+    limit = d * c[14]
+    d = tl.where(goes, tl.where(limit < d_max, limit, d_max), before)
+    c = c[:15] + (tl.where(goes, c[15], 0.0), d * c[16])
+    return c, (step, d, d_max, numerator, tl.where(goes, k + 1, k))
 
 
 @triton.jit
 def direction(p, g, state, c, STATES):
     """See the module's text."""
-    g = g + c[2] * p
-    s = c[8] * state[0] + c[9] * g
-    start = tl.where(c[0] != 0, p, state[1])
-    m, v = c[4] * state[2] + c[5] * g, c[6] * state[3] + c[7] * (g * g)
-    return c[16] * (div(m, sqrt(v) + c[15]) + c[3] * p), (s, start, m, v)
+    h, s = advance(p, g, state, c)
+    m = c[1] * state[2] + c[2] * h
+    v = c[3] * state[3] + c[4] * (h * h)
+    return c[15] * (div(m, sqrt(v) + c[16]) + c[8] * p), (s, state[1], m, v)

@@ -10,7 +10,7 @@ name = "schedulefreeadamw"
 states = ("z", "exp_avg_sq")
 scalars = ("step", "weight_sum", "lr_max")
 hyper = ("lr", "weight_decay", "beta1", "beta2", "eps", "warmup_steps", "r", "weight_lr_power")
-coefficients = ("is_new", "share", "along", "lr", "decay", "beta2", "one_minus_beta2", "root_scale", "eps")
+coefficients = ("share", "along", "lr", "decay", "beta2", "one_minus_beta2", "root_scale", "eps")
 step_scale = "one"
 
 
@@ -20,15 +20,14 @@ def prepare(h, s, new_state):
     lr, weight_decay, beta1, beta2, eps, warmup_steps, r, weight_lr_power = h
     share, along, now, after = scheduled(lr, beta1, warmup_steps, r, weight_lr_power, s)
     root_scale = 1 / tl.sqrt(bias_correction(beta2, s[0]))
-    is_new = tl.where(new_state, 1.0, 0.0)
-    return (is_new, share, along, now, weight_decay, beta2, 1 - beta2, root_scale, eps), after
+    return (share, along, now, weight_decay, beta2, 1 - beta2, root_scale, eps), after
 
 
 @triton.jit
 def direction(p, g, state, c, STATES):
     """See the module's text."""
-    is_new, share, along, lr, decay, beta2, one_minus_beta2, root_scale, eps = c
-    z = tl.where(is_new != 0, p, state[0])
+    share, along, lr, decay, beta2, one_minus_beta2, root_scale, eps = c
+    z = state[0]
     v = beta2 * state[1] + one_minus_beta2 * (g * g)
     u = div(g, root_scale * sqrt(v) + eps) + decay * p
     return share * (p - z) + along * u, (z - lr * u, v)
