@@ -1,4 +1,4 @@
-"""Textbook loops that step all tensors at once, otherwise as those of references.py; also told the losses of samples."""
+"""Textbook loops that step all tensors at once, else as those of references.py; also told the losses of samples."""
 
 from __future__ import annotations
 

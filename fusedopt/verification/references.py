@@ -189,7 +189,7 @@ def sgdp(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
 
 def norm(t: Tensor, dim: int | None = None) -> Tensor:
     """The L2 norm, of all elements or along a dimension."""
-    return cast("Tensor", torch.linalg.vectornorm(t, dim=dim))
+    return cast("Tensor", torch.linalg.vector_norm(t, dim=dim))
 
 
 def _projected(p: Tensor, g: Tensor, u: Tensor, h: Memory) -> tuple[Tensor, float]:
