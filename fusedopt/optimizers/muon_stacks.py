@@ -89,6 +89,8 @@ class Stacks:
         workspace: Of the function.
     """
 
+    matrices: list[Matrix]
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, matrices: Iterable[Matrix], workspace: Workspace) -> None:
