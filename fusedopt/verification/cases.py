@@ -59,7 +59,8 @@ TIMM_LARS = {"trust_coeff": 0.01}
 BOUNDS = {"final_lr": 1e-3, "gamma": 0.01}  # both bounds, and neither, are met within 300 steps
 PRODUCT: Arguments = {"bias_correction": "product", **WD}
 FREE: Arguments = {"warmup_steps": 30, "r": 0.5, **WD}
-LIMITED: Arguments = {"safeguard_warmup": True, "growth_rate": 1.02, "beta3": 0.99}  # d goes on growing for all 300 steps
+# d goes on growing for all 300 steps.
+LIMITED: Arguments = {"safeguard_warmup": True, "growth_rate": 1.02, "beta3": 0.99}
 FLAT = ("s", "p0")  # of prodigyopt
 MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
 CASES = (
