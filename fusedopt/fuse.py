@@ -15,9 +15,11 @@ from fusedopt.state import adopt_state, widened
 
 Make = Callable[..., FusedOptimizer]
 
-PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp", "prodigyopt")
+PACKAGES = ("torch", "timm", "lion_pytorch", "adabound", "adamp", "prodigyopt", "schedulefree")
+CALLED = {"AdamWScheduleFree": "ScheduleFreeAdamW", "SGDScheduleFree": "ScheduleFreeSGD"}  # what we call otherwise
+COUNTED = {"k": "step"}  # what groups count and we call otherwise, where a rule has nothing of that name
 OFF = {"slice_p": 1}  # what options are where they do nothing, if that is not falsy
-FOUND = {"d_hat", "d_denom"}  # what prodigyopt's step leaves in groups, and no step reads
+FOUND = {"d_hat", "d_denom", "scheduled_lr"}  # what steps of prodigyopt and schedulefree leave in groups for readers
 
 
 def fuse(
@@ -35,7 +37,8 @@ def fuse(
     for the old one still move the learning rate, and no memory is spent. Don't step the old one again.
 
     Args:
-        optimizer: Of torch.optim, lion-pytorch, adabound, adamp, prodigyopt or timm; of a class that fusedopt has too.
+        optimizer: Of torch.optim, lion-pytorch, adabound, adamp, prodigyopt, schedulefree or timm; of a class that
+            fusedopt has too.
         max_grad_norm: See ``fusedopt.FusedOptimizer``.
         skip_nonfinite: See there.
         process_group: See there.
@@ -73,7 +76,8 @@ def fuse(
             del group[key]
         for p in group["params"]:
             if state := optimizer.state.get(p):
-                theirs = widened(counterpart.rule, _shaped(counterpart, p, {**counted, **state}))
+                scalars = {_called(counterpart, key): value for key, value in counted.items()}
+                theirs = widened(counterpart.rule, _shaped(counterpart, p, {**scalars, **state}))
                 fused.state[p] = adopt_state(counterpart.rule, p, theirs, copy=False)
     for name, hooks in vars(optimizer).items():
         if name.endswith("_hooks"):
@@ -86,11 +90,12 @@ def _counterpart(optimizer: torch.optim.Optimizer) -> type[FusedOptimizer]:
     kind = type(optimizer)
     if isinstance(optimizer, FusedOptimizer):
         raise TypeError(f"{kind.__name__} is a fused optimizer already")
-    if kind.__module__.partition(".")[0] not in PACKAGES or kind.__name__ not in OPTIMIZERS:
+    name = CALLED.get(kind.__name__, kind.__name__)
+    if kind.__module__.partition(".")[0] not in PACKAGES or name not in OPTIMIZERS:
         raise TypeError(
             f"{kind.__module__}.{kind.__name__} has no fused counterpart; there are {', '.join(OPTIMIZERS)}"
         )
-    return OPTIMIZERS[kind.__name__]
+    return OPTIMIZERS[name]
 
 
 def _completed(optimizer: torch.optim.Optimizer, index: int) -> ParamGroup:
@@ -108,7 +113,15 @@ def _options(ours: type[FusedOptimizer]) -> set[str]:
 def _counts(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> list[ParamGroup]:
     """What groups count for all their parameters, timm's ``step`` for one; here each parameter has its own."""
     scalars = ours.rule.scalars.keys() - _options(ours)
-    return [{key: group[key] for key in scalars & group.keys()} for group in optimizer.param_groups]
+    return [
+        {key: value for key, value in group.items() if _called(ours, key) in scalars}
+        for group in optimizer.param_groups
+    ]
+
+
+def _called(ours: type[FusedOptimizer], key: str) -> str:
+    """What we call something that a group counts."""
+    return key if key in ours.rule.scalars else COUNTED.get(key, key)
 
 
 def _shaped(ours: type[FusedOptimizer], p: Tensor, state: ParamState) -> ParamState:
@@ -124,7 +137,7 @@ def _shaped(ours: type[FusedOptimizer], p: Tensor, state: ParamState) -> ParamSt
 def _refuse_foreign_options(optimizer: torch.optim.Optimizer, ours: type[FusedOptimizer]) -> None:
     known = _options(ours) | ours.rule.scalars.keys() | {"initial_lr", "param_names", "max_lr_snapshot"}
     for i, group in enumerate(optimizer.param_groups):
-        for key in group.keys() - known - FOUND:
+        for key in {key for key in group.keys() - FOUND if _called(ours, key) not in known}:
             scheduled = key in ("max_lr", "min_lr", "max_momentum", "base_momentum")  # OneCycleLR's and CyclicLR's own
             if group[key] and not scheduled and group[key] != OFF.get(key):
                 raise ValueError(f"group {i} has {key}={group[key]!r}, which fusedopt.{ours.__name__} does not have")

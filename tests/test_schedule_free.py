@@ -270,3 +270,23 @@ def test_accelerate_swaps():
     prepared.train()
     torch.testing.assert_close(model.weight.detach(), trained)
     assert not torch.equal(before, trained)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fuse_goes_on_where_theirs_was(engine, name):
+    theirs = oracles.find(f"schedulefree:{NAMES[name]}")
+    if theirs is None:
+        pytest.skip("schedulefree is not installed")
+    torch.manual_seed(0)
+    a = params(*SHAPES, dtype=torch.float64)
+    b = copies(a)
+    live, other = (theirs(ps, lr=0.05, weight_decay=0.1, warmup_steps=4, r=0.5) for ps in (a, b))
+    live.train(), other.train()
+    advance(live, a, 3, 1), advance(other, b, 3, 1)
+    fused = fusedopt.fuse(live, engine=engine)
+    assert type(fused) is getattr(fusedopt, name) and "k" not in fused.param_groups[0]
+    for optimizer, ps in ((fused, a), (other, b)):
+        advance(optimizer, ps, 3, 2)
+        optimizer.eval()
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
