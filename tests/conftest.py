@@ -158,6 +158,13 @@ INTERPRETED_AT_NIGHT = {
     "test_every_optimizer_takes_every_storage": lambda name: name not in ("AdamW", "LAMB", "SGD"),
     "test_the_step_of_the_description": lambda norm, granularity, more: norm != "l2" or bool(more),
 }
+# Files whose tests go through what is not the engine's: another one takes them by day, but for these.
+WHOLE_FILES_AT_NIGHT = {
+    "triton": ("test_muon", "test_muon_state", "test_prodigy", "test_schedule_free", "test_ranks_field"),
+    "cuda": ("test_ranks_field",),
+    "eager": ("test_ranks_field",),
+}
+STILL_BY_DAY = ("test_two_launches", "test_a_swap_is_one_launch", "test_matrices_without_gradients", "test_fsdp2")
 # Of other engines: types of elements and numbers of ranks that another one goes through by day.
 AT_NIGHT = {
     "triton": INTERPRETED_AT_NIGHT,
@@ -208,6 +215,8 @@ def pytest_collection_modifyitems(items):
         params = dict(item.callspec.params) if hasattr(item, "callspec") else {}
         engine = params.pop("engine", None)
         is_late = AT_NIGHT.get(engine, {}).get(item.name.split("[")[0])
+        if item.path.stem in WHOLE_FILES_AT_NIGHT.get(engine, ()) and item.name.split("[")[0] not in STILL_BY_DAY:
+            item.add_marker(pytest.mark.nightly)
         if is_late(**params) if is_late else engine == "triton" and params.get("name", SOME[0]) not in SOME:
             item.add_marker(pytest.mark.nightly)
         if engine in ("cpu", "cuda", "eager") and item.name.startswith("test_gate_of_options"):

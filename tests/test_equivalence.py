@@ -19,21 +19,12 @@ def test_gate(case, engine, dtype):
     assert result.passed, result
 
 
-FIRST = {case.optimizer: case.name for case in reversed(CASES)}
-
-
-def by_day(case):
-    """Options beside the first variant of each optimizer; beside others by night."""
-    is_first = case.name.startswith(f"{FIRST[case.optimizer]}, ")
-    return case if is_first else pytest.param(case, marks=pytest.mark.nightly)
-
-
 @pytest.mark.parametrize(
     "dtype",
     [torch.float32, torch.float64, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.nightly)],
     ids=str,
 )
-@pytest.mark.parametrize("case", [by_day(case) for case in OPTION_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", OPTION_CASES, ids=lambda case: case.name)
 def test_gate_of_options(case, engine, dtype):
     result = gate.compare(case, engine, dtype, steps={"triton": 12}.get(engine))
     assert result.passed, result
