@@ -37,8 +37,7 @@ def fuse(
     for the old one still move the learning rate, and no memory is spent. Don't step the old one again.
 
     Args:
-        optimizer: Of torch.optim, lion-pytorch, adabound, adamp, prodigyopt, schedulefree or timm; of a class that
-            fusedopt has too.
+        optimizer: Of torch.optim, timm, lion-pytorch, adabound, adamp, prodigyopt or schedulefree; a class we have.
         max_grad_norm: See ``fusedopt.FusedOptimizer``.
         skip_nonfinite: See there.
         process_group: See there.

@@ -67,6 +67,7 @@ class Steps(TakesScaling, Clips, KeepsAverages):
     def _step_with(self, closure: Callable[[], T] | None) -> T | None:
         loss = None
         if closure is not None:
+            self._refuse_averaged()
             with torch.enable_grad():
                 loss = closure()
         self._before_step()

@@ -227,6 +227,34 @@ def test_averages_and_steps_in_backward(engine):
     handle.remove()
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_parameter_that_is_given_twice_is_swapped_once(engine, name):
+    (p,) = params((4,))
+    with pytest.warns(UserWarning, match="duplicate"):
+        optimizer = build(name, [p, p], engine=engine)
+    advance(optimizer, [p], 2, 1)
+    z = optimizer.state[p]["z"]
+    expected = (p.detach() - 0.1 * z) / 0.9
+    optimizer.eval()
+    torch.testing.assert_close(p.detach(), expected)
+
+
+def test_what_cannot_go_says_so_before_anything(engine):
+    """A closure is not run, a parameter has its own number; where nothing is to change, nothing is refused."""
+    ps = params((4,), (3, 2))
+    optimizer = fusedopt.ScheduleFreeSGD(ps, average=fusedopt.EMA(0.5), engine=engine)
+    advance(optimizer, ps[1:], 2, 1)
+    with optimizer.averaged():
+        optimizer.train()
+    optimizer.eval()
+    with pytest.raises(RuntimeError, match="eval mode"):
+        optimizer.step(lambda: pytest.fail("the closure ran"))
+    ps[1].data = torch.ones(1).expand(3, 2)
+    with pytest.raises(RuntimeError, match="parameter 1 of group 0"):
+        optimizer.train()
+    assert not optimizer.param_groups[0]["train_mode"]
+
+
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [

@@ -151,20 +151,25 @@ class ScheduleFree(FusedOptimizer):
 
     @torch.no_grad()
     def _swap(self, to_train: bool) -> None:
-        """In one launch on each device. Parameters that were never stepped are both."""
-        super()._refuse_averaged("train() and eval()")
-        swapped = [group for group in self.param_groups if group[MODE] != to_train]
-        if not swapped:
-            return
+        """In one launch on each device. What was never stepped is both; what is given twice goes once."""
         with self._lock, threads_that_exist():
+            swapped = [group for group in self.param_groups if group[MODE] != to_train]
+            if not swapped:
+                return
+            super()._refuse_averaged("train() and eval()")
             groups: list[ParamGroup] = []
             states: States = {}
-            for group in swapped:
+            seen: set[int] = set()
+            for group in self.param_groups:  # all of them, so that messages count as the optimizer does
                 aliases: list[Tensor] = []
                 for p in group["params"]:
-                    if (state := self.state.get(p)) and state.get("z") is not None:
-                        aliases.append(_aliased(p, state["z"]))
-                        states[aliases[-1]] = state
+                    aliases.append(alias := p.detach())
+                    state = self.state.get(p, {})
+                    if group[MODE] != to_train and state.get("z") is not None and id(p) not in seen:
+                        seen.add(id(p))
+                        alias.grad_dtype = None  # of whatever dtype
+                        alias.grad = state["z"]
+                        states[alias] = state
                 groups.append(_asking(group, aliases, to_train))
             whole = self._bring_up_to_date()
             context = replace(
@@ -184,14 +189,6 @@ class ScheduleFree(FusedOptimizer):
                 f"{type(self).__name__} is in eval mode: its parameters are averages, from which it cannot step; call "
                 "optimizer.train() before training goes on"
             )
-
-
-def _aliased(p: Tensor, z: Tensor) -> Tensor:
-    """A parameter's memory, with z as its gradient."""
-    alias = p.detach()
-    alias.grad_dtype = None  # of whatever dtype
-    alias.grad = z
-    return alias
 
 
 def _asking(group: Group, params: list[Tensor], to_train: bool) -> ParamGroup:
