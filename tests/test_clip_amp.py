@@ -143,7 +143,7 @@ def test_skip_leaves_everything(engine, name, history, clip, bad):
     assert_same(snapshot(optimizer), before)
     assert optimizer.skipped_steps == 1
     assert not optimizer.grad_norm.isfinite()
-    for _ in range(2):  # the first of some optimizers only sets a moment
+    for _ in range(2 if name == "ADOPT" else 1):  # whose first only sets a moment
         fill_gradients(ps)
         optimizer.step()
     assert optimizer.skipped_steps == 1 and not torch.equal(ps[0], before[0][0])

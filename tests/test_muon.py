@@ -382,3 +382,10 @@ def test_autocast_changes_nothing(engine):
         one.step()
     other.step()
     assert_same(snapshot(one), snapshot(other))
+
+
+def test_matrices_are_not_differentiable():
+    ps = params((3, 2), (4,))
+    with pytest.raises(ValueError, match=r"differentiable=True is not for matrices .*group 0"):
+        fusedopt.Muon(ps, differentiable=True)
+    assert fusedopt.Muon(ps[1:], differentiable=True).param_groups[0]["differentiable"]

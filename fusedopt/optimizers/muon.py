@@ -89,6 +89,8 @@ class MuonRule(Rule):
     def conflict(cls, group: Group) -> str | None:
         if group["algorithm"] == ADAMW:
             return None
+        if group["differentiable"]:
+            return "differentiable=True is not for matrices that Muon steps, through whose function no gradient goes"
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]
         if not _are_three_numbers(coefficients):
             return f"ns_coefficients is {coefficients!r}; it must be three finite numbers"
@@ -233,12 +235,11 @@ class Muon(FusedOptimizer):
         if algorithm == MUON and not all(fit):
             self._refuse(group, number, fit.index(False))
         if algorithm is None and any(fit) and not all(fit):
-            of = {MUON: [m for m, is_one in zip(group["params"], fit, strict=True) if is_one]}
-            of[ADAMW] = [m for m, is_one in zip(group["params"], fit, strict=True) if not is_one]
+            matrices, rest = ([m for m, f in zip(group["params"], fit, strict=True) if f == of] for of in (True, False))
             others = {key: value for key, value in group.items() if key not in ADAMW_HYPER}
             return [
-                {**group, "params": of[MUON], "algorithm": MUON},
-                {**others, **adamw, "params": of[ADAMW], "algorithm": ADAMW},
+                {**group, "params": matrices, "algorithm": MUON},
+                {**others, **adamw, "params": rest, "algorithm": ADAMW},
             ]
         if algorithm == ADAMW or (algorithm is None and not any(fit) and fit):
             return [{**adamw, **group, "algorithm": ADAMW}]
@@ -284,7 +285,7 @@ def _check(defaults: Group) -> None:
     """What matrices are told is right, also where there are none."""
     for hyper in (LR, WEIGHT_DECAY, EPS, Hyper("momentum")):
         checks.hyperparameter(hyper, 0, defaults, "")
-    if conflict := MuonRule.conflict({**defaults, "algorithm": MUON}):
+    if conflict := MuonRule.conflict({**defaults, "algorithm": MUON, "differentiable": False}):
         raise ValueError(conflict)
 
 
