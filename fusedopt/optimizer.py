@@ -117,7 +117,7 @@ class FusedOptimizer(Steps, KeepsState):
     """
 
     rule: type[Rule]
-    rules: tuple[type[Rule], ...] = ()  # others that an argument can choose
+    rules: tuple[type[Rule], ...] = ()  # others that an argument can choose, or that the class steps by besides
     steps_together: str = ""  # why parameters cannot be stepped one by one, if they cannot
     increments_versions: bool = True
     _in_backward: object = None  # what steps in backward, if anything does
