@@ -150,3 +150,67 @@ def test_a_model_may_say_what_its_output_is():
     optimizer = fusedopt.Muon(groups, lr=0.5)
     assert [group["algorithm"] for group in optimizer.param_groups] == ["muon", "adamw"]
     assert fusedopt.muon_groups(torch.nn.LayerNorm(3))[0]["algorithm"] == "adamw"
+
+
+# ------------------------------------------------------------------------------- what both launches must do, or neither
+
+
+def test_maximizing_is_minimizing_of_the_opposite(engine):
+    torch.manual_seed(0)
+    a = params((4, 3), (3,))
+    b = copies(a)
+    one, other = built(a, maximize=True, engine=engine), built(b, engine=engine)
+    for _ in range(3):
+        fill_gradients(a)
+        for p, q in zip(a, b, strict=True):
+            q.grad = -p.grad
+        one.step(), other.step()
+    assert_same([p.detach() for p in a], [p.detach() for p in b])
+
+
+@pytest.mark.parametrize("history", [0, 2])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_skipped_step_leaves_matrices_too(engine, history, bad):
+    ps = params((4, 3), (3,), (5, 2))
+    optimizer = built(ps, skip_nonfinite=True, average=fusedopt.EMA(0.5), engine=engine)
+    for _ in range(history):
+        fill_gradients(ps)
+        optimizer.step()
+    for wrong in (0, 1):
+        before = snapshot(optimizer)
+        fill_gradients(ps)
+        ps[wrong].grad.view(-1)[2] = bad
+        optimizer.step()
+        assert_same(snapshot(optimizer), before)
+    assert optimizer.skipped_steps == 2
+    fill_gradients(ps)
+    optimizer.step()
+    assert optimizer.state[ps[0]]["step"] == history + 1 and not torch.equal(ps[0], before[0][0])
+
+
+def test_what_the_second_launch_cannot_step_is_said_before_the_first(engine):
+    """A matrix whose elements share memory: only the second writes it."""
+    ps = [*params((4, 3), (3,)), torch.nn.Parameter(torch.ones(1).expand(5, 2))]
+    optimizer = built(ps, engine=engine)
+    for _ in range(2):
+        fill_gradients(ps[:2])
+        ps[2].grad = torch.ones(5, 2)
+        before = snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=r"parameter 1 of group 0 .*overlap"):
+            optimizer.step()
+        assert_same(snapshot(optimizer), before)
+
+
+def test_matrices_have_random_bits_of_their_own(engine):
+    """By their number among all parameters, not among the matrices."""
+    results = []
+    for others in (0, 1):
+        torch.manual_seed(0)
+        matrix, vector = params((16, 8), (9,), dtype=torch.bfloat16)
+        groups = [{"params": [vector], "algorithm": "adamw"}] * others + [{"params": [matrix], "algorithm": "muon"}]
+        optimizer = fusedopt.Muon(groups, lr=1e-3, master="stochastic", engine=engine)
+        matrix.grad = torch.linspace(-1, 1, 128, dtype=torch.bfloat16).view(16, 8)
+        optimizer.step()
+        results.append(matrix.detach())
+    assert not torch.equal(*results)
+    torch.testing.assert_close(*results, rtol=0, atol=2e-2)
