@@ -96,7 +96,7 @@ def adopt_state(rule: type[Rule], p: Tensor, state: Stored, *, copy: bool) -> Pa
             adopted[key] = _counter(value)
         elif key in tensors and value is None:
             continue  # torch's SGD says so that there is no momentum buffer yet
-        elif key in tensors:
+        elif key in tensors or (isinstance(value, Tensor) and value.dim()):
             moved = value.detach().to(memory.local(p).device)
             is_same = memory.local(moved).data_ptr() == memory.local(value).data_ptr()
             adopted[key] = moved.clone() if copy and is_same else moved

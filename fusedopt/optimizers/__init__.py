@@ -11,10 +11,12 @@ from fusedopt.optimizers.adaptive_memory import AMSGD, AMAdamW
 from fusedopt.optimizers.ademamix import AdEMAMix
 from fusedopt.optimizers.adopt import ADOPT
 from fusedopt.optimizers.asgd import ASGD
+from fusedopt.optimizers.entropy_sgd import EntropySGD
 from fusedopt.optimizers.koala import KoalaM, KoalaV
 from fusedopt.optimizers.lamb import LAMB
 from fusedopt.optimizers.lars import LARS
 from fusedopt.optimizers.lion import Lion
+from fusedopt.optimizers.mbf import MBF
 from fusedopt.optimizers.muon import Muon
 from fusedopt.optimizers.nadam import NAdam
 from fusedopt.optimizers.nadamw import NAdamW
@@ -22,6 +24,7 @@ from fusedopt.optimizers.nsgd import NSGD
 from fusedopt.optimizers.prodigy import Prodigy
 from fusedopt.optimizers.projected import SGDP, AdamP
 from fusedopt.optimizers.radam import RAdam
+from fusedopt.optimizers.replicated_sgd import ReplicatedSGD
 from fusedopt.optimizers.rmsprop import RMSprop
 from fusedopt.optimizers.rprop import Rprop
 from fusedopt.optimizers.schedule_free import ScheduleFreeAdamW, ScheduleFreeSGD
@@ -34,6 +37,7 @@ __all__ = [
     "ASGD",
     "LAMB",
     "LARS",
+    "MBF",
     "NSGD",
     "SGD",
     "SGDP",
@@ -48,6 +52,7 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Adan",
+    "EntropySGD",
     "KoalaM",
     "KoalaV",
     "Lion",
@@ -57,6 +62,7 @@ __all__ = [
     "Prodigy",
     "RAdam",
     "RMSprop",
+    "ReplicatedSGD",
     "Rprop",
     "ScheduleFreeAdamW",
     "ScheduleFreeSGD",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -14,9 +14,11 @@ from fusedopt import checks
 from fusedopt.aliases import Arguments, Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values, is_group
 from fusedopt.context import Context
 from fusedopt.newton_schulz import Workspace
-from fusedopt.optimizer import FusedOptimizer, arguments
+from fusedopt.optimizer import arguments
 from fusedopt.optimizers.muon_stacks import is_matrix
-from fusedopt.optimizers.muon_step import ADAMW, AFTER, MUON, Launches
+from fusedopt.optimizers.muon_step import ADAMW, MUON, MuonLaunches
+from fusedopt.optimizers.parts import InParts, tensor_of
+from fusedopt.optimizers.two_launches import AFTER
 from fusedopt.options import STEP, Average, GradientNoise, Master, StateDtype
 from fusedopt.rule import (
     BETAS,
@@ -43,7 +45,7 @@ ADAMW_HYPER = {hyper.key: hyper for hyper in (LR, *BETAS, EPS, WEIGHT_DECAY)}
 
 
 class MuonRule(Rule):
-    """The three parts of a step, see muon_step.py: AdamW's; the momentum of matrices; what their function made."""
+    """The three parts of a step, see two_launches.py: AdamW's; the momentum of matrices; what their function made."""
 
     name = "muon"
     hyper: Hypers = (Hyper("momentum"), Hyper("nesterov"), *BETAS, EPS)
@@ -110,12 +112,7 @@ def _are_three_numbers(value: object) -> bool:
     return all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in numbers)
 
 
-def _tensor_of(member: object) -> object:
-    """A member of a group, which may be a pair of a name and a parameter."""
-    return cast("tuple[object, object]", member)[1] if isinstance(member, tuple) else member
-
-
-class Muon(FusedOptimizer):
+class Muon(InParts):
     """Momentum made orthogonal, for matrices; AdamW for everything else, in the same optimizer and the same launches.
 
     Of a matrix: ``m <- momentum m + (1 - momentum) g``; ``u = momentum m + (1 - momentum) g`` with ``nesterov``, else
@@ -197,37 +194,15 @@ class Muon(FusedOptimizer):
         _check(taken["defaults"])
         super().__init__(params, **taken)
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group of parameters; one of matrices and other parameters becomes two. See the class.
-
-        Args:
-            param_group: ``params``, and any options that differ from the defaults.
-
-        Raises:
-            ValueError: If an option is outside its domain, a parameter is given twice, or no matrix is to be one.
-            TypeError: If something is not of a type that torch.optim takes.
-        """
-        if not is_group(param_group) or isinstance(param_group.get("params"), set):
-            return super().add_param_group(param_group)
-        params: object = param_group["params"]
-        members: list[Any] = [params] if isinstance(params, Tensor) else list(cast("Sequence[Any]", params))
-        before = len(self.param_groups)
-        try:
-            for part in self._parts({**param_group, "params": members}):
-                super().add_param_group(part)
-        except Exception:
-            del self.param_groups[before:]
-            raise
-
     def _parts(self, group: ParamGroup) -> list[ParamGroup]:
         """A group as those of the algorithms that its members take."""
         number, algorithm = len(self.param_groups), group.get("algorithm")
         adamw = _adamw(group.pop("adamw", None), self._adamw)
         if algorithm not in (None, ADAMW, MUON):
             raise ValueError(f"algorithm (group {number}) is {algorithm!r}; it may be 'muon', 'adamw' or None")
-        fit = [is_matrix(_tensor_of(member)) for member in group["params"]]
+        fit = [is_matrix(tensor_of(member)) for member in group["params"]]
         for i, member in enumerate(group["params"]):
-            if getattr(_tensor_of(member), "_fsdp_flattened", False) and algorithm != ADAMW:
+            if getattr(tensor_of(member), "_fsdp_flattened", False) and algorithm != ADAMW:
                 raise ValueError(
                     f"parameter {i} of group {number} is a piece of tensors that FullyShardedDataParallel flattened, "
                     "in which nobody sees matrices; shard with fully_shard, or say algorithm='adamw' of its group"
@@ -247,7 +222,7 @@ class Muon(FusedOptimizer):
 
     def _refuse(self, group: Group, number: int, i: int) -> None:
         """Raise for what cannot be a matrix."""
-        p = _tensor_of(group["params"][i])
+        p = tensor_of(group["params"][i])
         if isinstance(p, Tensor):  # else torch says what it has to be
             raise ValueError(
                 f"{checks.Label({}, number, i, p)} is no real matrix, which algorithm='muon' steps; say 'adamw', or "
@@ -275,7 +250,7 @@ class Muon(FusedOptimizer):
         super()._get_ready()
 
     def _stepper_of(self, context: Context) -> Stepper:
-        return Launches(context, self._workspace)
+        return MuonLaunches(context, self._workspace)
 
     def __getstate__(self) -> StateDict:
         return {**super().__getstate__(), "_adamw": self._adamw}

@@ -89,17 +89,17 @@ class Stacks:
         workspace: Of the function.
     """
 
-    matrices: list[Matrix]
+    members: list[Matrix]
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def __init__(self, matrices: Iterable[Matrix], workspace: Workspace) -> None:
-        self.matrices = list(matrices)
+        self.members = list(matrices)
         self._workspace = workspace
         self._stacks: list[_Stack] = []
         self._movers: list[Mover] = []
         equal: dict[Key, list[Matrix]] = {}
-        for matrix in self.matrices:
+        for matrix in self.members:
             equal.setdefault(matrix.key, []).append(matrix)
         exchanges, owned = self._exchanged([matrix for members in equal.values() for matrix in members])
         wholes = {id(m): whole for key, members in equal.items() for m, whole in self._stacked(key, members, owned)}
@@ -108,7 +108,7 @@ class Stacks:
             self._movers.append(exchange)
         for stack in self._stacks:
             reserve(stack.values, workspace)
-        for matrix in self.matrices:
+        for matrix in self.members:
             matrix.detached = matrix.p.detach()
             matrix.update.grad_dtype = matrix.detached.grad_dtype = None  # of whatever dtype
 
@@ -150,8 +150,8 @@ class Stacks:
                 self._movers.append(Everywhere(matrix.update, place))
         return list(zip(here, places, strict=True))
 
-    def apply(self) -> None:
-        """Put the function of updates in their place."""
+    def apply(self, skipped: Tensor | None = None) -> None:
+        """Put the function of updates in their place; what became of a step that was skipped is not looked at."""
         for mover in self._movers:
             mover.gather()
         for stack in self._stacks:

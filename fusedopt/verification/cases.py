@@ -32,6 +32,7 @@ class Case:
         results: States that are of use in themselves, and compared as parameters are.
         together: Whether the textbook loop steps all tensors at once: it is given lists, and the losses of samples.
         flat: States that the oracle keeps as vectors.
+        replicas: How many of each tensor are stacked; 1 for the tensor itself.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Case:
     results: tuple[str, ...] = ()
     together: bool = False
     flat: tuple[str, ...] = ()
+    replicas: int = 1
 
     def build(self, params: Iterable[Tensor], **more: object) -> fusedopt.FusedOptimizer:
         """Our optimizer."""
@@ -63,6 +65,11 @@ FREE: Arguments = {"warmup_steps": 30, "r": 0.5, **WD}
 LIMITED: Arguments = {"safeguard_warmup": True, "growth_rate": 1.02, "beta3": 0.99}
 FLAT = ("s", "p0")  # of prodigyopt
 MUON: Arguments = {"adamw": WD, "ns_dtype": torch.float64, **WD}
+# Damping that is seen beside the blocks, of which most elements of the matrix's are made of few steps.
+BLOCKS: Arguments = {"lr": 0.01, "damping": 0.3, "inverse_every": 7, **WD}
+# The resume is inside of a loop, and noise is seen beside gradients.
+LOOPS: Arguments = {"L": 9, "inner_lr": 0.02, "gamma0": 0.3, "gamma1": 0.05, "noise": 0.05, "seed": 3, **WD}
+REPLICATED: Arguments = {"lr": 0.01, "replicas": 3, "gamma0": 0.5, "gamma1": 0.005, **WD}
 CASES = (
     Case("SGD", "SGD", {"lr": 0.01, **WD}, "torch:SGD", references.sgd),
     Case("SGD momentum", "SGD", {"lr": 0.01, "momentum": 0.9, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
@@ -230,6 +237,31 @@ CASES = (
     Case("SWATS", "SWATS", {"scope": "tensor", **WD}, "none:SWATS", references.swats, exact=1e-5),
     Case(
         "SWATS switching", "SWATS", {"scope": "tensor", "tol": 1e-3, **WD}, "none:SWATS", references.swats, exact=1e-5
+    ),
+    Case("MBF", "MBF", BLOCKS, "none:", references.mbf, exact=1e-9),
+    *(
+        Case(name, "EntropySGD", {**options, **LOOPS}, "none:", joint_references.entropy_sgd, together=True)
+        for name, options in (
+            ("EntropySGD", {"momentum": 0.0}),
+            ("EntropySGD momentum", {"nesterov": False}),
+            ("EntropySGD nesterov", {}),
+        )
+    ),
+    *(
+        Case(
+            name,
+            "ReplicatedSGD",
+            {**options, **REPLICATED},
+            "none:",
+            joint_references.replicated_sgd,
+            together=True,
+            replicas=3,
+        )
+        for name, options in (
+            ("ReplicatedSGD", {}),
+            ("ReplicatedSGD momentum", {"momentum": 0.9, "dampening": 0.3}),
+            ("ReplicatedSGD nesterov", {"momentum": 0.9, "nesterov": True}),
+        )
     ),
     Case("NSGD", "NSGD", {"lr": 0.01, "dampening": 0.3, **WD}, "torch:SGD", references.sgd),
     Case("NSGD plain", "NSGD", {"lr": 0.01, "momentum": 0.0, **WD}, "torch:SGD", references.sgd),

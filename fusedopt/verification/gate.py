@@ -63,7 +63,7 @@ def _has(name: str, case: Case) -> bool:
     engine = ENGINES[name]
     if engine.available() is not None:
         return True
-    p = torch.nn.Parameter(torch.zeros(1, device=engine.home()))
+    p = torch.nn.Parameter(torch.zeros(case.replicas, device=engine.home()))
     one = case.build([p])
     return engine.accepts(p, one.param_groups[0], one.rule, {}) is None
 
@@ -97,7 +97,8 @@ def compare(case: Case, engine: str, dtype: torch.dtype, steps: int | None = Non
         return _compare_one_step(case, engine, dtype)
     truth, skip = _truth(case, steps)
     device = ENGINES[engine].home()
-    ours = results(case, *run(lambda p: case.build(p, engine=engine), dtype, steps, resume=True, device=device))
+    run_ours = partial(run, lambda p: case.build(p, engine=engine), dtype, steps, replicas=case.replicas)
+    ours = results(case, *run_ours(resume=True, device=device))
     error = _distance([t.cpu() for t in ours], truth, skip)
     if dtype == torch.float64:
         scale = max(t.abs().max().item() for t in truth if t.numel())
@@ -114,7 +115,10 @@ def oracle(case: Case, params: list[Parameter]) -> torch.optim.Optimizer:
     """The oracle with a case's options."""
     cls = oracles.find(case.oracle)
     assert cls is not None
-    options = {**oracles.options(cls, case.build(parameters(torch.float32)).defaults), **case.theirs}
+    options = {
+        **oracles.options(cls, case.build(parameters(torch.float32, replicas=case.replicas)).defaults),
+        **case.theirs,
+    }
     make = cast("Callable[..., torch.optim.Optimizer]", cls)
     if case.alone:
         return cast("torch.optim.Optimizer", oracles.Alone(lambda ps: make(ps, **options), params))
@@ -167,9 +171,10 @@ def _distance(result: list[Tensor], truth: list[Tensor], skip: list[Tensor] | No
 
 def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
     steps = 12
-    *_, last = gradients(steps + 1)
+    *_, last = gradients(steps + 1, replicas=case.replicas)
     home = ENGINES[engine].home()
-    start, before = run(lambda p: case.build(p, engine=engine), dtype, steps=steps, device=home)
+    make_ours = partial(case.build, engine=engine)
+    start, before = run(make_ours, dtype, steps=steps, device=home, replicas=case.replicas)
     predict(before)
     start = [p.detach().cpu() for p in start]
     state = copy.deepcopy(before.state_dict())
@@ -185,7 +190,7 @@ def _compare_one_step(case: Case, engine: str, dtype: torch.dtype) -> Result:
         oracles.step(optimizer, **asked(optimizer, steps))
         return [p.detach().cpu() for p in params], optimizer
 
-    ours, _ = step(lambda p: case.build(p, engine=engine), dtype, home)
+    ours, _ = step(make_ours, dtype, home)
     # A textbook loop cannot read a state; the eager rule in fp64, which the loop has judged, can.
     make = partial(oracle, case) if has_oracle(case) else partial(case.build, engine="eager")
     for entry in state["state"].values():  # adabound computes with the tensor as it is

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from fusedopt import noise
 from fusedopt.aliases import Memory
 from fusedopt.verification.references import norm
 
@@ -17,12 +18,12 @@ def koalav(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory
     """Davtyan et al. 2022, algorithm 1, with the layers' own innovations of the authors' code; all tensors at once."""
     x, stepped, most = xs[0], list(params), 0.0
     x["s"] = x.get("s", h["sigma"]) + h["q"]
-    noise = _measurement_noise(x, h, losses)
+    uncertainty = _measurement_noise(x, h, losses)
     for k, (p, g) in enumerate(zip(params, grads, strict=True)):
         if g is not None and float(norm(g)) >= 1e-9:
             f = g + h["weight_decay"] * p
             loss, square = float(losses.mean()) + 0.5 * h["weight_decay"] * float(norm(p)) ** 2, float(norm(f)) ** 2
-            innovation = x["s"] * square + noise
+            innovation = x["s"] * square + uncertainty
             stepped[k] = p - h["lr"] * x["s"] / innovation * loss * (g if h["match_reference"] else f)
             most = max(most, square / innovation)
     x["s"] -= x["s"] ** 2 * most
@@ -40,12 +41,12 @@ def koalam(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory
     f = torch.tensor([[1, 1], [0, h["a"]]], dtype=torch.float64)
     covariance = x.get("P", torch.diag(torch.tensor([h["sw"], h["sv"]], dtype=torch.float64)))
     covariance = f @ covariance @ f.T + torch.diag(torch.tensor([x["qw"], h["qv"]], dtype=torch.float64))
-    noise, column = _measurement_noise(x, h, losses), [float(c) for c in covariance[:, 0]]
+    uncertainty, column = _measurement_noise(x, h, losses), [float(c) for c in covariance[:, 0]]
     for k, (p, g) in enumerate(zip(list(stepped), grads, strict=True)):
         if g is not None and float(norm(g)) >= 1e-9:
             slope = g + h["weight_decay"] * p
             square = float(norm(slope)) ** 2
-            innovation = column[0] * square + noise
+            innovation = column[0] * square + uncertainty
             loss = float(losses.mean()) + 0.5 * h["weight_decay"] * float(norm(p)) ** 2
             stepped[k] = p - h["lr"] * column[0] / innovation * loss * slope
             u[k] = u[k] - h["lr"] * column[1] / innovation * loss * slope
@@ -80,6 +81,53 @@ def prodigy(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memor
     for i in live:
         p = params[i] * (1 - gamma * decay) if h["decouple"] else params[i]
         stepped[i] = p - gamma * xs[i]["m"] / (xs[i]["v"].sqrt() + x["d"] * h["eps"])
+    return stepped
+
+
+def entropy_sgd(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
+    """Chaudhari et al. 2017, algorithm 1, a step of its inner loop; momentum and no factor gamma as in their code."""
+    at, stepped, eta = xs[0], list(params), h["inner_lr"]
+    inner, loops = at.get("inner", 0), at.get("loops", 0)
+    gamma, momentum = h["gamma0"] * (1 + h["gamma1"]) ** loops, h["momentum"]
+    for k, g in enumerate(grads):
+        x, p = xs[k], params[k]
+        if inner == 0 or "anchor" not in x:
+            x["anchor"] = x["mu"] = p
+            x["b"] = torch.zeros_like(p)
+        if g is None:
+            continue
+        drawn = noise.normal(noise.elements(p), x["number"], x.get("drawn", 0), (h["seed"], noise.GRADIENT))
+        x["drawn"] = x.get("drawn", 0) + 1
+        g = g + (h["noise"] / math.sqrt(eta) * drawn).to(p.dtype) + h["weight_decay"] * p
+        x["b"] = momentum * x["b"] + g
+        g = (g + momentum * x["b"] if h["nesterov"] else x["b"]) if momentum else g
+        stepped[k] = p - eta * (g - gamma * (x["anchor"] - p))
+        x["mu"] = h["alpha"] * x["mu"] + (1 - h["alpha"]) * stepped[k]
+        if inner + 1 == h["L"]:
+            d = x["anchor"] - x["mu"]
+            x["outer"] = momentum * x.get("outer", torch.zeros_like(p)) + d
+            d = (d + momentum * x["outer"] if h["nesterov"] else x["outer"]) if momentum else d
+            stepped[k] = x["anchor"] - h["lr"] * d
+            x["anchor"] = x["mu"] = stepped[k]
+    at["inner"], at["loops"] = (0, loops + 1) if inner + 1 == h["L"] else (inner + 1, loops)
+    return stepped
+
+
+def replicated_sgd(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
+    """Heavy ball or Nesterov's on ``sum_a L(w_a) + gamma/2 sum_a |w_a - mean|^2`` (Pittorino et al. 2021)."""
+    t, stepped = xs[0].get("t", 0), list(params)
+    xs[0]["t"] = t + 1
+    for k, g in enumerate(grads):
+        if g is None:
+            continue
+        p, x = params[k], xs[k]
+        g = g + h["weight_decay"] * p
+        if h["replicas"] > 1:
+            g = g + h["gamma0"] * (1 + h["gamma1"]) ** t * (p - p.mean(0))
+        if h["momentum"]:
+            x["b"] = h["momentum"] * x["b"] + (1 - h["dampening"]) * g if "b" in x else g
+            g = g + h["momentum"] * x["b"] if h["nesterov"] else x["b"]
+        stepped[k] = p - h["lr"] * g
     return stepped
 
 

@@ -328,6 +328,20 @@ def swats(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
     return p + q
 
 
+def mbf(p: Tensor, g: Tensor, x: Memory, h: Memory) -> Tensor:
+    """Bahamou et al. 2023: kernels and rows have blocks, the elements of vectors are blocks; inverted now and then."""
+    t, n = _tick(x), p.shape[1] if p.dim() == 2 else p[0, 0].numel() if p.dim() > 2 else 1
+    rows = g.reshape(-1, n)
+    products = (rows.T @ rows / len(rows))[None] if p.dim() == 2 else rows[:, :, None] * rows[:, None, :]
+    x["F"] = h["beta"] * x.get("F", torch.zeros_like(products)) + (1 - h["beta"]) * products
+    x["b"] = h["momentum"] * x.get("b", torch.zeros_like(p)) + g
+    if p.dim() < 2 or (t - 1) % h["inverse_every"] == 0:
+        damping = h["damping"] * torch.eye(n, dtype=p.dtype)
+        x["inverse"] = torch.linalg.inv(x["F"] / (1 - h["beta"] ** t) + damping)
+    d = cast("Tensor", x["inverse"] @ x["b"].reshape(-1, n, 1)).reshape(p.shape)
+    return p * (1 - h["lr"] * h["weight_decay"]) - h["lr"] * d
+
+
 def _adapts(h: Memory) -> bool:
     return bool(h["weight_decay"] or h["always_adapt"])
 

@@ -23,19 +23,26 @@ CPU = torch.device("cpu")
 Make = Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]
 
 
-def parameters(dtype: torch.dtype, device: torch.device = CPU, seed: int = 0) -> list[torch.nn.Parameter]:
+def shapes(replicas: int = 1) -> list[tuple[int, ...]]:
+    """Those of the parameters, of which so many may be stacked."""
+    return [(replicas, *shape) if replicas > 1 else shape for shape in SHAPES]
+
+
+def parameters(
+    dtype: torch.dtype, device: torch.device = CPU, seed: int = 0, replicas: int = 1
+) -> list[torch.nn.Parameter]:
     """Parameters whose values any dtype holds exactly."""
     generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(shape, generator=generator).bfloat16() for shape in SHAPES)
+    values = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes(replicas))
     return [torch.nn.Parameter(v.to(device, dtype)) for v in values]
 
 
-def gradients(steps: int, seed: int = 1) -> Iterator[list[Tensor | None]]:
+def gradients(steps: int, seed: int = 1, replicas: int = 1) -> Iterator[list[Tensor | None]]:
     """Heavy-tailed gradients in bfloat16, a fifth of them zero; now and then a zero tensor, or none."""
     generator = torch.Generator().manual_seed(seed)
     for t in range(steps):
         step: list[Tensor | None] = []
-        for k, shape in enumerate(SHAPES):
+        for k, shape in enumerate(shapes(replicas)):
             tails = torch.randn(shape, generator=generator) * torch.randn(shape, generator=generator).mul(1.5).exp()
             kept = torch.rand(shape, generator=generator) > 0.2
             g = (tails * kept * ((t + k) % 11 != 5)).bfloat16()
@@ -71,7 +78,12 @@ def predict(optimizer: torch.optim.Optimizer) -> None:
 
 
 def run(
-    make: Make, dtype: torch.dtype, steps: int = STEPS, resume: bool = False, device: torch.device = CPU
+    make: Make,
+    dtype: torch.dtype,
+    steps: int = STEPS,
+    resume: bool = False,
+    device: torch.device = CPU,
+    replicas: int = 1,
 ) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
     """Step an optimizer through the trajectory.
 
@@ -81,14 +93,15 @@ def run(
         steps: How many.
         resume: Before the middle, save the state, and go on with a new optimizer that loads it.
         device: Of parameters and gradients.
+        replicas: How many of each are stacked.
 
     Returns:
         The parameters at the end, and the optimizer.
     """
-    params = parameters(dtype, device)
+    params = parameters(dtype, device, replicas=replicas)
     optimizer = make(params)
     base = [dict(group) for group in optimizer.param_groups]
-    for t, step in enumerate(gradients(steps)):
+    for t, step in enumerate(gradients(steps, replicas=replicas)):
         if resume and t == steps * 7 // 15:
             file = io.BytesIO()
             torch.save(optimizer.state_dict(), file)
@@ -105,7 +118,7 @@ def run(
 
 def _said(case: Case, dtype: torch.dtype) -> tuple[list[ParamGroup], list[int]]:
     """What each parameter's group says, and which of the optimizer's it is: one group may have become several."""
-    params = parameters(dtype)
+    params = parameters(dtype, replicas=case.replicas)
     groups = [(id(p), group) for group in case.build(params).param_groups for p in group["params"]]
     said, order = dict(groups), [place for place, _ in groups]
     return [dict(said[id(p)]) for p in params], [order.index(id(p)) for p in params]
@@ -115,11 +128,11 @@ def run_reference(case: Case, dtype: torch.dtype, steps: int = STEPS) -> tuple[l
     """Step a case's textbook loop through the trajectory; returns parameters and states."""
     if case.reference is None:
         raise LookupError(f"{case.name} has no textbook loop, and its oracle {case.oracle} is not installed")
-    params: list[Tensor] = [p.detach() for p in parameters(dtype)]
+    params: list[Tensor] = [p.detach() for p in parameters(dtype, replicas=case.replicas)]
     options, numbers = _said(case, dtype)
     states: list[Memory] = [{"number": number} for number in numbers]
     base = [dict(group) for group in options]
-    for t, step in enumerate(gradients(steps)):
+    for t, step in enumerate(gradients(steps, replicas=case.replicas)):
         for group, own in zip(options, base, strict=True):
             schedule(group, own, t)
         if case.together:

@@ -1,0 +1,75 @@
+// EntropySGD, a step of a loop, and what follows its last:
+//   b <- momentum b + g ;  u = b, or g + momentum b with Nesterov, or g without momentum
+//   p <- p - inner_lr (u + gamma (p - x)) ;  mu <- mu + (1 - alpha) (p - mu)
+//   ends:  w = x - mu, along a buffer of its own as u is along b ;  p <- x - lr w ;  x, mu <- p ;  b <- 0
+// Where a loop begins x and mu are p, and b is g.
+#pragma once
+
+#include "core/math.h"
+
+namespace fusedopt {
+
+template <bool Momentum>
+struct EntropySGD {
+  static constexpr auto name = "entropysgd";
+  static constexpr auto states = [] {
+    if constexpr (Momentum) {
+      return Names<4>{"anchor", "inner_average", "momentum_buffer", "inner_momentum_buffer"};
+    } else {
+      return Names<2>{"anchor", "inner_average"};
+    }
+  }();
+  static constexpr auto step_scale = StepScale::kOne;
+  FUSEDOPT_SCALARS(step);
+  FUSEDOPT_HYPER(lr, momentum, nesterov, inner_lr, alpha, gamma, begins, ends);
+  FUSEDOPT_COEFFICIENTS(lr, inner_lr, momentum, nesterov, gamma, one_minus_alpha, begins, ends);
+
+  FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool) {
+    return {
+        .lr = h.lr,
+        .inner_lr = h.inner_lr,
+        .momentum = h.momentum,
+        .nesterov = h.nesterov,
+        .gamma = h.gamma,
+        .one_minus_alpha = 1 - h.alpha,
+        .begins = h.begins,
+        .ends = h.ends,
+    };
+  }
+
+  template <class T>
+  FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
+    const bool begins = c.begins != T(0);
+    T x = begins ? p : state[0];
+    T mu = begins ? p : state[1];
+    if constexpr (Momentum) {
+      state[3] = begins ? g : c.momentum * state[3] + g;
+      g = ahead(g, state[3], c);
+    }
+    T d = c.inner_lr * (g + c.gamma * (p - x));
+    mu += c.one_minus_alpha * (p - d - mu);
+    if (c.ends != T(0)) {
+      T w = x - mu;
+      if constexpr (Momentum) {
+        state[2] = c.momentum * state[2] + w;
+        w = ahead(w, state[2], c);
+        state[3] = T(0);
+      }
+      d = (p - x) + c.lr * w;
+      x = mu = p - d;
+    }
+    state[0] = x;
+    state[1] = mu;
+    return d;
+  }
+
+ private:
+  template <class T>
+  FUSEDOPT_HD static T ahead(T g, T b, const Coefficients<T>& c) {
+    return c.nesterov != T(0) ? g + c.momentum * b : b;
+  }
+};
+
+FUSEDOPT_REGISTER(EntropySGD<false>, EntropySGD<true>)
+
+}  // namespace fusedopt

@@ -1,0 +1,178 @@
+"""Blocks of the Fisher matrix: what they are of a parameter, their averages, and their inverses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from fusedopt import codecs, memory, storage
+from fusedopt.aliases import Group
+from fusedopt.context import Context
+from fusedopt.options import STEP
+from fusedopt.rule import State, bias_correction
+
+FISHER, INVERSE = "fisher", "fisher_inverse"
+
+
+def block_size(p: Tensor) -> int:
+    """How many elements a block of a parameter is of: those of a kernel, or of a row of a matrix; 0 of vectors."""
+    if p.dim() < 2 or p.is_complex() or not p.numel():
+        return 0
+    return p.shape[1] if p.dim() == 2 else math.prod(p.shape[2:])
+
+
+def blocks_shape(p: Tensor) -> tuple[int, ...]:
+    """The shape of a parameter's blocks: (out, in, k, k) of kernels of k elements, (in, in) of a matrix."""
+    size = block_size(p)
+    return (size, size) if p.dim() == 2 else (*p.shape[:2], size, size)
+
+
+def cut(p: Tensor) -> str | None:
+    """Why a DTensor's blocks are not whole here; None if they are, or if it is none."""
+    if not memory.is_dtensor(p):
+        return None
+    along = 1 if p.dim() == 2 else 2  # the first dimension inside of blocks
+    if all(at.is_replicate() or any(map(at.is_shard, range(along))) for at in p.placements):
+        return None
+    return f"is placed as {p.placements}, which cuts its blocks"
+
+
+@dataclass(eq=False, slots=True)
+class Blocked:
+    """A parameter that has blocks.
+
+    Attributes:
+        number: Which of the optimizer's it is.
+        p: The parameter.
+        update: Its gradient, then what is made of it; float32 or wider, of its shape, and spread as it is.
+        detached: The parameter without its gradient.
+        steps: How many steps it has done, once that is known.
+        counted: The state that it was known of.
+    """
+
+    number: int
+    p: Tensor
+    update: Tensor
+    detached: Tensor
+    steps: int = 0
+    counted: object = field(default=None)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def blocked(number: int, p: Tensor) -> Blocked:
+    """A parameter; number: which of the optimizer's it is."""
+    dtype = torch.promote_types(p.dtype, torch.float32)
+    here = torch.zeros(memory.local(p).shape, dtype=dtype, device=p.device)
+    member = Blocked(number, p, storage.spread(p, here, p.shape), p.detach())
+    member.update.grad_dtype = member.detached.grad_dtype = None  # of whatever dtype
+    return member
+
+
+class Blocks:
+    """What is done to the parameters that have blocks, between both launches of a step.
+
+    Args:
+        members: They.
+        momentum: The state that their momentum is.
+        first: The first launch, which steps their updates.
+        whole: The optimizer, whose states get ``fisher`` and ``fisher_inverse``.
+    """
+
+    def __init__(self, members: Iterable[Blocked], momentum: State, first: Context, whole: Context) -> None:
+        self.members = list(members)
+        self._momentum, self._first, self._whole = momentum, first, whole
+
+    @torch.no_grad()
+    def apply(self, skipped: Tensor | None) -> None:
+        """Take gradients into blocks, and put momenta times their inverses in the gradients' place.
+
+        Args:
+            skipped: 1 where a device has skipped the step, whose gradients are then left out; None if it has not.
+        """
+        groups = {id(update): group for update, group in self._first.everyone()}
+        for member in self.members:
+            if member.update.grad is not None:
+                self._apply(member, groups[id(member.update)], skipped)
+
+    def _apply(self, member: Blocked, group: Group, skipped: Tensor | None) -> None:
+        p, before = member.p, self._first.state[member.update]
+        count(member, before[STEP])
+        state, value = self._whole.state[p], memory.local(member.update)
+        for name in (FISHER, INVERSE):
+            if state.get(name) is None:
+                state[name] = _new(p, value)
+            elif state[name].dtype != value.dtype:  # loaded
+                state[name] = state[name].to(value.dtype)
+        fisher, inverse = memory.local(state[FISHER]), memory.local(state[INVERSE])
+        beta = float(group["beta"])
+        update_average(fisher, _outer(p, value, skipped), beta, skipped)
+        if (member.steps - 1) % int(group["inverse_every"]) == 0:
+            corrected = fisher / bias_correction(beta, member.steps)
+            invert(corrected, float(group["damping"]), inverse)
+        momentum = codecs.decode(storage.state_operand(self._momentum, group, before), value.dtype)
+        if p.dim() == 2:
+            torch.mm(momentum.reshape(value.shape), inverse, out=value)
+        else:
+            size = fisher.shape[-1]
+            torch.matmul(
+                inverse, momentum.reshape(*value.shape[:2], size, 1), out=value.view(*value.shape[:2], size, 1)
+            )
+
+
+def count(member: Blocked, step: Tensor) -> None:
+    """Know how many steps a parameter has done; a device is waited for only where its state is another."""
+    if member.counted is step:
+        member.steps += 1
+    else:
+        member.counted, member.steps = step, round(float(step))
+
+
+def _new(p: Tensor, value: Tensor) -> Tensor:
+    """Blocks of 0, of as much of a parameter as is here."""
+    shape = blocks_shape(p)
+    if p.dim() == 2:
+        return value.new_zeros(shape)
+    here = value.new_zeros(*value.shape[:2], *shape[2:])
+    return storage.spread(p, here, shape)
+
+
+def _outer(p: Tensor, g: Tensor, skipped: Tensor | None) -> Tensor:
+    """The outer products of a gradient of which a part is here, of matrices their mean over all rows."""
+    if skipped is not None:
+        g = g * (1 - skipped.to(g.dtype))
+    if p.dim() > 2:
+        kernels = g.reshape(*g.shape[:2], -1)
+        return kernels.unsqueeze(-1) * kernels.unsqueeze(-2)
+    products = g.T @ g
+    if memory.is_dtensor(p):
+        for dim, at in enumerate(p.placements):
+            if at.is_shard():
+                dist.all_reduce(products, group=p.device_mesh.get_group(dim))
+    return products / p.shape[0]
+
+
+def update_average(fisher: Tensor, products: Tensor, beta: float, skipped: Tensor | None) -> None:
+    """``fisher <- beta fisher + (1 - beta) products``; of a step that was skipped, nothing."""
+    if skipped is None:
+        fisher.mul_(beta).add_(products, alpha=1 - beta)
+    else:
+        is_taken = 1 - skipped.to(fisher.dtype)
+        fisher.mul_(1 - (1 - beta) * is_taken).add_(products.mul_((1 - beta) * is_taken))
+
+
+def invert(blocks: Tensor, damping: float, inverse: Tensor) -> None:
+    """``inverse <- (blocks + damping)^-1``, in double; where blocks are not positive, even so, their inverses stay."""
+    wide = blocks.to(torch.float32 if blocks.device.type == "mps" else torch.float64, copy=True)
+    wide.diagonal(dim1=-2, dim2=-1).add_(damping)
+    if wide.shape[-1] == 1:
+        inverse.copy_(wide.reciprocal_())
+        return
+    factors, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(wide))
+    inverse.copy_(torch.where((failed != 0)[..., None, None], inverse, torch.cholesky_inverse(factors)))

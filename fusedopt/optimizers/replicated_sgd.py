@@ -1,0 +1,226 @@
+"""ReplicatedSGD: copies of a model that are drawn to their mean."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from fusedopt import memory, storage
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, StateDict, Tensors, Values
+from fusedopt.context import Context, StepRequest
+from fusedopt.optimizer import FusedOptimizer, arguments
+from fusedopt.optimizers.entropy_sgd import scoped
+from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
+from fusedopt.options import Average, GradientNoise, Master, StateDtype
+from fusedopt.rule import COUPLED, PARAM, Hyper, Hypers, Rule, State, States
+from fusedopt.stepper import Stepper, Told
+
+CENTER = "center"
+
+
+class ReplicatedSGDRule(Rule):
+    """SGD's direction, of ``g + gamma (p - center)``."""
+
+    name = "replicatedsgd"
+    hyper: Hypers = (*MOMENTUM, Hyper("gamma"))
+    settings: Hypers = (Hyper("replicas", low=1.0), Hyper("gamma0"), Hyper("gamma1"), Hyper("steps"))
+    states: States = (*SGDRule.states, State(CENTER, init=PARAM, exact=True))
+    decay = COUPLED
+
+    @classmethod
+    def conflict(cls, group: Group) -> str | None:
+        replicas = group["replicas"]
+        if not float(replicas).is_integer():
+            return f"replicas is {replicas!r}; it must be a whole number"
+        if replicas > 1:
+            for i, p in enumerate(group["params"]):
+                if not p.dim() or p.shape[0] != replicas:
+                    return f"parameter {i} has shape {tuple(p.shape)}; dimension 0 must be the {int(replicas)} replicas"
+        if group["differentiable"]:
+            return "differentiable=True is not for replicas, whose mean no gradient goes through"
+        return SGDRule.conflict(group)
+
+    @staticmethod
+    def prepare(h: Values, s: Values, new_state: bool) -> Values:
+        c = SGDRule.prepare(h, s, new_state)
+        c.gamma = h.gamma
+        return c
+
+    @staticmethod
+    def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
+        center = {CENTER: state[CENTER]}
+        buffers = {name: t for name, t in state.items() if name != CENTER}
+        d, buffers = SGDRule.direction(p, g + c.gamma * (p - center[CENTER]), buffers, c)
+        return d, {**buffers, **center}
+
+
+class AroundCenters(Stepper):
+    """Steps a ReplicatedSGD: finds the means of replicas, and how strongly they are drawn there."""
+
+    def step(self, request: StepRequest) -> Told:
+        """Do a step; see ``fusedopt.stepper.Stepper``."""
+        made: list[Tensor] = []
+        for group in self.context.param_groups:
+            group["gamma"] = scoped(group, group["steps"])
+        skipped = True
+        try:
+            self._find_centers(made)
+            told = super().step(request)
+            skipped = told.skipped
+        finally:
+            for p in made if skipped else ():
+                self._forget_center(p)
+        for group in self.context.param_groups if not skipped else ():
+            group["steps"] += 1
+        return told
+
+    def step_again_and_free(self, increments_versions: bool) -> bool:
+        """The centers are to be found first."""
+        return False
+
+    @torch.no_grad()
+    def _find_centers(self, made: list[Tensor]) -> None:
+        """Write the mean of each parameter's replicas to where its step reads it; made: gets those that had none."""
+        spec = next(spec for spec in self.context.rule.states if spec.name == CENTER)
+        for p, group in self.context.everyone():
+            if p.grad is None:
+                continue
+            state = self.context.state.get(p, {})
+            if state.get(CENTER) is None:
+                made.append(p)
+                self.context.state.setdefault(p, {}).update(storage.new_state(spec, p, group, None))
+            state = self.context.state[p]
+            value, center = storage.values(p, group, state), memory.local(state[CENTER])
+            center.copy_(mean(p, value.to(center.dtype)) if group["replicas"] > 1 else value)
+
+    def _forget_center(self, p: Tensor) -> None:
+        """Take back what was made for a step that did not happen."""
+        state = self.context.state[p]
+        with suppress(KeyError):
+            del state[CENTER]
+        if not state:
+            del self.context.state[p]
+
+
+def mean(p: Tensor, value: Tensor) -> Tensor:
+    """The mean over dimension 0 of what a parameter stands for; of a DTensor, whose part here is given, the part here.
+
+    Args:
+        p: The parameter.
+        value: What it stands for, as much of it as is here.
+
+    Returns:
+        As much of the mean as is here; dimension 0 has one element, if ranks do not have parts of it.
+    """
+    if not memory.is_dtensor(p):
+        return value.mean(0, keepdim=True)
+    from torch.distributed.tensor import Replicate
+
+    whole = storage.spread(p, value, p.shape).mean(0, keepdim=True)
+    assert memory.is_dtensor(whole)
+    placements = [Replicate() if at.is_partial() or at.is_shard(0) else at for at in whole.placements]
+    return memory.local(whole.redistribute(placements=placements))
+
+
+class ReplicatedSGD(FusedOptimizer):
+    """SGD of several copies of a model at once, that are drawn to their mean.
+
+    Of each parameter there are ``replicas``, stacked along its dimension 0; ``w`` is one of them, ``m`` their mean
+    before the step, g the gradient of its own loss: ``h = g + gamma (w - m)``, ``b <- momentum b + (1-dampening) h``
+    (first step: ``b <- h``), ``w <- w - lr b``; with ``nesterov`` ``w <- w - lr (h + momentum b)``; without momentum
+    ``w <- w - lr h``. In step t, from 0 on, ``gamma = gamma0 (1+gamma1)^t``: the replicas explore first, and come
+    together then. Where ``lr gamma`` passes 1 they overshoot: without momentum it must stay below 2.
+
+    The loss is the sum of those of the replicas. Clipping, noise and decay are as those of one model with all the
+    parameters. ``center`` in the state is the mean before the last step, once for each replica;
+    ``optimizer.mean_of(p)`` is that of now.
+
+    Args:
+        params: Parameters, (name, parameter) pairs, or dicts of param groups.
+        lr: Learning rate; a float or a one-element tensor.
+        momentum: Momentum factor; 0 for none.
+        dampening: Of the part in the momentum, from the second step on.
+        weight_decay: L2 coefficient, added to the gradient as ``weight_decay * p``.
+        nesterov: Nesterov momentum; needs momentum, and no dampening.
+        replicas: How many there are: the size of dimension 0 of every parameter. 1: they are not stacked, as in SGD.
+        gamma0: How strongly replicas are drawn to their mean, in the first step.
+        gamma1: By which part of itself that grows with each step.
+        maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
+            max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
+            It cannot be differentiable.
+
+    Raises:
+        ValueError: If a hyperparameter is outside its domain, or a parameter is no stack of so many.
+
+    Example:
+        >>> stacked, buffers = torch.func.stack_module_state(models)
+        >>> optimizer = fusedopt.ReplicatedSGD(stacked.values(), lr=0.1, replicas=len(models))
+
+    Reference:
+        Pittorino et al., "Entropic gradient descent algorithms and wide flat minima", ICLR 2021, arXiv 2006.07897;
+        the step is the gradient of the objective there, ``sum_a L(w_a) + gamma/2 sum_a |w_a - m|^2``.
+    """
+
+    rule: type[Rule] = ReplicatedSGDRule
+    steps_together = "ReplicatedSGD finds the means of replicas before it steps"
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0,
+        dampening: float = 0,
+        weight_decay: float = 0,
+        nesterov: bool = False,
+        *,
+        replicas: int = 1,
+        gamma0: float = 1e-2,
+        gamma1: float = 1e-4,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        capturable: bool = False,
+        average: Average | None = None,
+        gradient_noise: GradientNoise | None = None,
+        state_dtype: StateDtype | None = None,
+        master: Master | None = None,
+        max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
+        process_group: ProcessGroup | None = None,
+        handles_amp: bool = True,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(params, **arguments(locals(), steps=0, gamma=0.0))
+
+    def _stepper_of(self, context: Context) -> Stepper:
+        return AroundCenters(context)
+
+    @torch.no_grad()
+    def mean_of(self, p: Tensor) -> Tensor:
+        """The mean of a parameter's replicas, of their masters if they have any.
+
+        Args:
+            p: A parameter of this optimizer.
+
+        Returns:
+            A new tensor of the shape of one replica, float32 or wider; of a DTensor what is on this rank.
+
+        Raises:
+            ValueError: If the parameter is not this optimizer's.
+        """
+        for group in self.param_groups:
+            if any(q is p for q in group["params"]):
+                value = storage.values(p, group, self.state.get(p, {}))
+                value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
+                return mean(p, value)[0] if group["replicas"] > 1 else value
+        raise ValueError("the parameter is in none of this optimizer's groups")
+
+    def state_dict(self, *, dequantized: bool = False) -> StateDict:
+        """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
+        saved = super().state_dict(dequantized=dequantized)
+        for group in saved.get("param_groups", ()):
+            group.pop("gamma", None)
+        return saved
