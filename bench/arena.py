@@ -184,7 +184,7 @@ class Arena:
         if stored := contender.stored:
             row.note, row.storage, row.same_update = stored.about, stored.name, stored.is_same_update
         row.states = kind if state_bytes else None
-        of_all = not self._workload.case.by_shape  # else some parameters have fewer states than others
+        of_all = not self._workload.case.algorithms  # else some parameters have fewer states than others
         if row.note is None and of_all and state_bytes < self._workload.suite.numel * sum(self._footprint.states):
             row.note = f"its states are {kind}"
         row.bytes_per_parameter = (held.resident + state_bytes) / max(1, self._workload.suite.numel)

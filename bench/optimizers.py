@@ -20,7 +20,7 @@ class Case:
         warmup: Steps before the timed ones.
         weight_decay: Of the first group.
         told: What every step is told besides, such as the loss.
-        by_shape: Whether matrices of hidden layers are stepped otherwise than the rest; groups say so by ``algorithm``.
+        algorithms: What groups say as ``algorithm``, of hidden layers' matrices and of the rest, if that differs.
         measured: How many streams a step has to read once before it can update, besides the gradients of a norm.
         one_lr: Whether all groups must have the same learning rate.
     """
@@ -31,7 +31,7 @@ class Case:
     options: dict[str, Any] = field(hash=False)
     warmup: int = 2
     weight_decay: float = 0.01
-    by_shape: bool = False
+    algorithms: tuple[str, str] | None = None
     measured: int = 0
     told: dict[str, Any] = field(default_factory=dict, hash=False)
     one_lr: bool = False
@@ -51,6 +51,7 @@ ADAM = {"betas": (0.9, 0.999), "eps": 1e-8}
 MUON = {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "adjust_lr_fn": "original", "adamw": ADAM}
 FREE = {"warmup_steps": 4, "r": 0.0, "weight_lr_power": 2.0}
 LOSS = {"loss": 1.0}
+BLOCKS = {"momentum": 0.9, "beta": 0.9, "damping": 1e-2, "inverse_every": 20, "max_block_size": 4096}
 # Of a size at which bf16 parameters move; and gradients that are always the same would let it grow without end.
 DISTANCE = {"d0": 1.0, "d_coef": 1.0, "growth_rate": 1.0}
 CASES = {
@@ -83,7 +84,7 @@ CASES = {
         Case("KoalaV", "KoalaV", 1e-3, {"sigma": 0.1, "q": 1.0, "r": 1.0}, weight_decay=0.0, measured=1, told=LOSS),
         Case("KoalaM", "KoalaM", 1e-3, {"r": 1.0}, weight_decay=0.0, measured=3, told=LOSS),
         Case("Lion", "Lion", 1e-4, {"betas": (0.9, 0.99)}),
-        Case("Muon", "Muon", 0.02, MUON, by_shape=True),
+        Case("Muon", "Muon", 0.02, MUON, algorithms=("muon", "adamw")),
         Case("ScheduleFreeAdamW", "ScheduleFreeAdamW", 2.5e-3, ADAM | FREE),
         Case("ScheduleFreeSGD", "ScheduleFreeSGD", 0.1, {"momentum": 0.9} | FREE),
         Case("AdEMAMix", "AdEMAMix", 1e-3, {"betas": (0.9, 0.999, 0.9999), "eps": 1e-8, "alpha": 5.0}),
@@ -91,6 +92,9 @@ CASES = {
             "ADOPT", "ADOPT", 1e-3, {"betas": (0.9, 0.9999), "eps": 1e-6, "clip_exp": 0.25}, warmup=3
         ),  # first: sets v
         Case("Adan", "Adan", 1e-3, {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}),
+        Case("MBF", "MBF", 1e-3, BLOCKS, algorithms=("blocks", "diagonal")),
+        Case("EntropySGD", "EntropySGD", 1.0, {"momentum": 0.9, "L": 20, "inner_lr": 0.1, "noise": 1e-4}),
+        Case("ReplicatedSGD", "ReplicatedSGD", 1e-2, {"momentum": 0.9}),  # of one replica: without their mean
         Case("Prodigy", "Prodigy", 1.0, ADAM | DISTANCE, measured=4, one_lr=True),
     )
 }

@@ -104,7 +104,7 @@ class Tensors:
         for k, shapes in enumerate(workload.suite.groups):
             made = []
             for shape in shapes:
-                one = (1,) * (len(shape) if case.by_shape else 1)
+                one = (1,) * (len(shape) if case.algorithms else 1)
                 p = torch.nn.Parameter(_filled(one if single else shape, values))
                 p.grad = self._gradient(p)
                 made.append(p)
@@ -112,9 +112,9 @@ class Tensors:
             factor = 1 + k / 1024
             lr = case.lr if case.one_lr else case.lr * factor
             said = {"lr": lr, "weight_decay": case.weight_decay * factor}
-            if case.by_shape:
+            if case.algorithms:
                 hidden = [workload.suite.is_hidden(shape) for shape in shapes]
-                self._groups += [{**part, **said} for part in _by_algorithm(made, hidden)]
+                self._groups += [{**part, **said} for part in _by_algorithm(made, hidden, case.algorithms)]
             else:
                 self._groups.append({"params": made, **said})
             self.params += made
@@ -136,11 +136,11 @@ class Tensors:
         return _filled(p.shape, self._values, int(self._gradients == "misaligned")).mul_(0.01)
 
 
-def _by_algorithm(params: list[Tensor], hidden: list[bool]) -> list[dict[str, Any]]:
-    """Matrices of hidden layers and the rest, as groups of Muon."""
+def _by_algorithm(params: list[Tensor], hidden: list[bool], algorithms: tuple[str, str]) -> list[dict[str, Any]]:
+    """Matrices of hidden layers and the rest, as groups of an optimizer that tells them apart."""
     parts = {
         name: [p for p, is_hidden in zip(params, hidden, strict=True) if is_hidden == wanted]
-        for name, wanted in (("muon", True), ("adamw", False))
+        for name, wanted in zip(algorithms, (True, False), strict=True)
     }
     return [{"params": members, "algorithm": name} for name, members in parts.items() if members]
 

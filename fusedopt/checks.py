@@ -113,6 +113,9 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
     where = f" (group {index})"
     for hyper in dict.fromkeys((*rule.engine_hyper(), *rule.hyper, *rule.settings)):
         hyperparameter(hyper, rule.size_of(hyper), group, where, stepping=stepping)
+    for other in ("foreach", "differentiable"):
+        if group["fused"] and group[other]:
+            raise ValueError(f"fused and {other}{where} cannot both be True")
     if conflict := rule.conflict(group):
         raise ValueError(f"{conflict}{where}")
     settled = dict(group)
@@ -122,10 +125,6 @@ def group(rule: type[Rule], group: Group, index: int, *, stepping: bool = False)
         how = f"; {flag}=True decouples it" if isinstance(flag, str) else f", which {rule.name!r} does not have"
         raise ValueError(f"{CAUTIOUS}{where} needs decoupled weight decay{how}")
     stored(settled, index)
-    if group["fused"] and group["foreach"]:
-        raise ValueError(f"fused and foreach{where} cannot both be True")
-    if group["fused"] and group["differentiable"]:
-        raise ValueError(f"fused and differentiable{where} cannot both be True")
 
 
 def stored(group: Group, index: int) -> None:

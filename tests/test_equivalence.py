@@ -80,9 +80,10 @@ def test_ulps():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_steps_are_those_of_eager_in_double_precision(engine, case, t):
     """From the same state at step t, with counters in double precision: so close that all coefficients are exact."""
-    ps = [params((9,), dtype=torch.float64) for _ in range(2)]
+    shape = (case.replicas, 9) if case.replicas > 1 else (9,)
+    ps = [params(shape, dtype=torch.float64) for _ in range(2)]
     a, b = case.build(ps[0], engine=engine), case.build(ps[1], engine="eager")
-    ps[0][0].grad = ps[1][0].grad = torch.randn(9, dtype=torch.float64)
+    ps[0][0].grad = ps[1][0].grad = torch.randn(shape, dtype=torch.float64)
     b.step(**asked(b, 0))
     ps[0][0].data.copy_(ps[1][0])
     state = b.state_dict()

@@ -38,8 +38,10 @@ def advance(optimizer, ps, steps, seed):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_resume_is_bit_exact(engine, case):
     steps = {"triton": 8, "cuda": 24, "eager": 24}.get(engine, 80)  # as many as each has time for
-    straight, a = run(lambda p: case.build(p, engine=engine), torch.float32, steps=steps)
-    resumed, b = run(lambda p: case.build(p, engine=engine), torch.float32, steps=steps, resume=True)
+    straight, a = run(lambda p: case.build(p, engine=engine), torch.float32, steps=steps, replicas=case.replicas)
+    resumed, b = run(
+        lambda p: case.build(p, engine=engine), torch.float32, steps=steps, resume=True, replicas=case.replicas
+    )
     assert_same(straight, resumed)
     assert_same(snapshot(a), snapshot(b))
 

@@ -20,7 +20,7 @@ def peers(case: Case, device: str) -> list[Peer]:
     """What torch has for an optimizer."""
     optimizer = getattr(torch.optim, case.optimizer, None)
     average = case.asked.get("average")
-    if optimizer is None or case.by_shape or case.asked.keys() - {"average"} or not isinstance(average, EMA | None):
+    if optimizer is None or case.algorithms or case.asked.keys() - {"average"} or not isinstance(average, EMA | None):
         return []
     make = from_module("torch.optim", case.optimizer)
     if average:

@@ -15,7 +15,7 @@ struct ReplicatedSGD {
       return Names<1>{"center"};
     }
   }();
-  FUSEDOPT_SCALARS();
+  FUSEDOPT_SCALARS(step);
   FUSEDOPT_HYPER(momentum, dampening, nesterov, gamma);
   FUSEDOPT_COEFFICIENTS(momentum, kept, gain, nesterov, gamma);
 

@@ -103,7 +103,8 @@ class Blocks:
 
     def _apply(self, member: Blocked, group: Group, skipped: Tensor | None) -> None:
         p, before = member.p, self._first.state[member.update]
-        count(member, before[STEP])
+        every = int(group["inverse_every"])
+        count(member, before[STEP], every, skipped is not None)
         state, value = self._whole.state[p], memory.local(member.update)
         for name in (FISHER, INVERSE):
             if state.get(name) is None:
@@ -112,8 +113,8 @@ class Blocks:
                 state[name] = state[name].to(value.dtype)
         fisher, inverse = memory.local(state[FISHER]), memory.local(state[INVERSE])
         beta = float(group["beta"])
-        update_average(fisher, _outer(p, value, skipped), beta, skipped)
-        if (member.steps - 1) % int(group["inverse_every"]) == 0:
+        update_average(fisher, _outer(p, value), beta, skipped)
+        if (member.steps - 1) % every == 0:
             corrected = fisher / bias_correction(beta, member.steps)
             invert(corrected, float(group["damping"]), inverse)
         momentum = codecs.decode(storage.state_operand(self._momentum, group, before), value.dtype)
@@ -126,11 +127,18 @@ class Blocks:
             )
 
 
-def count(member: Blocked, step: Tensor) -> None:
-    """Know how many steps a parameter has done; a device is waited for only where its state is another."""
-    if member.counted is step:
-        member.steps += 1
-    else:
+def count(member: Blocked, step: Tensor, every: int, may_skip: bool) -> None:
+    """Know how many steps a parameter has done.
+
+    Args:
+        member: Which knows it afterwards.
+        step: The first launch's counter of it.
+        every: How many steps it is from one inversion to the next.
+        may_skip: Whether devices skip steps by themselves. They are waited for where it would be time to invert, and
+            where the state is another.
+    """
+    member.steps += 1
+    if member.counted is not step or (may_skip and (member.steps - 1) % every == 0):
         member.counted, member.steps = step, round(float(step))
 
 
@@ -143,10 +151,8 @@ def _new(p: Tensor, value: Tensor) -> Tensor:
     return storage.spread(p, here, shape)
 
 
-def _outer(p: Tensor, g: Tensor, skipped: Tensor | None) -> Tensor:
+def _outer(p: Tensor, g: Tensor) -> Tensor:
     """The outer products of a gradient of which a part is here, of matrices their mean over all rows."""
-    if skipped is not None:
-        g = g * (1 - skipped.to(g.dtype))
     if p.dim() > 2:
         kernels = g.reshape(*g.shape[:2], -1)
         return kernels.unsqueeze(-1) * kernels.unsqueeze(-2)
@@ -163,8 +169,7 @@ def update_average(fisher: Tensor, products: Tensor, beta: float, skipped: Tenso
     if skipped is None:
         fisher.mul_(beta).add_(products, alpha=1 - beta)
     else:
-        is_taken = 1 - skipped.to(fisher.dtype)
-        fisher.mul_(1 - (1 - beta) * is_taken).add_(products.mul_((1 - beta) * is_taken))
+        fisher.copy_(torch.where(skipped != 0, fisher, fisher.mul(beta).add_(products, alpha=1 - beta)))
 
 
 def invert(blocks: Tensor, damping: float, inverse: Tensor) -> None:

@@ -9,7 +9,7 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor
 
-from fusedopt import memory, storage
+from fusedopt import codecs, memory, storage
 from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values, is_group
 from fusedopt.checks import LARGEST_FLOAT
 from fusedopt.context import Context, StepRequest
@@ -21,6 +21,7 @@ from fusedopt.stepper import Stepper, Told
 T = TypeVar("T")
 
 LOOP = ("inner", "outer")  # where a group is: how many steps of this loop are done, and how many loops
+INNER = State("inner_momentum_buffer", when="momentum")
 OF_STEP = ("gamma", "begins", "ends")  # what a group is told before each step
 
 
@@ -52,7 +53,7 @@ class EntropySGDRule(Rule):
         State("anchor", init=PARAM, exact=True),
         State("inner_average", init=PARAM, exact=True),
         State("momentum_buffer", when="momentum"),
-        State("inner_momentum_buffer", when="momentum"),
+        INNER,
     )
     scalars: Scalars = {"step": 0.0}
     decay = COUPLED
@@ -85,8 +86,8 @@ class EntropySGDRule(Rule):
         new: Tensors = {}
         x, mu = (p.clone(), p) if c.begins else (state["anchor"], state["inner_average"])
         if "momentum_buffer" in state:
-            b = g if c.begins else c.momentum * state["inner_momentum_buffer"] + g
-            new = {"momentum_buffer": state["momentum_buffer"], "inner_momentum_buffer": b}
+            b = g if c.begins else c.momentum * state[INNER.name] + g
+            new = {"momentum_buffer": state["momentum_buffer"], INNER.name: b}
             g = g + c.momentum * b if c.nesterov else b
         d = c.inner_lr * (g + c.gamma * (p - x))
         mu = mu + c.one_minus_alpha * (p - d - mu)
@@ -97,7 +98,7 @@ class EntropySGDRule(Rule):
                 w = w + c.momentum * b if c.nesterov else b
             d = (p - x) + c.lr * w
             x = mu = p - d
-            new |= {name: torch.zeros_like(p) for name in new if name == "inner_momentum_buffer"}
+            new |= {name: torch.zeros_like(p) for name in new if name == INNER.name}
         return d, {"anchor": x, "inner_average": mu, **new}
 
 
@@ -151,6 +152,9 @@ class InLoops(Stepper):
             for name in ("anchor", "inner_average"):
                 if (kept := state.get(name)) is not None:
                     memory.local(kept).copy_(storage.values(p, group, state))
+            if state.get(INNER.name) is not None:
+                operand = storage.state_operand(INNER, group, state)
+                operand.tensors[0].fill_(codecs.constant(0.0, operand.codec) if operand.codec.block > 1 else 0.0)
 
     def step_again_and_free(self, increments_versions: bool) -> bool:
         """Each step is another."""

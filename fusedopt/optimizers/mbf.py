@@ -191,7 +191,7 @@ class MBF(InParts):
             fit.append(0 < size <= most)
             if fit[-1] or not isinstance(p, Tensor):
                 continue
-            label = checks.Label({}, number, i, p)
+            label = checks.Label({"param_names": {i: member[0]} if isinstance(member, tuple) else None}, number, i, p)
             if algorithm == BLOCKS:
                 why = f"would have blocks of {size}, more than max_block_size {most:g}" if size else "has no blocks"
                 raise ValueError(f"{label} {why}, and its group says algorithm='blocks'; say 'diagonal' of its group")

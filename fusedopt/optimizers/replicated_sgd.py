@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.entropy_sgd import scoped
 from fusedopt.optimizers.sgd import MOMENTUM, SGDRule
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
-from fusedopt.rule import COUPLED, PARAM, Hyper, Hypers, Rule, State, States
+from fusedopt.rule import COUPLED, PARAM, Hyper, Hypers, Rule, Scalars, State, States
 from fusedopt.stepper import Stepper, Told
 
 CENTER = "center"
@@ -27,6 +28,7 @@ class ReplicatedSGDRule(Rule):
     hyper: Hypers = (*MOMENTUM, Hyper("gamma"))
     settings: Hypers = (Hyper("replicas", low=1.0), Hyper("gamma0"), Hyper("gamma1"), Hyper("steps"))
     states: States = (*SGDRule.states, State(CENTER, init=PARAM, exact=True))
+    scalars: Scalars = {"step": 0.0}
     decay = COUPLED
 
     @classmethod
@@ -56,23 +58,35 @@ class ReplicatedSGDRule(Rule):
         return d, {**buffers, **center}
 
 
+class _Center(NamedTuple):
+    """A parameter's center: where it is, and one replica's part of what was there; None if it was made for the step."""
+
+    p: Tensor
+    here: Tensor
+    before: Tensor | None
+
+
 class AroundCenters(Stepper):
     """Steps a ReplicatedSGD: finds the means of replicas, and how strongly they are drawn there."""
 
     def step(self, request: StepRequest) -> Told:
         """Do a step; see ``fusedopt.stepper.Stepper``."""
-        made: list[Tensor] = []
         for group in self.context.param_groups:
-            group["gamma"] = scoped(group, group["steps"])
+            group["gamma"] = scoped(group, group["steps"]) if group["replicas"] > 1 else 0.0
+        found: list[_Center] = []
         skipped = True
         try:
-            self._find_centers(made)
+            self._find_centers(found)
             told = super().step(request)
             skipped = told.skipped
         finally:
-            for p in made if skipped else ():
-                self._forget_center(p)
-        for group in self.context.param_groups if not skipped else ():
+            if skipped:
+                self._put_back(found)
+        if skipped:
+            return told
+        if request.skip_nonfinite or request.scaling.found_inf is not None:
+            self._put_back_where_skipped(found)
+        for group in self.context.param_groups:
             group["steps"] += 1
         return told
 
@@ -81,27 +95,40 @@ class AroundCenters(Stepper):
         return False
 
     @torch.no_grad()
-    def _find_centers(self, made: list[Tensor]) -> None:
-        """Write the mean of each parameter's replicas to where its step reads it; made: gets those that had none."""
+    def _find_centers(self, found: list[_Center]) -> None:
+        """Write the means of replicas to where the step reads them; found: gets those that were written."""
         spec = next(spec for spec in self.context.rule.states if spec.name == CENTER)
         for p, group in self.context.everyone():
-            if p.grad is None:
+            if p.grad is None or group["replicas"] == 1:
                 continue
             state = self.context.state.get(p, {})
-            if state.get(CENTER) is None:
-                made.append(p)
-                self.context.state.setdefault(p, {}).update(storage.new_state(spec, p, group, None))
-            state = self.context.state[p]
-            value, center = storage.values(p, group, state), memory.local(state[CENTER])
-            center.copy_(mean(p, value.to(center.dtype)) if group["replicas"] > 1 else value)
+            is_new = state.get(CENTER) is None
+            if is_new:
+                made = storage.new_state(spec, p, group, None)
+                self.context.state.setdefault(p, {}).update(made)
+                state = self.context.state[p]
+            center = memory.local(state[CENTER])
+            found.append(_Center(p, center, None if is_new else center[:1].clone()))
+            center.copy_(mean(p, storage.values(p, group, state).to(center.dtype)))
 
-    def _forget_center(self, p: Tensor) -> None:
-        """Take back what was made for a step that did not happen."""
-        state = self.context.state[p]
-        with suppress(KeyError):
-            del state[CENTER]
-        if not state:
-            del self.context.state[p]
+    def _put_back(self, found: Sequence[_Center]) -> None:
+        """Take back what was written for a step that did not happen."""
+        for p, here, before in found:
+            if before is not None:
+                here.copy_(before)
+                continue
+            state = self.context.state.get(p, {})
+            state.pop(CENTER, None)
+            if not state:
+                self.context.state.pop(p, None)
+
+    @torch.no_grad()
+    def _put_back_where_skipped(self, found: Sequence[_Center]) -> None:
+        """The same where only a device knows whether it skipped the step; nobody waits to hear of it."""
+        skipped = {status.skipped.device: status.skipped for status in self.context.statuses.values()}
+        for _, here, before in found:
+            if before is not None and here.device in skipped:
+                here.copy_(torch.where(skipped[here.device] != 0, before, here[:1]))
 
 
 def mean(p: Tensor, value: Tensor) -> Tensor:
@@ -135,7 +162,7 @@ class ReplicatedSGD(FusedOptimizer):
 
     The loss is the sum of those of the replicas. Clipping, noise and decay are as those of one model with all the
     parameters. ``center`` in the state is the mean before the last step, once for each replica;
-    ``optimizer.mean_of(p)`` is that of now.
+    ``optimizer.mean_of(p)`` is that of now. A step that is skipped is not counted, unless only a device knows of it.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.

@@ -7,7 +7,7 @@ from fusedopt.triton_kernels.rules.sgd import prepare as prepare_sgd
 
 name = "replicatedsgd"
 states = ("momentum_buffer", "center")
-scalars = ()
+scalars = ("step",)
 hyper = ("momentum", "dampening", "nesterov", "gamma")
 coefficients = ("momentum", "kept", "gain", "nesterov", "gamma")
 
