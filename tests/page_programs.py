@@ -107,3 +107,14 @@ def textbook(before, batches, step, gradient=None):
             for p, g in zip(ps, gradients, strict=True):
                 p.copy_(step(p, g, t))
     return [*model.parameters()]
+
+
+def sgd(lr, momentum=0.0):
+    """A step of the textbook's; the rate may be a function of the step's number."""
+    momenta = {}
+
+    def step(p, g, t):
+        momenta[p] = momentum * momenta.get(p, 0) + g
+        return p - (lr(t) if callable(lr) else lr) * momenta[p]
+
+    return step

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from page_programs import HEADINGS, SECTIONS, Program, close, mean_square, textbook
+from page_programs import HEADINGS, SECTIONS, Program, close, mean_square, sgd, textbook
 
 import fusedopt
 
@@ -104,13 +104,7 @@ def test_a_plateau_lowers_the_rate():
     run.observe(lambda run: rates.append(run.optimizer.param_groups[0]["lr"]))
     run.all()
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1, 0.01, 0.01])
-    momenta = {}
-
-    def step(p, g, t):
-        momenta[p] = 0.9 * momenta.get(p, 0) + g
-        return p - rates[t] * momenta[p]
-
-    close([*run.model.parameters()], textbook(run.before, run.batches * 6, step))
+    close([*run.model.parameters()], textbook(run.before, run.batches * 6, sgd(rates.__getitem__, 0.9)))
 
 
 def test_frozen_layers_keep_their_bits_until_they_join():

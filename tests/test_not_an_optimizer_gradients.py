@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from page_programs import Program, close, mean_square, textbook
+from page_programs import Program, close, mean_square, sgd, textbook
 
 import fusedopt
 
@@ -16,14 +16,7 @@ import fusedopt
 def test_accumulated_gradients_are_those_of_the_whole():
     run = Program("Accumulation").all()
     both = [[torch.cat(parts) for parts in zip(*run.batches[i : i + 2], strict=True)] for i in (0, 2)]
-    reference = copy.deepcopy(run.before)
-    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3)
-    for x, y in both:
-        optimizer.zero_grad()
-        mean_square(reference(x), y).backward()
-        optimizer.step()
-    torch.testing.assert_close([*run.model.parameters()], [*reference.parameters()])
-    assert {state["step"].item() for state in run.optimizer.state.values()} == {2}
+    close([*run.model.parameters()], textbook(run.before, both, sgd(0.1, 0.9)))
 
 
 def test_values_are_clipped():
@@ -68,7 +61,6 @@ def test_gradients_are_centred():
 
 def test_sharpness_is_of_two_gradients():
     run = Program("Two gradients a step").all()
-    momenta = {}
 
     def gradient(model, x, y):
         there = copy.deepcopy(model)
@@ -79,11 +71,7 @@ def test_sharpness_is_of_two_gradients():
                 p += 0.05 * g / norm
         return torch.autograd.grad(mean_square(there(x), y), [*there.parameters()])
 
-    def step(p, g, t):
-        momenta[p] = 0.9 * momenta.get(p, 0) + g
-        return p - 0.1 * momenta[p]
-
-    close([*run.model.parameters()], textbook(run.before, run.batches, step, gradient))
+    close([*run.model.parameters()], textbook(run.before, run.batches, sgd(0.1, 0.9), gradient))
 
 
 def test_masks_train():
@@ -125,7 +113,7 @@ def test_the_monotone_operator_is_stepped():
         dh = (da * (1 - a * a)) @ net[1].weight
         return dh.T @ x, dh.sum(dim=0), da.T @ h, da.sum(dim=0)
 
-    close([*run.net.parameters()], textbook(start[0], run.batches, lambda p, g, t: p - 0.1 * g, operator))
+    close([*run.net.parameters()], textbook(start[0], run.batches, sgd(0.1), operator))
 
 
 def test_the_operator_is_monotone_and_the_gradient_is_not():
@@ -147,7 +135,7 @@ def test_the_operator_is_monotone_and_the_gradient_is_not():
 def test_gradients_preconditioned_outside_are_stepped():
     """Shampoo's, by numpy, then SGD with momentum."""
     run = Program("Shampoo and K-FAC").all()
-    left, right, momenta = {}, {}, {}
+    left, right, descend = {}, {}, sgd(0.01, 0.9)
 
     def root(matrix):
         u, s, _ = np.linalg.svd(matrix)
@@ -159,8 +147,7 @@ def test_gradients_preconditioned_outside_are_stepped():
             left[p] = left.get(p, 1e-4 * np.eye(len(m))) + m @ m.T
             right[p] = right.get(p, 1e-4 * np.eye(len(m.T))) + m.T @ m
             g = torch.from_numpy(root(left[p]) @ m @ root(right[p]))
-        momenta[p] = 0.9 * momenta.get(p, 0) + g
-        return p - 0.01 * momenta[p]
+        return descend(p, g, t)
 
     torch.testing.assert_close([*run.model.parameters()], textbook(run.before, run.batches, step))
 
@@ -240,7 +227,7 @@ def test_length_and_direction_are_stepped():
         }  # fmt: skip
         return [of[name] for name in names]
 
-    close([*run.net.parameters()], textbook(start[0], run.batches, lambda p, g, t: p - 0.1 * g, gradient))
+    close([*run.net.parameters()], textbook(start[0], run.batches, sgd(0.1), gradient))
     before, after = (net[0].parametrizations.weight for net in (start[0], run.net))
     assert not torch.equal(before.original0, after.original0)
     assert (after.original1.norm(dim=1) > before.original1.norm(dim=1)).any()  # steps make v longer
