@@ -4,6 +4,10 @@ The functions print a table (``quiet=True``: none), return what they found, and 
 changes a model, an optimizer, a gradient or the state of random numbers.
 """
 
+from fusedopt.diagnostics.correction import MemoryCorrection, memory_correction
+from fusedopt.diagnostics.curvature import Curvature, lanczos_lr
 from fusedopt.diagnostics.generic_adam import GenericAdamCheck, check_generic_adam
+from fusedopt.diagnostics.memory import memory_coefficient
 
-__all__ = ["GenericAdamCheck", "check_generic_adam"]
+__all__ = ["Curvature", "GenericAdamCheck", "MemoryCorrection", "check_generic_adam", "lanczos_lr"]
+__all__ += ["memory_coefficient", "memory_correction"]

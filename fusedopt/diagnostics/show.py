@@ -23,7 +23,6 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, 
         rows: The cells; those that are numbers stand to the right.
     """
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
@@ -34,7 +33,14 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, 
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
     for row in cells:
         table.add_row(*row)
-    Console(highlight=False, markup=False).print(table)
+    say(table)
+
+
+def say(what: object) -> None:
+    """Print a sentence or a table."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False).print(what)
 
 
 def check_plot(plot: object) -> None:
