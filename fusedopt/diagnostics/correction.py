@@ -53,20 +53,20 @@ def memory_correction(
 ) -> MemoryCorrection:
     """The step without memory that goes where momentum goes: ``p <- p - lr (F + lr M)``, on one batch.
 
-    Replacing past iterates by the present one gives the force F; what that leaves out is M, to first order in lr, in the
-    steady state (bias corrections are over). With g the gradient, H the Hessian, decoupled decay w, and lags as in
+    Replacing past iterates by the present one gives the force F; what that leaves out is M, to first order in lr, in
+    the steady state (bias corrections are over). With g the gradient, H the Hessian, decoupled decay w, and tau as in
     ``memory_coefficient``:
 
-    * SGD: ``F = c g + w p``, ``M = k H F``, where ``c = (1-dampening)/(1-momentum)`` and ``k = c momentum/(1-momentum)``;
-      Nesterov ``k = momentum^2/(1-momentum)^2``.
+    * SGD: ``F = c g + w p``, ``M = k H F``, where ``c = (1-dampening)/(1-momentum)`` and
+      ``k = c momentum/(1-momentum)``; Nesterov ``k = momentum^2/(1-momentum)^2``.
     * Adam, AdamW, NAdamW, whose eps is outside of the root: ``F = g/(|g|+eps) + w p`` and
       ``M = (tau1/(|g|+eps) - tau2 |g|/(|g|+eps)^2) H F`` (for the moments are ``g + lr tau1 H F`` and
       ``g^2 + 2 lr tau2 g H F``; the source has eps inside of the root). NAdamW: tau1 times beta1.
     * Lion with ``K(g) = sum sqrt(g^2 + smoothing^2)``: ``F = grad K(g) + w p``, ``M = beta1/(1-beta2) hess K(g) H F``.
       Without smoothing F has sign(g), and M vanishes; that is what ``fusedopt.Lion`` steps.
 
-    Coupled decay is part of the gradient: g is of ``L + weight_decay/2 |p|^2`` then, and ``loss_fn`` leaves it out. Where
-    groups have their own lr and decay, ``lr F`` is what H is applied to, each group's with its own.
+    Coupled decay is part of the gradient: g and L are of ``L + weight_decay/2 |p|^2`` then, and ``loss_fn`` leaves it
+    out. Where groups have their own lr and decay, ``lr F`` is what H is applied to, each group's with its own.
 
     The term, where all groups are alike (else it is None; and for SGD with decay and dampening 1, which has no g in F):
 
@@ -132,8 +132,8 @@ def _check(optimizer: torch.optim.Optimizer, groups: list[Recursion], smoothing:
     norm = getattr(optimizer, "max_grad_norm", None)
     if norm is not None:
         raise ValueError(
-            f"max_grad_norm is {norm!r}; the memory of momentum is not derived for clipped gradients, which change with "
-            "the norm of all. Ask for an optimizer without it"
+            f"max_grad_norm is {norm!r}; the memory of momentum is not derived for clipped gradients, which change "
+            "with the norm of all; give an optimizer without it"
         )
 
 
@@ -233,11 +233,12 @@ def _print(result: MemoryCorrection) -> None:
 
 def _scatter(axes: Axes, result: MemoryCorrection) -> None:
     """Some of the elements, those that are not zero."""
-    force, correction = (torch.cat([t.flatten().cpu() for t in ts]) for ts in (result.force, result.correction))
-    every = max(1, force.numel() // MOST_POINTS)
-    pairs = [(f, c) for f, c in zip(force.abs()[::every].tolist(), correction.abs()[::every].tolist(), strict=True)]
-    pairs = [(f, c) for f, c in pairs if f > 0 and c > 0]
-    axes.plot([f for f, _ in pairs], [c for _, c in pairs], ".", markersize=3, color=show.BLUE)
-    if pairs:
+    force, correction = (
+        torch.cat([t.flatten().abs().double().cpu() for t in ts]) for ts in (result.force, result.correction)
+    )
+    shown = ((force > 0) & (correction > 0)).nonzero()[:, 0]
+    shown = shown[:: max(1, len(shown) // MOST_POINTS)]
+    axes.plot(force[shown].numpy(), correction[shown].numpy(), ".", markersize=3, color=show.BLUE)
+    if len(shown):
         axes.set_xscale("log")
         axes.set_yscale("log")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ PRINTED = 3  # curvatures at each end
 
 @dataclass(frozen=True)
 class Curvature:
-    """What ``lanczos_lr`` found. With L the largest curvature, and l the smallest that is positive:
+    """What ``lanczos_lr`` found, with L the largest curvature, and l the smallest that is positive.
 
     Attributes:
         values: Ritz values, the largest first: estimates of the Hessian's eigenvalues, the best at both ends.
@@ -54,8 +54,8 @@ class Curvature:
         Args:
             batch_size: The other batch size, in samples.
             optimizer: "sgd": in proportion to the batch size; "adam": to its square root.
-            lr: What is scaled; if None, the heavy ball's of these curvatures, which are not those that Adam sees: give it
-                a rate that was good with the measured batch size.
+            lr: What is scaled; if None, the heavy ball's of these curvatures, which are not those that Adam sees: give
+                it a rate that was good with the measured batch size.
 
         Returns:
             The learning rate.
@@ -73,7 +73,7 @@ class Curvature:
         base = self.lr if lr is None else checks.number(lr, "lr", "")
         if base is None:
             raise ValueError(f"there is no learning rate to scale: {self.reason}")
-        return base * (_samples(batch_size) / self.batch_size) ** POWERS[optimizer]
+        return base * (_positive("batch_size", batch_size) / self.batch_size) ** POWERS[optimizer]
 
 
 def lanczos_lr(
@@ -89,20 +89,20 @@ def lanczos_lr(
 ) -> Curvature:
     """The largest and smallest curvatures of a loss, and the learning rate and momentum that they suggest.
 
-    Lanczos iteration with full reorthogonalisation: from a random unit vector q, each iteration takes one product of the
-    Hessian with a vector, ``alpha = q.Hq``, and the next vector is what of Hq lies outside of those before, of length
-    beta. The tridiagonal matrix of alphas and betas has the Ritz values as eigenvalues; the residual bound of each is the
-    last beta times the last element of its eigenvector. Values at the ends are good first: l of a large model is an upper
-    bound of the smallest positive curvature.
+    Lanczos iteration with full reorthogonalisation: from a random unit vector q, each iteration takes one product of
+    the Hessian with a vector, ``alpha = q.Hq``, and the next vector is what of Hq lies outside of those before, of
+    length beta. The tridiagonal matrix of alphas and betas has the Ritz values as eigenvalues; the residual bound of
+    each is the last beta times the last element of its eigenvector. Values at the ends are good first. In a large model
+    l is the smallest positive curvature that so many iterations have found, and more of them find smaller ones.
 
     Of a quadratic, heavy ball converges fastest with ``lr = 4 / (sqrt L + sqrt l)^2`` and
-    ``momentum = ((sqrt L - sqrt l) / (sqrt L + sqrt l))^2``, gradient descent with ``lr = 2 / (L + l)``, and diverges from
-    ``2 / L`` on. A loss that is no quadratic has these curvatures only here: take them as an upper limit and a scale.
-    Curvatures below 100 roundings of the largest one count as 0.
+    ``momentum = ((sqrt L - sqrt l) / (sqrt L + sqrt l))^2``, gradient descent with ``lr = 2 / (L + l)``; it diverges
+    from ``2 / L`` on. A loss that is no quadratic has these curvatures only here: take them as a scale. Curvatures
+    below 100 roundings of the largest one count as 0.
 
     The forward runs once, as the model is (training or evaluation), so that dropout has one mask. Parameters, ``grad``,
-    buffers (BatchNorm's statistics, too) and random numbers are as before. It takes memory for ``iterations`` vectors as
-    long as all parameters, beside the graph of two backwards.
+    buffers (BatchNorm's statistics, too) and random numbers are as before. It takes memory for ``iterations`` vectors
+    as long as all parameters, beside the graph of two backwards.
 
     Args:
         loss_fn: Takes model and batch, and returns the loss as a scalar.
@@ -130,12 +130,13 @@ def lanczos_lr(
     """
     show.check_plot(plot)
     checks.kind("model", model, nn.Module, "a torch.nn.Module")
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations is {iterations!r}; it must be an int, at least 1")
-    samples = None if batch_size is None else _samples(batch_size)
-    params = [p for p in model.parameters() if p.requires_grad]
+    count = _positive("iterations", iterations)
+    samples = None if batch_size is None else _positive("batch_size", batch_size)
+    params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+    if not params:
+        raise RuntimeError("model has no parameter that requires grad")
     with _buffers_kept(model), Point(lambda: loss_fn(model, batch), params) as point:
-        alphas, betas = _tridiagonal(point, params, iterations, seed)
+        alphas, betas = _tridiagonal(point, params, count, seed)
         zero = ZERO * torch.finfo(params[0].dtype).eps
     values, bounds = _ritz(alphas, betas)
     result = _suggest(values, bounds, zero, samples)
@@ -145,15 +146,17 @@ def lanczos_lr(
     return result
 
 
-def _samples(size: object) -> int:
-    """A batch size."""
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-        raise ValueError(f"batch_size is {size!r}; it must be an int, at least 1")
-    return size
+def _positive(name: str, value: object) -> int:
+    """An int that counts something."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}; it must be an int")
+    if value < 1:
+        raise ValueError(f"{name} is {value!r}; it must be at least 1")
+    return value
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
+def _buffers_kept(model: nn.Module) -> Generator[None]:
     """Buffers are the same tensors, with the same values, afterwards."""
     kept = [
         (module, name, buffer, buffer.detach().clone())
@@ -177,7 +180,8 @@ def _tridiagonal(point: Point, params: list[Tensor], iterations: int, seed: int)
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in params) else torch.float32
 
     def product(q: Tensor) -> Tensor:
-        parts = [v.reshape(p.shape).to(p) for v, p in zip(q.split(sizes), params, strict=True)]
+        pieces = torch.split(q, sizes)
+        parts = [v.reshape(p.shape).to(p) for v, p in zip(pieces, params, strict=True)]
         return torch.cat([part.to(home, dtype).reshape(-1) for part in point.times(parts)])
 
     generator = torch.Generator().manual_seed(seed)
@@ -185,30 +189,36 @@ def _tridiagonal(point: Point, params: list[Tensor], iterations: int, seed: int)
     basis = torch.empty(min(iterations, len(q)), len(q), dtype=dtype, device=home)
     alphas: list[float] = []
     betas: list[float] = []
-    beta = q.norm().item()
+    beta = _length(q)
     for i in range(len(basis)):
         basis[i] = q / beta
         w = product(basis[i])
         if not bool(w.isfinite().all()):
             raise ValueError("the product of the Hessian with a vector is not finite")
-        alphas.append(basis[i].dot(w).item())
+        alphas.append(float(basis[i].dot(w)))
         known = basis[: i + 1]
         for _ in range(2):  # once leaves what rounding has brought back
             w = w - known.T @ (known @ w)
-        q, beta = w, w.norm().item()
+        q, beta = w, _length(w)
         betas.append(beta)
-        size = max(map(abs, alphas + betas))
+        size = max(abs(number) for number in (*alphas, *betas))
         if beta <= 10 * torch.finfo(dtype).eps * size:  # all that the start vector has parts of is spanned
             break
     return alphas, betas
+
+
+def _length(vector: Tensor) -> float:
+    """The Euclidean norm."""
+    return math.sqrt(float(vector.dot(vector)))
 
 
 def _ritz(alphas: list[float], betas: list[float]) -> tuple[list[float], list[float]]:
     """Eigenvalues of the tridiagonal matrix, the largest first, with their residual bounds."""
     off = torch.tensor(betas[:-1], dtype=torch.float64)
     matrix = torch.diag(torch.tensor(alphas, dtype=torch.float64)) + torch.diag(off, 1) + torch.diag(off, -1)
-    values, vectors = torch.linalg.eigh(matrix)
-    return values.flip(0).tolist(), (betas[-1] * vectors[-1].abs()).flip(0).tolist()
+    values, vectors = cast("tuple[Tensor, Tensor]", torch.linalg.eigh(matrix))
+    bounds = betas[-1] * vectors[-1].abs()
+    return [float(value) for value in values.flip(0)], [float(bound) for bound in bounds.flip(0)]
 
 
 def _suggest(values: list[float], bounds: list[float], zero: float, batch_size: int | None) -> Curvature:

@@ -53,14 +53,15 @@ def check_generic_adam(
 ) -> GenericAdamCheck:
     """The sufficient condition for the convergence of Generic Adam, evaluated over so many steps.
 
-    Generic Adam is ``m <- beta_t m + (1-beta_t) g``, ``v <- theta_t v + (1-theta_t) g^2``, ``p <- p - lr_t m / sqrt(v)``.
-    Its expected gradient norm tends to 0 for smooth, bounded-below losses and bounded stochastic gradients, if
+    Generic Adam is ``m <- beta_t m + (1-beta_t) g``, ``v <- theta_t v + (1-theta_t) g^2``,
+    ``p <- p - lr_t m / sqrt(v)``. For smooth losses that are bounded below and gradients whose second moments
+    are bounded, gradients tend to 0 in expectation, if
 
     1. ``0 <= beta_t <= beta < 1``: the largest beta of all steps is below 1;
     2. ``0 < theta_t < 1``, and theta_t never decreases;
-    3. ``chi_t = lr_t / sqrt(1 - theta_t)`` lies between a non-increasing sequence and a constant times it. The least such
-       constant over t steps is ``C(t) = max_(i<=t) chi_i / min_(j<=i) chi_j``; it counts as bounded where it grows by at
-       most 2 % in the second half of the steps;
+    3. ``chi_t = lr_t / sqrt(1 - theta_t)`` lies between a non-increasing sequence and a constant times it. The least
+       such constant over t steps is ``C(t) = max_(i<=t) chi_i / min_(j<=i) chi_j``; it counts as bounded where it grows
+       by at most 2 % in the second half of the steps;
     4. ``R(T) = sum_(t<=T) lr_t sqrt(1-theta_t) / (T lr_T)`` tends to 0. It is judged by its trend: R(T) is at least 5 %
        below R(T/10), and (from 1000 steps on) in logarithms the fall is at least half of that of the decade before.
 
@@ -111,11 +112,11 @@ def check_generic_adam(
 
 def _count(steps: object) -> int:
     """The steps, as an int."""
-    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)):
+    if isinstance(steps, bool) or not isinstance(steps, int):
         raise TypeError(f"steps is {steps!r}; it must be an int")
     if steps < FEWEST:
         raise ValueError(f"steps is {steps}; it must be at least {FEWEST}")
-    return int(steps)
+    return steps
 
 
 def _pair(betas: object) -> tuple[Schedule, Schedule]:
@@ -176,8 +177,8 @@ def _third(rates: Curve, thetas: Curve) -> tuple[bool, str]:
     if whole <= GROWTH * half:
         return True, f"chi_t = lr_t / sqrt(1 - theta_t) stays within {whole:.4g} times a non-increasing sequence"
     return False, (
-        f"chi_t = lr_t / sqrt(1 - theta_t) grows: the constant above a non-increasing sequence is {half:.4g} after half "
-        f"of the steps, and {whole:.4g} after all"
+        f"chi_t = lr_t / sqrt(1 - theta_t) grows: the constant above a non-increasing sequence is {half:.4g} after "
+        f"half of the steps, and {whole:.4g} after all"
     )
 
 

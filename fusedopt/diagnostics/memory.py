@@ -33,14 +33,14 @@ def memory_coefficient(
     * SGD: the factor of ``H g`` in M, ``(1-dampening)^2 momentum / (1-momentum)^3``; with ``nesterov``
       ``momentum^2 / (1-momentum)^3``. **Positive is regularisation**: the loss becomes ``L + lr/2 c |g|^2`` with this
       number times ``(1-momentum) / (1-dampening)`` as c. 0 without momentum.
-    * Lion: ``beta1 / (1 - beta2)``, of what a smoothed sign regularises; **positive is regularisation**. The sign itself
-      does not feel it but where a gradient changes sign.
+    * Lion: ``beta1 / (1 - beta2)``, of what a smoothed sign regularises; **positive is regularisation**. The sign
+      itself does not feel it but where a gradient changes sign.
 
     Storage, clipping and ``average=EMA(...)`` are not in it: gradients are taken as the step sees them.
 
     Args:
-        optimizer_or_betas: An SGD, Adam, AdamW, NAdamW or Lion of fusedopt, an SGD, Adam or AdamW of torch.optim; or a pair
-            of Adam's betas.
+        optimizer_or_betas: An SGD, Adam, AdamW, NAdamW or Lion of fusedopt, an SGD, Adam or AdamW of torch.optim; or
+            a pair of Adam's betas.
         group: Which param group; None where all have the same.
         quiet: Print no table.
         plot: A PNG file for the coefficient over the decay rate that matters most.
@@ -85,10 +85,10 @@ def _recursion(asked: object, group: int | None) -> Recursion:
             raise ValueError(f"group is {group!r}, and a pair of betas has no groups")
         if not isinstance(asked, (tuple, list)):
             raise TypeError(f"optimizer_or_betas is {type(asked).__name__}; it must be an optimizer or a pair of betas")
-        return recursions.of_betas(asked)
+        return recursions.of_betas(cast("object", asked))
     found = recursions.of_optimizer(asked)
     if group is not None:
-        if isinstance(group, bool) or not isinstance(group, int) or not 0 <= group < len(found):
+        if group not in range(len(found)):
             raise ValueError(f"group is {group!r}; the optimizer has groups 0 to {len(found) - 1}")
         return found[group]
     values = [r.coefficient() for r in found]

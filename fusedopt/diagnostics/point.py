@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -49,9 +50,10 @@ class Point:
     def __enter__(self) -> Point:
         with ExitStack() as within:
             devices = {p.device for p in self._params if p.is_cuda}
-            within.enter_context(torch.random.fork_rng(devices))
+            within.enter_context(cast("AbstractContextManager[None]", torch.random.fork_rng(devices)))
             within.enter_context(torch.enable_grad())
-            within.enter_context(sdpa_kernel(SDPBackend.MATH))  # fused attention has no second derivative
+            # Fused attention has no second derivative.
+            within.enter_context(cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)))
             self._differentiate(self._loss_fn())
             self._within = within.pop_all()
         return self
@@ -73,9 +75,8 @@ class Point:
         taken = [i for i, p in enumerate(self._params) if p.requires_grad]
         if not loss.requires_grad or not taken:
             raise RuntimeError("the loss that loss_fn returned depends on none of the parameters that require grad")
-        found = torch.autograd.grad(
-            loss.reshape(()), [self._params[i] for i in taken], create_graph=True, allow_unused=True
-        )
+        wanted = [self._params[i] for i in taken]
+        found = _derivatives(torch.autograd.grad(loss.reshape(()), wanted, create_graph=True, allow_unused=True))
         if all(g is None for g in found):
             raise RuntimeError("the loss that loss_fn returned depends on none of the parameters that require grad")
         self._graph = [(i, g) for i, g in zip(taken, found, strict=True) if g is not None]
@@ -96,16 +97,23 @@ class Point:
         result: list[Tensor] = [torch.zeros_like(p, requires_grad=False) for p in self._params]
         if not curved:
             return result
-        products = torch.autograd.grad(
-            [g for _, g in curved],
-            [self._params[i] for i, _ in self._graph],
-            [vectors[i].to(g.dtype) for i, g in curved],
-            retain_graph=True,
-            allow_unused=True,
+        products = _derivatives(
+            torch.autograd.grad(
+                [g for _, g in curved],
+                [self._params[i] for i, _ in self._graph],
+                [vectors[i].to(g.dtype) for i, g in curved],
+                retain_graph=True,
+                allow_unused=True,
+            )
         )
         for (i, _), product in zip(self._graph, products, strict=True):
             result[i] = result[i] if product is None else product.detach()
         return result
+
+
+def _derivatives(found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """What autograd says is of tensors alone, although it may have none of some."""
+    return cast("tuple[Tensor | None, ...]", found)
 
 
 def check_finite(tensors: Sequence[Tensor | None], what: str) -> None:

@@ -111,7 +111,7 @@ def _lags(kind: str, is_nesterov: bool, group: Group, where: str) -> tuple[float
 
 
 def _momentum(group: Group, where: str) -> tuple[float, float]:
-    """Of SGD: sums of ``w_k`` and ``k w_k``, where ``w_k = (1-d) mu^k``; Nesterov: ``1 + mu`` at k = 0, ``mu^(k+1)``."""
+    """Of SGD: sums of ``w_k`` and ``k w_k``, with ``w_k = (1-d) mu^k``; Nesterov: 1 + mu first, then ``mu^(k+1)``."""
     mu, dampening = (checks.number(group[key], key, where) for key in ("momentum", "dampening"))
     if not 0 <= mu < 1:
         raise ValueError(f"momentum{where} is {mu!r}; memory is finite for momentum in [0, 1)")
