@@ -39,9 +39,11 @@ from fusedopt.optimizers import OPTIMIZERS
 HELP = "what a saved optimizer's settings mean: convergence condition, memory of momentum, curvature"
 STEPS = 100_000  # where the state counts none
 # Options of groups that say how a step is done, not which optimizer's it is.
-OPTIONAL = {"params", "param_names", "initial_lr", "foreach", "fused", "maximize", "capturable", "differentiable"}
-OPTIONAL |= {"decoupled_weight_decay", "average", "gradient_noise", "state_dtype", "master", "cautious_weight_decay"}
-OPTIONAL |= {"rescale", "rescale_every", "rescale_step", "swa_lr"}
+OPTIONAL = {
+    *("params", "param_names", "initial_lr", "foreach", "fused", "maximize", "capturable", "differentiable", "swa_lr"),
+    *("decoupled_weight_decay", "average", "gradient_noise", "state_dtype", "master", "cautious_weight_decay"),
+    *("rescale", "rescale_every", "rescale_step"),
+}
 PLACES = ("optimizer", "optimizer_state_dict", "optimizer_states")
 REFUSED = (TypeError, ValueError, RuntimeError)  # what a diagnostic says that is not for this optimizer
 
@@ -66,7 +68,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--optimizer", metavar="NAME", help="its class; default: the only one that has such param groups"
     )
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"of the run; default: as many as the state counts, or {STEPS}"
+        "--steps",
+        type=report.positive,
+        metavar="N",
+        help=f"of the run; default: as many as the state counts, or {STEPS}",
     )
     parser.add_argument(
         "--with",
@@ -141,8 +146,8 @@ def _read(path: Path) -> StateDict:
 def _steps(saved: StateDict) -> int:
     """The most steps that a parameter has had."""
     counts: list[float] = []
-    for state in saved["state"].values():
-        step: object = state.get("step") if isinstance(state, dict) else None
+    for state in cast("dict[object, object]", saved["state"]).values():
+        step = cast("StateDict", state).get("step") if isinstance(state, dict) else None
         if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1):
             counts.append(float(step))
     return int(max(counts)) if counts and max(counts) >= 10 else STEPS
