@@ -180,6 +180,7 @@ def _defaults(kind: type[torch.optim.Optimizer]) -> Group:
 def _made(name: str, groups: list[Group]) -> torch.optim.Optimizer:
     """An optimizer with these groups, of one parameter each."""
     make = cast("Callable[..., torch.optim.Optimizer]", OPTIMIZERS[name])
+    _check_keys(name, _defaults(OPTIMIZERS[name]), groups)
     own = [{k: v for k, v in group.items() if k != "param_names"} for group in groups]
     try:
         optimizer = make([{"params": [nn.Parameter(torch.zeros(1))]} for _ in own])
@@ -192,6 +193,15 @@ def _made(name: str, groups: list[Group]) -> torch.optim.Optimizer:
     except (*REFUSED, KeyError) as error:
         raise report.CommandError(f"its param groups are not {name}'s: {error}") from error
     return optimizer
+
+
+def _check_keys(name: str, wanted: Group, groups: list[Group]) -> None:
+    """The groups have what this optimizer's have."""
+    for index, group in enumerate(groups):
+        if missing := set(wanted) - OPTIONAL - set(group):
+            raise report.CommandError(
+                f"group {index} of the file is not {name}'s: it has no {', '.join(sorted(missing))}"
+            )
 
 
 def _function(asked: str) -> Run:
@@ -220,6 +230,7 @@ def _function(asked: str) -> Run:
 
 def _loaded(optimizer: torch.optim.Optimizer, saved: StateDict) -> torch.optim.Optimizer:
     """The function's optimizer, with the file's state."""
+    _check_keys(type(optimizer).__name__, optimizer.param_groups[0], saved["param_groups"])
     try:
         optimizer.load_state_dict(saved)
     except (*REFUSED, KeyError) as error:

@@ -26,6 +26,29 @@ MOST_POINTS = 5000  # of the plot
 class MemoryCorrection:
     """What ``memory_correction`` found. Lists are by parameter, in the order of the optimizer's groups.
 
+    Replacing past iterates by the present one gives the force F; what that leaves out is M, to first order in lr, in
+    the steady state (bias corrections are over). With g the gradient, H the Hessian, decoupled decay w, and tau as in
+    ``memory_coefficient``:
+
+    * SGD: ``F = c g + w p``, ``M = k H F``, where ``c = (1-dampening)/(1-momentum)`` and
+      ``k = c momentum/(1-momentum)``; Nesterov ``k = momentum^2/(1-momentum)^2``.
+    * Adam, AdamW, NAdamW, whose eps is outside of the root: ``F = g/(|g|+eps) + w p`` and
+      ``M = (tau1/(|g|+eps) - tau2 |g|/(|g|+eps)^2) H F`` (for the moments are ``g + lr tau1 H F`` and
+      ``g^2 + 2 lr tau2 g H F``; the source has eps inside of the root). NAdamW: tau1 times beta1.
+    * Lion with ``K(g) = sum sqrt(g^2 + smoothing^2)``: ``F = grad K(g) + w p``, ``M = beta1/(1-beta2) hess K(g) H F``.
+      Without smoothing F has sign(g), and M vanishes; that is what ``fusedopt.Lion`` steps.
+
+    Coupled decay is part of the gradient: g and L are of ``L + weight_decay/2 |p|^2`` then, and ``loss_fn`` leaves it
+    out. Where groups have their own lr and decay, ``lr F`` is what H is applied to, each group's with its own.
+
+    The term, where all groups are alike:
+
+    * SGD: ``lr k (|g|^2/2 + w/c (g.p - L))``; heavy ball without decay ``lr momentum/(2 (1-momentum)^2) |g|^2``. It is
+      None with dampening 1 and decay, when no gradient is in F.
+    * Adam's, in the limit eps -> 0: ``lr (tau2-tau1) (w L - |g|_1 - w g.p)``, as a change of the loss whose gradient is
+      divided by this one's size.
+    * Lion: ``lr beta1/(1-beta2) (K(g) + w (g.p - L))`` inside of grad K; 0 without smoothing, as M.
+
     Attributes:
         loss: The batch's loss.
         term: What momentum adds to the loss, to first order in the learning rate; None where there is no such loss.
@@ -53,27 +76,7 @@ def memory_correction(
 ) -> MemoryCorrection:
     """The step without memory that goes where momentum goes: ``p <- p - lr (F + lr M)``, on one batch.
 
-    Replacing past iterates by the present one gives the force F; what that leaves out is M, to first order in lr, in
-    the steady state (bias corrections are over). With g the gradient, H the Hessian, decoupled decay w, and tau as in
-    ``memory_coefficient``:
-
-    * SGD: ``F = c g + w p``, ``M = k H F``, where ``c = (1-dampening)/(1-momentum)`` and
-      ``k = c momentum/(1-momentum)``; Nesterov ``k = momentum^2/(1-momentum)^2``.
-    * Adam, AdamW, NAdamW, whose eps is outside of the root: ``F = g/(|g|+eps) + w p`` and
-      ``M = (tau1/(|g|+eps) - tau2 |g|/(|g|+eps)^2) H F`` (for the moments are ``g + lr tau1 H F`` and
-      ``g^2 + 2 lr tau2 g H F``; the source has eps inside of the root). NAdamW: tau1 times beta1.
-    * Lion with ``K(g) = sum sqrt(g^2 + smoothing^2)``: ``F = grad K(g) + w p``, ``M = beta1/(1-beta2) hess K(g) H F``.
-      Without smoothing F has sign(g), and M vanishes; that is what ``fusedopt.Lion`` steps.
-
-    Coupled decay is part of the gradient: g and L are of ``L + weight_decay/2 |p|^2`` then, and ``loss_fn`` leaves it
-    out. Where groups have their own lr and decay, ``lr F`` is what H is applied to, each group's with its own.
-
-    The term, where all groups are alike (else it is None; and for SGD with decay and dampening 1, which has no g in F):
-
-    * SGD: ``lr k (|g|^2/2 + w/c (g.p - L))``; heavy ball without decay ``lr momentum/(2 (1-momentum)^2) |g|^2``.
-    * Adam's, in the limit eps -> 0: ``lr (tau2-tau1) (w L - |g|_1 - w g.p)``, as a change of the loss whose gradient is
-      divided by this one's size.
-    * Lion: ``lr beta1/(1-beta2) (K(g) + w (g.p - L))`` inside of grad K; 0 without smoothing, as M.
+    ``MemoryCorrection`` says what F and M are of each optimizer, and what they come from.
 
     One forward, one backward, and one Hessian-vector product by a second backward. Parameters, their ``grad``, the
     optimizer's state and random numbers stay as they are; what the forward does to buffers (BatchNorm in training mode)
@@ -86,9 +89,6 @@ def memory_correction(
         smoothing: Lion's, as large as gradients are (the source's epsilon is its square); 0 for others.
         quiet: Print no table.
         plot: A PNG file for the elements of correction over those of force.
-
-    Returns:
-        Loss, term, force and correction.
 
     Raises:
         TypeError: If the derivation is not of this optimizer, or a parameter or the loss is of another kind.
@@ -105,10 +105,9 @@ def memory_correction(
     show.check_plot(plot)
     groups = recursions.of_optimizer(optimizer)
     _check(optimizer, groups, smoothing)
-    owners = [r for r, group in zip(groups, optimizer.param_groups, strict=True) for _ in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    with Point(lambda: loss_fn(batch), params) as point:
-        steps = [_Step(r, p.detach(), g, smoothing) for r, p, g in zip(owners, params, point.gradients, strict=True)]
+    owned = [(p, r) for r, group in zip(groups, optimizer.param_groups, strict=True) for p in group["params"]]
+    with Point(lambda: loss_fn(batch), [p for p, _ in owned]) as point:
+        steps = [_Step(r, p.detach(), g, smoothing) for (p, r), g in zip(owned, point.gradients, strict=True)]
         force = [step.force() for step in steps]
         check_finite(force, "where Adam's eps is 0 and a gradient too, nothing is defined: the force")
         moved = [step.of.lr * f for step, f in zip(steps, force, strict=True)]

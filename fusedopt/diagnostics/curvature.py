@@ -28,6 +28,11 @@ PRINTED = 3  # curvatures at each end
 class Curvature:
     """What ``lanczos_lr`` found, with L the largest curvature, and l the smallest that is positive.
 
+    Of a quadratic, heavy ball converges fastest with ``lr = 4 / (sqrt L + sqrt l)^2`` and
+    ``momentum = ((sqrt L - sqrt l) / (sqrt L + sqrt l))^2``, gradient descent with ``lr = 2 / (L + l)``; it diverges
+    from ``2 / L`` on. A loss that is no quadratic has these curvatures only here: take them as a scale. Curvatures
+    below 100 roundings of the largest one count as 0.
+
     Attributes:
         values: Ritz values, the largest first: estimates of the Hessian's eigenvalues, the best at both ends.
         bounds: For each, how far the nearest eigenvalue may be.
@@ -95,11 +100,6 @@ def lanczos_lr(
     each is the last beta times the last element of its eigenvector. Values at the ends are good first. In a large model
     l is the smallest positive curvature that so many iterations have found, and more of them find smaller ones.
 
-    Of a quadratic, heavy ball converges fastest with ``lr = 4 / (sqrt L + sqrt l)^2`` and
-    ``momentum = ((sqrt L - sqrt l) / (sqrt L + sqrt l))^2``, gradient descent with ``lr = 2 / (L + l)``; it diverges
-    from ``2 / L`` on. A loss that is no quadratic has these curvatures only here: take them as a scale. Curvatures
-    below 100 roundings of the largest one count as 0.
-
     The forward runs once, as the model is (training or evaluation), so that dropout has one mask. Parameters, ``grad``,
     buffers (BatchNorm's statistics, too) and random numbers are as before. It takes memory for ``iterations`` vectors
     as long as all parameters, beside the graph of two backwards.
@@ -114,13 +114,10 @@ def lanczos_lr(
         quiet: Print no table.
         plot: A PNG file for the Ritz values.
 
-    Returns:
-        Ritz values with their bounds, and what they suggest.
-
     Raises:
         TypeError: If an argument, a parameter or the loss is of another kind.
         ValueError: If an argument is out of range, or something is not finite.
-        RuntimeError: If the loss depends on none of the parameters, or cannot be differentiated twice.
+        RuntimeError: If the loss depends on no parameter, or cannot be differentiated twice.
 
     Example:
         >>> found = diagnostics.lanczos_lr(lambda model, batch: loss(model(batch[0]), batch[1]), model, (x, y))
@@ -133,8 +130,6 @@ def lanczos_lr(
     count = _positive("iterations", iterations)
     samples = None if batch_size is None else _positive("batch_size", batch_size)
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
-    if not params:
-        raise RuntimeError("model has no parameter that requires grad")
     with _buffers_kept(model), Point(lambda: loss_fn(model, batch), params) as point:
         alphas, betas = _tridiagonal(point, params, count, seed)
         zero = ZERO * torch.finfo(params[0].dtype).eps

@@ -34,6 +34,8 @@ class Point:
             loss_fn: Returns the loss, a scalar.
             params: Float32 or float64.
         """
+        if not any(p.requires_grad for p in params):
+            raise RuntimeError("there is no parameter that requires grad")
         for i, p in enumerate(params):
             if p.dtype not in WIDE or memory.is_dtensor(p) or p.layout != torch.strided:
                 what = "a DTensor" if memory.is_dtensor(p) else f"{p.dtype}, {p.layout}"
@@ -73,7 +75,7 @@ class Point:
         if not math.isfinite(self.loss):
             raise ValueError(f"the loss is {self.loss}; it must be finite")
         taken = [i for i, p in enumerate(self._params) if p.requires_grad]
-        if not loss.requires_grad or not taken:
+        if not loss.requires_grad:
             raise RuntimeError("the loss that loss_fn returned depends on none of the parameters that require grad")
         wanted = [self._params[i] for i in taken]
         found = _derivatives(torch.autograd.grad(loss.reshape(()), wanted, create_graph=True, allow_unused=True))
