@@ -90,6 +90,9 @@ def memory_correction(
         quiet: Print no table.
         plot: A PNG file for the elements of correction over those of force.
 
+    Returns:
+        Loss, term, force and correction.
+
     Raises:
         TypeError: If the derivation is not of this optimizer, or a parameter or the loss is of another kind.
         ValueError: If it is not of an option, smoothing is given to other optimizers, or something is not finite.
