@@ -196,8 +196,7 @@ def _term(loss: float, steps: list[_Step]) -> float | None:
     def total(part: Callable[[_Step], Tensor]) -> float:
         return sum(part(step).double().sum().item() for step in stepped)
 
-    whole = loss + total(lambda step: of.coupled / 2 * step.p**2)
-    decayed = of.decay / of.gain * (total(lambda step: step.gradient() * step.p) - whole)
+    decayed = of.decay / of.gain * (total(lambda step: step.gradient() * step.p) - loss)
     if of.kind == SGD:
         return of.lr * of.first * (total(lambda step: step.gradient() ** 2 / 2) + decayed)
     if of.kind == LION:
