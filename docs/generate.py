@@ -227,6 +227,9 @@ def api_page() -> str:
         lines += ["    options:", *(f"      {line}" for line in SHOWN.get(name, [f"heading: fusedopt.{name}"])), ""]
     lines += ["`fusedopt.__version__` is the version, a string.", "", "## Optimizers", ""]
     lines += [f"* [`fusedopt.{name}`]({name.lower()}.md)" for name in OPTIMIZERS]
+    lines += ["", "## Diagnostics", "", "What they are for: [Diagnostics](../diagnostics.md).", ""]
+    for name in fusedopt.diagnostics.__all__:
+        lines += [f"::: fusedopt.diagnostics.{name}", ""]
     lines += ["", "## Integrations", ""]
     for name in INTEGRATIONS:
         lines += [f"::: fusedopt.integrations.{name}", ""]
@@ -299,7 +302,7 @@ def main(out: Path) -> None:
     pages |= {"optimizers": optimizers_page(), "api": api_page(), "support": support_page()}
     for name, text in pages.items():
         (reference / f"{name}.md").write_text(text)
-    if missing := set(fusedopt.__all__) - {*PUBLIC, *OPTIMIZERS, "__version__"}:
+    if missing := set(fusedopt.__all__) - {*PUBLIC, *OPTIMIZERS, "__version__", "diagnostics"}:
         raise SystemExit(f"no page has {', '.join(sorted(missing))}")
 
 

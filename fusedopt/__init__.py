@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fusedopt import optimizers
+from fusedopt import diagnostics, optimizers
 from fusedopt.backward import step_in_backward
 from fusedopt.conversion import convert_state, master_weights
 from fusedopt.fuse import fuse
@@ -18,6 +18,6 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "fuse"]
+__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "diagnostics", "fuse"]
 __all__ += ["convert_state", "master_weights", "muon_groups", "scale_invariant_groups", "step_in_backward"]
 __all__ += optimizers.__all__

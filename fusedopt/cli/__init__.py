@@ -1,4 +1,4 @@
-"""The command line: ``fusedopt info``, ``verify``, ``bench``, ``inspect`` and ``demo``."""
+"""The command line: ``fusedopt info``, ``verify``, ``bench``, ``inspect``, ``diagnose`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fusedopt
-from fusedopt.cli import bench, demo, info, inspect, verify
+from fusedopt.cli import bench, demo, diagnose, info, inspect, verify
 from fusedopt.cli.report import CommandError, check_writable
 
-COMMANDS = {"info": info, "verify": verify, "bench": bench, "inspect": inspect, "demo": demo}
+COMMANDS = {"info": info, "verify": verify, "bench": bench, "inspect": inspect, "diagnose": diagnose, "demo": demo}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

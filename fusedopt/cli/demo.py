@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     theirs = {name for name in OPTIMIZERS if hasattr(torch.optim, name)} - {"Muon"}  # which takes matrices alone
     shared = sorted(theirs)
     parser.add_argument(
-        "--steps", type=_positive, help=f"of training (default: {STEPS}; {race.STEPS} of all optimizers)"
+        "--steps", type=report.positive, help=f"of training (default: {STEPS}; {race.STEPS} of all optimizers)"
     )
     parser.add_argument(
         "--optimizer",
@@ -103,13 +103,6 @@ def run(args: argparse.Namespace) -> int:
     report.console.print(f"Wrote {args.output}")
     report.write_json(args.json, content)
     return 0
-
-
-def _positive(value: str) -> int:
-    number = int(value)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not positive")
-    return number
 
 
 def _print(content: Json, labels: dict[str, str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -72,3 +73,15 @@ def write_json(path: Path | None, content: Json) -> None:
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror}") from error
     console.print(f"Wrote {path}")
+
+
+def positive(value: str) -> int:
+    """An argument that counts something, for argparse.
+
+    Raises:
+        argparse.ArgumentTypeError: If it is not positive.
+    """
+    number = int(value)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return number
