@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar, cast, get_args
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.func import functional_call
 
 from fusedopt import checks, interrupts, memory
@@ -147,19 +148,23 @@ class _Search:
         self._adam = Adam([scale.requires_grad_() for scale in self._scales], lr=options.scale_lr)
         self._losses: list[float] = []
         self._norms: list[float] = []
-        self._norm_steps = 0
+        self._norm_steps = self._number = 0
 
     def step(self, batches: Iterator[object]) -> str:
         """One step of Adam on the scales, and what there is to say of it."""
-        o, first = self._options, next(batches)
+        o, first, self._number = self._options, next(batches), self._number + 1
         pairs = zip(self._params.values(), self._scales, strict=True)
         weights = [(p.detach().to(scale.dtype) * scale).to(p.dtype) for p, scale in pairs]
         loss = self._evaluate(weights, first, "")
         with _told():
             gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
         norm = _norm(gradients, o.order)
-        self._norm_steps += (above := self._note(loss, norm) > o.gamma)
-        value = norm if above else self._stepped(weights, gradients, norm, first, next(batches)) / o.lr
+        if self._note(loss, norm) <= o.gamma:
+            value = self._stepped(weights, gradients, norm, first, next(batches)) / o.lr
+        else:
+            value, self._norm_steps = norm, self._norm_steps + 1
+            if self._norm_steps == 1 and _ends_early(norm):
+                raise RuntimeError("the loss cannot be differentiated twice: a function of it is once_differentiable")
         self._move(value)
         return f"loss {self._losses[-1]:.3g}, gradient norm {self._norms[-1]:.3g}"
 
@@ -168,7 +173,7 @@ class _Search:
         given = {f"model.{name}": w for name, w in zip(self._params, weights, strict=True)}
         given |= {f"model.{name}": b.clone() for name, b in self._loss.model.named_buffers()}
         loss: object = functional_call(self._loss, given, (batch,))
-        where = f" at step {len(self._losses) + 1} on the scales{when}"
+        where = f" at step {self._number} on the scales{when}"
         if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
             what = f"a tensor of shape {tuple(loss.shape)}, {loss.dtype}" if isinstance(loss, Tensor) else repr(loss)
             raise TypeError(f"loss_fn returned {what}{where}; it must return the mean loss, one floating point number")
@@ -181,9 +186,7 @@ class _Search:
     def _note(self, loss: Tensor, norm: Tensor) -> float:
         """Keep both, and return the norm."""
         if not isfinite(found := norm.item()):
-            raise ValueError(
-                f"the gradient's norm is {found} at step {len(self._losses) + 1} on the scales; it must be finite"
-            )
+            raise ValueError(f"the gradient's norm is {found} at step {self._number} on the scales; it must be finite")
         self._losses.append(loss.item())
         self._norms.append(found)
         return found
@@ -208,7 +211,7 @@ class _Search:
                 found = torch.autograd.grad(value, self._scales, allow_unused=True)
         for name, scale, gradient in zip(self._params, self._scales, found, strict=True):
             if gradient is not None and not gradient.isfinite():
-                where = f"at step {len(self._losses)} on the scales"
+                where = f"at step {self._number} on the scales"
                 raise ValueError(f"the derivative by the scale of {name!r} is {gradient.item()} {where}")
             scale.grad = torch.zeros_like(scale) if gradient is None else gradient.clamp(-o.clip, o.clip)
         self._adam.step()
@@ -258,6 +261,19 @@ def _norm(gradients: Sequence[Tensor], order: int) -> Tensor:
     vector_norm = cast("Callable[[Tensor, int], Tensor]", torch.linalg.vector_norm)
     norms = [vector_norm(g.to(dtype), order).to(gradients[0].device) for g in gradients]
     return vector_norm(torch.stack(norms), order)
+
+
+def _ends_early(value: Tensor) -> bool:
+    """Whether autograd would leave out what it cannot follow, since that leads to no scale."""
+    found, left = set[Node](), [value.grad_fn]
+    while left:
+        if (node := left.pop()) is None or node in found:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        found.add(node)
+        left += [earlier for earlier, _ in node.next_functions]
+    return False
 
 
 @contextmanager
