@@ -171,8 +171,8 @@ def draw(path: Path, chosen: dict[tuple[str, str, str], list[dict[str, Any]]]) -
         steps = [BLOCK * (i + 0.5) for i in range(len(at))]
         ax.plot(steps, [statistics.fmean(losses) for losses in at], color=COLORS[row], label=label)
         ax.fill_between(steps, [min(x) for x in at], [max(x) for x in at], color=COLORS[row], alpha=0.2, linewidth=0)
-        ax.set(title=f"{net}: {optimizer}", ylim=(2, 5))
-        ax.legend(frameon=False, fontsize=8)
+        ax.set(title=f"{net}: {optimizer}", ylim=(1.6, 5))
+        ax.legend(frameon=False, fontsize=8, loc="lower left")
     for ax in axes[1]:
         ax.set_xlabel("training step")
     for ax in axes[:, 0]:

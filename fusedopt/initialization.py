@@ -96,8 +96,6 @@ def grad_init(
     checks.kind("model", model, nn.Module, "a torch.nn.Module")
     checks.kind("batches", batches, Iterable, "an iterable of batches")
     options = _Options(optimizer, lr, gamma, scale_lr, steps, floor, grad_clip, overlap)
-    if not callable(loss_fn):
-        raise TypeError(f"loss_fn is {loss_fn!r}; it must be called as loss_fn(model, batch)")
     params = _parameters(model)
     with _as_before(model, params.values()), closing(_endless(batches, steps)) as endless:
         search = _Search(_Loss(model, loss_fn), params, options)
@@ -129,6 +127,8 @@ class _Loss(nn.Module):
     """The loss of a model on a batch, as functional_call wants it."""
 
     def __init__(self, model: nn.Module, loss_fn: Callable[..., Tensor]) -> None:
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn is {loss_fn!r}; it must be called as loss_fn(model, batch)")
         super().__init__()
         self.model = model
         self._of = (loss_fn,)  # in a tuple, lest one that is a module be registered
@@ -300,8 +300,7 @@ def _as_before(model: nn.Module, params: Iterable[Tensor]) -> Generator[None, No
             if indices or kind == WITH_GENERATORS[0]:  # once at least, for the CPU's
                 fork = cast("Callable[..., AbstractContextManager[None]]", torch.random.fork_rng)
                 stack.enter_context(fork(sorted(indices), device_type=kind))
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.inference_mode(False))  # which turns gradients on, inside of no_grad too
         try:
             yield
         finally:
