@@ -30,8 +30,10 @@ GUIDES = {
     "KoalaV": "koala", "Muon": "muon", "NSGD": "nsgd", "ScheduleFreeAdamW": "schedule_free",
     "ScheduleFreeSGD": "schedule_free",
 }  # fmt: skip
-FUNCTIONS = ("fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups", "muon_groups")
-OPTIONS = ("EMA", "Lookahead", "GradientNoise", "InputPowers")
+FUNCTIONS = (
+    "fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups", "muon_groups", "grad_init",
+)  # fmt: skip
+OPTIONS = ("EMA", "Lookahead", "GradientNoise", "InputPowers", "GradInit")
 PLACES = {"fuse": "fusedopt.fuse.fuse"}  # or a module of that name would be found
 SHOWN = {
     "FusedOptimizer": (

@@ -6,6 +6,7 @@ from fusedopt import diagnostics, optimizers
 from fusedopt.backward import step_in_backward
 from fusedopt.conversion import convert_state, master_weights
 from fusedopt.fuse import fuse
+from fusedopt.initialization import GradInit, grad_init
 from fusedopt.invariance import scale_invariant_groups
 from fusedopt.matrix_groups import muon_groups
 from fusedopt.optimizer import FusedOptimizer
@@ -18,6 +19,7 @@ try:
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+source"
 
-__all__ = ["EMA", "FusedOptimizer", "GradientNoise", "InputPowers", "Lookahead", "__version__", "diagnostics", "fuse"]
-__all__ += ["convert_state", "master_weights", "muon_groups", "scale_invariant_groups", "step_in_backward"]
+__all__ = ["EMA", "FusedOptimizer", "GradInit", "GradientNoise", "InputPowers", "Lookahead", "__version__", "fuse"]
+__all__ += ["convert_state", "diagnostics", "grad_init", "master_weights", "muon_groups", "scale_invariant_groups"]
+__all__ += ["step_in_backward"]
 __all__ += optimizers.__all__

@@ -18,7 +18,7 @@ ROOMS = {
     "steps": "planner stepper",
     "optimizer": "amp averages checkpoint clipping optimizer stepping",
     "optimizers": "optimizers optimizers.*",
-    "functions": "backward conversion fuse invariance matrix_groups diagnostics diagnostics.* "
+    "functions": "backward conversion fuse initialization invariance matrix_groups diagnostics diagnostics.* "
     "integrations integrations.*",
     "package": "fusedopt",
     "tools": "inspection inspection.* verification verification.* cli.gpt cli.machine cli.plot cli.report cli.training",
