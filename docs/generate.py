@@ -28,7 +28,7 @@ DOCS, ROOT = Path(__file__).parent, Path(__file__).parents[1]
 GUIDES = {
     "AdamP": "adamp", "SGDP": "adamp", "AMSGD": "amsgd", "AMAdamW": "amadamw", "SWATS": "swats", "KoalaM": "koala",
     "KoalaV": "koala", "Muon": "muon", "NSGD": "nsgd", "ScheduleFreeAdamW": "schedule_free",
-    "ScheduleFreeSGD": "schedule_free",
+    "ScheduleFreeSGD": "schedule_free", "MBF": "mbf", "EntropySGD": "entropy", "ReplicatedSGD": "entropy",
 }  # fmt: skip
 FUNCTIONS = (
     "fuse", "step_in_backward", "master_weights", "convert_state", "scale_invariant_groups", "muon_groups", "grad_init",

@@ -23,6 +23,7 @@ Batch = TypeVar("Batch")
 Rule = Literal["sgd", "adam"]
 
 ORDERS: dict[str, int] = {"sgd": 2, "adam": 1}  # of the norm: lr times it is what the step promises
+RATES: dict[str, float] = {"sgd": 0.1, "adam": 1e-3}
 WITH_GENERATORS = ("cuda", "xpu")  # devices whose random numbers torch.random.fork_rng can set back
 
 
@@ -49,7 +50,7 @@ def grad_init(
     batches: Iterable[Batch],
     optimizer: Rule = "sgd",
     *,
-    lr: float,
+    lr: float | None = None,
     gamma: float | None = None,
     scale_lr: float = 1e-2,
     steps: int = 390,
@@ -70,7 +71,8 @@ def grad_init(
         loss_fn: Returns the mean loss of the model and the batch that it is given, twice differentiable.
         batches: Taken again from the start where they end; at least two.
         optimizer: What will train: "sgd" or "adam".
-        lr: The learning rate of that step, as a rule that of the training to come.
+        lr: The learning rate of that step, as a rule that of the training to come; if not given, the authors', 0.1 for
+            "sgd" and 1e-3 for "adam".
         gamma: The largest norm of the gradient: l2 for "sgd", 1 if not given; l1 for "adam", 1 / lr if not given.
         scale_lr: Adam's learning rate for the scales, which begin at 1.
         steps: How many steps are taken on the scales.
@@ -109,13 +111,13 @@ class _Options:
     """The options of a search, which are in their ranges."""
 
     def __init__(
-        self, rule: str, lr: float, gamma: float | None, scale_lr: float, steps: int, floor: float, clip: float,
+        self, rule: str, lr: float | None, gamma: float | None, scale_lr: float, steps: int, floor: float, clip: float,
         overlap: bool,
     ) -> None:  # fmt: skip
         if rule not in ORDERS:
             raise ValueError(f"optimizer is {rule!r}; it must be {' or '.join(map(repr, get_args(Rule)))}")
         self.rule, self.order, self.overlap = rule, ORDERS[rule], overlap
-        self.lr, self.scale_lr = _positive("lr", lr), _positive("scale_lr", scale_lr)
+        self.lr, self.scale_lr = _positive("lr", RATES[rule] if lr is None else lr), _positive("scale_lr", scale_lr)
         self.floor, self.clip = _positive("floor", floor, most=1.0), _positive("grad_clip", clip, most=float("inf"))
         promised = 1.0 if rule == "sgd" else 1 / self.lr
         self.gamma = promised if gamma is None else _positive("gamma", gamma, most=float("inf"))
