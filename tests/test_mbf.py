@@ -256,6 +256,20 @@ def test_blocks_of_another_dtype_are_taken_over(engine):
     assert_same([p.detach() for p in ps], [p.detach() for p in other])
 
 
+def test_a_missing_inverse_is_made_at_once(engine):
+    """As of a state that was saved without it; not only where it is time."""
+    ps = params((5, 7))
+    optimizer = built(ps, engine=engine)
+    advance(optimizer, ps, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    del saved["state"][0]["fisher_inverse"]
+    optimizer.load_state_dict(saved)
+    before = ps[0].detach().clone()
+    advance(optimizer, ps, 1)
+    assert optimizer.state[ps[0]]["fisher_inverse"].diagonal().min() > 0
+    assert not torch.equal(ps[0].detach(), before)
+
+
 def test_kernels_may_be_laid_out_otherwise(engine):
     a = params((4, 3, 3, 3))
     b = [torch.nn.Parameter(a[0].detach().clone(memory_format=torch.channels_last))]

@@ -106,6 +106,7 @@ class Blocks:
         every = int(group["inverse_every"])
         count(member, before[STEP], every, skipped is not None)
         state, value = self._whole.state[p], memory.local(member.update)
+        is_new = state.get(INVERSE) is None
         for name in (FISHER, INVERSE):
             if state.get(name) is None:
                 state[name] = _new(p, value)
@@ -114,17 +115,15 @@ class Blocks:
         fisher, inverse = memory.local(state[FISHER]), memory.local(state[INVERSE])
         beta = float(group["beta"])
         update_average(fisher, _outer(p, value), beta, skipped)
-        if (member.steps - 1) % every == 0:
+        if is_new or (member.steps - 1) % every == 0:
             corrected = fisher / bias_correction(beta, member.steps)
             invert(corrected, float(group["damping"]), inverse)
         momentum = codecs.decode(storage.state_operand(self._momentum, group, before), value.dtype)
         if p.dim() == 2:
             torch.mm(momentum.reshape(value.shape), inverse, out=value)
         else:
-            size = fisher.shape[-1]
-            torch.matmul(
-                inverse, momentum.reshape(*value.shape[:2], size, 1), out=value.view(*value.shape[:2], size, 1)
-            )
+            columns = (*value.shape[:2], fisher.shape[-1], 1)
+            torch.matmul(inverse, momentum.reshape(columns), out=value.view(columns))
 
 
 def count(member: Blocked, step: Tensor, every: int, may_skip: bool) -> None:
@@ -169,7 +168,9 @@ def update_average(fisher: Tensor, products: Tensor, beta: float, skipped: Tenso
     if skipped is None:
         fisher.mul_(beta).add_(products, alpha=1 - beta)
     else:
-        fisher.copy_(torch.where(skipped != 0, fisher, fisher.mul(beta).add_(products, alpha=1 - beta)))
+        fisher.copy_(
+            torch.where(skipped.to(fisher.device) != 0, fisher, fisher.mul(beta).add_(products, alpha=1 - beta))
+        )
 
 
 def invert(blocks: Tensor, damping: float, inverse: Tensor) -> None:
