@@ -9,6 +9,7 @@ from helpers import assert_same, close, copies, fill_gradients, params, snapshot
 from torch import nn
 
 import fusedopt
+from fusedopt import noise
 
 SHAPES = ((3, 31), (3, 5, 4), (3,), (3, 0))
 OPTIONS = {"lr": 0.1, "weight_decay": 0.05, "replicas": 3, "gamma0": 0.4, "gamma1": 0.2}
@@ -195,3 +196,19 @@ def test_models_are_drawn_together(engine):
         losses.append(loss.item())
     assert sum(losses[-5:]) < 0.2 * sum(losses[:5])
     assert apart() < 0.05 * before
+
+
+def test_each_replica_has_noise_of_its_own(engine):
+    """By its elements' numbers in the whole stack; injected into a loop it is the same."""
+    (p,) = ps = params((3, 40), dtype=torch.float64)
+    start = p.detach().clone()
+    optimizer = built(ps, weight_decay=0.0, gradient_noise=fusedopt.GradientNoise(0.09, 0.0, seed=3), engine=engine)
+    gradients = []
+    for t in range(4):
+        p.grad = torch.randn_like(p)
+        drawn = 0.3 * noise.normal(torch.arange(120), 0, t, (3, 0)).view(3, 40)
+        assert not torch.equal(drawn[0], drawn[1])
+        gradients.append([p.grad + drawn])
+        optimizer.step()
+    (expected,) = textbook([start], gradients, {**OPTIONS, "weight_decay": 0.0})
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)
