@@ -71,8 +71,7 @@ def grad_init(
         loss_fn: Returns the mean loss of the model and the batch that it is given, twice differentiable.
         batches: Taken again from the start where they end; at least two.
         optimizer: What will train: "sgd" or "adam".
-        lr: The learning rate of that step, as a rule that of the training to come; if not given, the authors', 0.1 for
-            "sgd" and 1e-3 for "adam".
+        lr: Of that step, as a rule that of the training to come; if not given the authors', 0.1 and for "adam" 1e-3.
         gamma: The largest norm of the gradient: l2 for "sgd", 1 if not given; l1 for "adam", 1 / lr if not given.
         scale_lr: Adam's learning rate for the scales, which begin at 1.
         steps: How many steps are taken on the scales.

@@ -217,6 +217,29 @@ def test_a_skipped_step_is_done_again(engine):
     assert not torch.equal(before[0][0], a[0].detach())
 
 
+def test_a_loop_begins_where_a_device_skipped_its_first_step(engine):
+    """The host has counted it; parameters are around where the loop before ended all the same."""
+    if engine not in ("cuda", "triton"):
+        pytest.skip("the host knows of it")
+    a = params(*SHAPES, dtype=torch.float64)
+    b = copies(a)
+    one, other = Problem(a), Problem(b)
+    other.targets = one.targets
+    ours, clean = built(a, skip_nonfinite=True, engine=engine), built(b, engine=engine)
+
+    def closure():
+        loss = one.closure()
+        if one.calls == 5:
+            a[0].grad[0] = math.nan
+        return loss
+
+    ours.step(closure), clean.step(other.closure)
+    clean.param_groups[0]["L"] = 3
+    ours.step(closure), clean.step(other.closure)
+    assert one.calls == 8 and other.calls == 7
+    assert_same([p.detach() for p in a], [p.detach() for p in b])
+
+
 def test_groups_are_in_the_same_loop(engine):
     a, b = params((6,), (4,), dtype=torch.float64)
     optimizer = built([a], engine=engine)

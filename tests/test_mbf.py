@@ -124,6 +124,22 @@ def test_resumes_to_the_last_bit(engine, options, after):
     assert_same(snapshot(ours), snapshot(other))
 
 
+def test_an_earlier_state_can_be_gone_back_to(engine):
+    """By the optimizer that has gone on since."""
+    ps = params((4, 3, 3, 3), (5, 7), (6,))
+    optimizer = built(ps, engine=engine)
+    advance(optimizer, ps, 2)
+    saved, values = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in ps]
+    advance(optimizer, ps, 4)
+    after = snapshot(optimizer)
+    with torch.no_grad():
+        for p, value in zip(ps, values, strict=True):
+            p.copy_(value)
+    optimizer.load_state_dict(saved)
+    advance(optimizer, ps, 4)
+    assert_same(snapshot(optimizer), after)
+
+
 @pytest.mark.parametrize("storage", [{}, {"master": "fp32"}, {"master": "split", "state_dtype": "8bit"}], ids=str)
 def test_halves_are_near_the_whole_matrix(engine, storage):
     """Blocks are float32; momenta in as many bits as asked for."""

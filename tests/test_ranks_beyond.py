@@ -13,7 +13,7 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 # Kernels, a matrix with fewer rows than ranks, one with many, and a vector; of replicas, stacks of three.
 SHAPES = [(4, 3, 3, 3), (1, 5), (7, 6), (5,)]
-STACKED = [(3, 8), (3, 5, 4), (3,), (3, 2, 6)]
+STACKED = [(8,), (5, 4), (), (2, 6)]
 
 
 def places(kind, dims):
@@ -75,11 +75,15 @@ def test_loops_are_those_of_one_process(ranks, engine, kind):
     ranks.run(2, compare, "EntropySGD", {"lr": 0.9, "L": 3, "noise": 0.1, "gamma0": 0.3}, SHAPES, kind, engine)
 
 
-@pytest.mark.parametrize("kind", ["fsdp", "other dimensions", "hsdp", "mixed"])
+@pytest.mark.parametrize(
+    ("kind", "replicas"), [("fsdp", 3), ("fsdp", 4), ("other dimensions", 3), ("hsdp", 4), ("hsdp", 3), ("mixed", 3)]
+)
 @pytest.mark.parametrize("engine", AVAILABLE)
-def test_replicas_are_drawn_together_across_ranks(ranks, engine, kind):
-    options = {"lr": 0.1, "momentum": 0.9, "replicas": 3, "gamma0": 0.5}
-    ranks.run(4 if kind == "hsdp" else 2, compare, "ReplicatedSGD", options, STACKED, kind, engine)
+def test_replicas_are_drawn_together_across_ranks(ranks, engine, kind, replicas):
+    """Where ranks have as many, or not."""
+    options = {"lr": 0.1, "momentum": 0.9, "replicas": replicas, "gamma0": 0.5}
+    shapes = [(replicas, *shape) for shape in STACKED]
+    ranks.run(4 if kind == "hsdp" else 2, compare, "ReplicatedSGD", options, shapes, kind, engine)
 
 
 def refuse(engine):
