@@ -160,11 +160,18 @@ INTERPRETED_AT_NIGHT = {
 }
 # Files whose tests go through what is not the engine's: another one takes them by day, but for these.
 WHOLE_FILES_AT_NIGHT = {
-    "triton": ("test_muon", "test_muon_state", "test_prodigy", "test_schedule_free", "test_ranks_field"),
-    "cuda": ("test_ranks_field",),
-    "eager": ("test_ranks_field",),
+    "triton": (
+        *("test_muon", "test_muon_state", "test_prodigy", "test_schedule_free", "test_ranks_field"),
+        *("test_mbf", "test_entropy_sgd", "test_replicated_sgd", "test_ranks_beyond"),
+    ),
+    "cuda": ("test_ranks_field", "test_ranks_beyond"),
+    "eager": ("test_ranks_field", "test_ranks_beyond"),
 }
-STILL_BY_DAY = ("test_two_launches", "test_a_swap_is_one_launch", "test_matrices_without_gradients", "test_fsdp2")
+STILL_BY_DAY = (
+    *("test_two_launches", "test_a_swap_is_one_launch", "test_matrices_without_gradients", "test_fsdp2"),
+    *("test_as_the_whole_matrix", "test_as_loops_over_copies", "test_as_the_textbook"),
+    "test_a_loop_begins_where_a_device_skipped_its_first_step",
+)
 # Of other engines: types of elements and numbers of ranks that another one goes through by day.
 AT_NIGHT = {
     "triton": INTERPRETED_AT_NIGHT,
