@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fusedopt import engines, planner, rescaling
+from fusedopt import checks, engines, planner, rescaling
 from fusedopt.context import Context, Outcome, Plan, StepRequest, is_indivisible
 from fusedopt.interrupts import held_back
 from fusedopt.launch import launch
@@ -71,6 +71,7 @@ class Stepper:
 
     def __init__(self, context: Context) -> None:
         self.context, self.plans, self.skipped = context, Plans(), 0
+        self._settings: list[object] = []  # which were seen to be right
 
     @property
     def skipped_steps(self) -> int:
@@ -83,6 +84,7 @@ class Stepper:
         Raises:
             RuntimeError, TypeError, ValueError: For what cannot be stepped; everything is as it was.
         """
+        self.check_settings()
         # What may run Python of the user's own comes before the scan, whose addresses are good until something does.
         rescales, ranks = rescaling.is_asked(self.context), None
         adds_up = request.measures or self.context.rule.has_sums()
@@ -99,6 +101,18 @@ class Stepper:
             request.scaling.agree(ranks)
             self._settle(ranks)
         return self._refused(request, ranks) or self._anew(request, ranks, adds_up, rescales)
+
+    def check_settings(self) -> None:
+        """Raise for what only the optimizer reads of groups, where it is another than it was; engines look at the rest.
+
+        Steppers that read it themselves call it first.
+        """
+        rule, groups = self.context.rule, self.context.param_groups
+        settings: list[object] = [group.get(hyper.key) for group in groups for hyper in rule.settings]
+        if settings != self._settings:
+            for g, group in enumerate(groups):
+                checks.group(rule, group, g, stepping=True)
+            self._settings = settings
 
     def step_again_and_free(self, increments_versions: bool) -> bool:
         """Do what the last step did, and take the gradients from their parameters; False if nothing is done.

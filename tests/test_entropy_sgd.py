@@ -39,8 +39,8 @@ class Problem:
         return loss
 
 
-def textbook(problem, loops, momentum, nesterov, h):
-    """Algorithm 1 of the paper, momentum as in the authors' code; from where the parameters are."""
+def textbook(problem, loops, momentum, within, nesterov, h):
+    """Algorithm 1 of the paper, momenta as in the authors' code; from where the parameters are."""
     ws = [p.detach().clone() for p in problem.ps]
     outer, drawn = [torch.zeros_like(w) for w in ws], 0
     for t in range(loops):
@@ -50,8 +50,8 @@ def textbook(problem, loops, momentum, nesterov, h):
             for k, w in enumerate(ws):
                 n = noise.normal(noise.elements(w), k, drawn, (h["seed"], 0))
                 g = problem.gradient(k, w) + h["weight_decay"] * w + h["noise"] / math.sqrt(h["inner_lr"]) * n
-                inner[k] = momentum * inner[k] + g
-                g = g + momentum * inner[k] if nesterov else inner[k]
+                inner[k] = within * inner[k] + g
+                g = g + within * inner[k] if nesterov else inner[k]
                 ws[k] = w - h["inner_lr"] * (g - gamma * (xs[k] - w))
                 mus[k] = h["alpha"] * mus[k] + (1 - h["alpha"]) * ws[k]
             drawn += 1
@@ -63,12 +63,15 @@ def textbook(problem, loops, momentum, nesterov, h):
     return ws
 
 
-@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.8, False), (0.8, True)])
-def test_as_the_textbook(engine, momentum, nesterov):
+@pytest.mark.parametrize(
+    ("momentum", "within", "nesterov"),
+    [(0.0, 0.0, True), (0.8, 0.0, False), (0.8, 0.0, True), (0.0, 0.6, True), (0.8, 0.6, False)],
+)
+def test_as_the_textbook(engine, momentum, within, nesterov):
     ps = params(*SHAPES, dtype=torch.float64)
     problem = Problem(ps)
-    expected = textbook(problem, 3, momentum, nesterov, OPTIONS)
-    optimizer = built(ps, momentum=momentum, nesterov=nesterov, engine=engine)
+    expected = textbook(problem, 3, momentum, within, nesterov, OPTIONS)
+    optimizer = built(ps, momentum=momentum, inner_momentum=within, nesterov=nesterov, engine=engine)
     for _ in range(3):
         loss = optimizer.step(problem.closure)
     assert problem.calls == 12 and loss.ndim == 0 and optimizer.state[ps[0]]["step"] == 12
@@ -100,7 +103,7 @@ def test_resumes_to_the_last_bit(engine, after, dtype):
     """Inside of loops too, with the noise that would have come."""
     a = params(*SHAPES, dtype=dtype)
     b = copies(a)
-    ours, other = built(a, engine=engine), built(b, engine=engine)
+    ours, other = (built(ps, inner_momentum=0.5, engine=engine) for ps in (a, b))
     gradients = [[torch.randn_like(p) for p in a] for _ in range(9)]
 
     def step(optimizer, ps, step):
@@ -114,7 +117,7 @@ def test_resumes_to_the_last_bit(engine, after, dtype):
         step(other, b, g)
     saved = copy.deepcopy(other.state_dict())
     assert not {"gamma", "begins", "ends", "gradient_noise"} & saved["param_groups"][0].keys()
-    other = built(b, engine=engine)
+    other = built(b, inner_momentum=0.5, engine=engine)
     other.load_state_dict(saved)
     for g in gradients[after:]:
         step(other, b, g)
@@ -166,7 +169,8 @@ def test_half_precision_goes_on_from_what_is_exact(engine):
 def test_a_parameter_without_gradient_stays_where_it_is(engine, which):
     """Loops are counted for all: one that lacks the last step goes on around where it is."""
     ps = params((6,), (4,), dtype=torch.float64)
-    optimizer = built(ps, momentum=0.5, noise=0.0, weight_decay=0.0, gamma1=0.0, engine=engine)
+    options = {"momentum": 0.5, "inner_momentum": 0.5, "noise": 0.0, "weight_decay": 0.0, "gamma1": 0.0}
+    optimizer = built(ps, **options, engine=engine)
     lacks = {"begins": (4,), "ends": (3,), "both": (3, 4)}[which]
     x = mu = w = ps[1].detach().clone()
     inner, outer = torch.zeros_like(w), torch.zeros_like(w)
@@ -225,7 +229,8 @@ def test_a_loop_begins_where_a_device_skipped_its_first_step(engine):
     b = copies(a)
     one, other = Problem(a), Problem(b)
     other.targets = one.targets
-    ours, clean = built(a, skip_nonfinite=True, engine=engine), built(b, engine=engine)
+    ours = built(a, inner_momentum=0.5, skip_nonfinite=True, engine=engine)
+    clean = built(b, inner_momentum=0.5, engine=engine)
 
     def closure():
         loss = one.closure()
@@ -235,6 +240,7 @@ def test_a_loop_begins_where_a_device_skipped_its_first_step(engine):
 
     ours.step(closure), clean.step(other.closure)
     clean.param_groups[0]["L"] = 3
+    assert "inner_momentum_buffer" in ours.state[a[0]]
     ours.step(closure), clean.step(other.closure)
     assert one.calls == 8 and other.calls == 7
     assert_same([p.detach() for p in a], [p.detach() for p in b])
@@ -272,6 +278,69 @@ def test_groups_are_in_the_same_loop(engine):
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         built(params((2,)), **options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("L", 0, "L .group 0. is 0.0"),
+        ("L", 2.5, "L is 2.5; it must be a whole number"),
+        ("L", None, "L .group 0. is None"),
+        ("noise", -1.0, "noise .group 0. is -1.0"),
+        ("noise", math.nan, "noise .group 0. is nan"),
+        ("noise", "x", "noise .group 0. is 'x'"),
+        ("inner_lr", -1.0, "inner_lr .group 0. is -1.0"),
+        ("gamma0", "x", "gamma0 .group 0. is 'x'"),
+        ("gamma1", -1.0, "gamma1 .group 0. is -1.0"),
+        ("seed", 1.5, "seed is 1.5; it must be a whole number"),
+        ("inner", -1, "inner .group 0. is -1.0"),
+        ("gamma1", 1e300, r"gamma0 \(1 [+] gamma1\)\^3 is too large, where gamma0 is 0.3 and gamma1 1e[+]300"),
+    ],
+)
+def test_options_that_become_wrong_are_named(engine, key, value, message):
+    """Whatever the engine reads itself; nothing has changed then."""
+    ps = params((3,), dtype=torch.float64)
+    optimizer = built(ps, L=1, engine=engine)
+    for _ in range(3):
+        fill_gradients(ps)
+        optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_gamma_of_nothing_stays_nothing(engine):
+    """However it would have grown by now."""
+    ps = params((3,))
+    optimizer = built(ps, L=1, gamma0=0.0, gamma1=1.0, engine=engine)
+    optimizer.param_groups[0]["outer"] = 5000
+    fill_gradients(ps)
+    optimizer.step()
+    assert optimizer.param_groups[0]["gamma"] == 0
+
+
+def test_a_skipped_step_leaves_those_without_gradient(engine):
+    """Where a loop begins, too."""
+    ps = params((2, 2), (3,))
+    optimizer = built(ps, L=2, skip_nonfinite=True, engine=engine)
+    for lacking in ((), (1,)):
+        fill_gradients(ps)
+        for k in lacking:
+            ps[k].grad = None
+        optimizer.step()
+    before = snapshot(optimizer)
+    ps[0].grad = torch.full_like(ps[0], math.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    if engine in ("cpu", "eager"):  # else the host does not know of it, and the loop has begun
+        assert_same(snapshot(optimizer), before)
+
+
+def test_noise_is_its_own():
+    with pytest.raises(ValueError, match="gradient_noise is not for EntropySGD, which has noise and seed"):
+        built([{"params": params((2,)), "gradient_noise": fusedopt.GradientNoise(0.1)}])
 
 
 def test_cannot_step_in_backward(engine):

@@ -193,20 +193,21 @@ def test_a_skipped_step_leaves_blocks_too(engine, history):
 
 
 def test_a_step_that_a_device_skipped_leaves_averages():
-    fisher, products = torch.rand(2, 3, 3), torch.rand(2, 3, 3)
-    expected = 0.9 * fisher + 0.1 * products
-    kept = fisher.clone()
-    blocks.update_average(kept, products * math.nan, 0.9, torch.ones(()))
+    p, g = torch.empty(5, 4, 1, 3), torch.rand(5, 4, 1, 3)
+    fisher = torch.rand(5, 4, 3, 3)
+    kept, expected = fisher.clone(), 0.9 * fisher + 0.1 * g[:, :, 0, :, None] * g[:, :, 0, None, :]
+    blocks.update_average(p, kept, g * math.nan, 0.9, torch.ones(()))
     assert_same(kept, fisher)
-    blocks.update_average(kept, products, 0.9, torch.zeros(()))
+    blocks.update_average(p, kept, g, 0.9, torch.zeros(()))
     close(kept, expected)
 
 
-def test_what_cannot_be_inverted_keeps_its_inverse():
+def test_what_cannot_be_inverted_keeps_its_inverse(monkeypatch):
     inverse, before = torch.full((3, 2, 2), 7.0), torch.full((2, 2), 7.0)
-    singular = torch.tensor([[[1.0, 0], [0, 1]], [[1, 2], [2, 1]], [[math.nan, 0], [0, 1]]])
-    blocks.invert(singular, 0.5, inverse)
-    close(inverse[0], torch.eye(2) / 1.5)
+    singular = torch.tensor([[[1.0, 0], [0, 1]], [[1, 4], [4, 1]], [[math.nan, 0], [0, 1]]])
+    monkeypatch.setattr(blocks, "MOST_ELEMENTS", 8)  # two at a time
+    blocks.invert(singular, 2.0, 0.5, inverse)
+    close(inverse[0], torch.eye(2))
     assert_same(inverse[1], before)
     assert_same(inverse[2], before)
 
@@ -247,15 +248,85 @@ def test_refuses(shape, options, message):
         fusedopt.MBF([{"params": params(shape), **options}])
 
 
-def test_states_that_do_not_fit_are_refused(engine):
-    ps = params((4, 3, 3, 3), (5, 7))
+@pytest.mark.parametrize(
+    ("which", "name", "value", "message"),
+    [
+        (1, "fisher", torch.zeros(5, 5), r"state 'fisher' of parameter 1 .*\(5, 5\); it must have shape \(7, 7\)"),
+        (1, "fisher", torch.zeros(7, 7, dtype=torch.int64), "state 'fisher' of parameter 1 .*has dtype torch.int64"),
+        (
+            0,
+            "fisher_inverse",
+            3.0,
+            r"'fisher_inverse' of parameter 0 .*is float; it must have shape \(4, 3, 9, 9\)",
+        ),
+        (0, "fisher", None, "the state of parameter 0 of group 0 .*lacks 'fisher', which a parameter that was stepped"),
+        (2, "fisher", torch.zeros(6), "state 'fisher' of parameter 0 of group 1 .*the parameter has no blocks"),
+    ],
+)
+@pytest.mark.parametrize("how", ["loaded", "set"])
+def test_states_that_do_not_fit_are_refused(engine, which, name, value, message, how):
+    ps = params((4, 3, 3, 3), (5, 7), (6,))
     optimizer = built(ps, engine=engine)
     advance(optimizer, ps, 2)
+    fill_gradients(ps)
     before, saved = snapshot(optimizer), copy.deepcopy(optimizer.state_dict())
-    saved["state"][1]["fisher"] = torch.zeros(5, 5)
-    with pytest.raises(ValueError, match=r"state 'fisher' of parameter 1 .*\(5, 5\); it must have shape \(7, 7\)"):
-        optimizer.load_state_dict(saved)
+    if how == "loaded":
+        saved["state"][which][name] = value
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+    elif which < 2:
+        kept, optimizer.state[ps[which]][name] = optimizer.state[ps[which]][name], value
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        optimizer.state[ps[which]][name] = kept
     assert_same(snapshot(optimizer), before)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("average", "foo", "average"),
+        ("master", "bar", "master"),
+        ("master", "fp32", "master='fp32' is not for parameters of torch.float32"),
+        ("cautious_weight_decay", "x", "cautious_weight_decay"),
+        ("inverse_every", 0, "inverse_every .group 0. is 0.0"),
+        ("inverse_every", 2.5, "inverse_every is 2.5; it must be a whole number"),
+        ("inverse_every", "a", "inverse_every .group 0. is 'a'"),
+        ("max_block_size", "q", "max_block_size .group 0. is 'q'"),
+        ("differentiable", True, "differentiable=True is not for parameters with blocks"),
+        ("algorithm", "foo", "algorithm is 'foo'; it may be 'blocks' or 'diagonal'"),
+        ("algorithm", "after", "algorithm is 'after'; it may be 'blocks' or 'diagonal'"),
+        ("damping", 0.0, "damping"),
+    ],
+)
+def test_options_that_become_wrong_are_named(engine, key, value, message):
+    """By whichever launch; nothing has changed then, and what is right again goes on."""
+    ps = params((4, 3, 3, 3), (5, 7), (6,))
+    optimizer = built(ps, engine=engine)
+    advance(optimizer, ps, 2)
+    before, kept = snapshot(optimizer), dict(optimizer.param_groups[0])
+    optimizer.param_groups[0][key] = value
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+    optimizer.param_groups[0].clear()
+    optimizer.param_groups[0].update(kept)
+    optimizer.step()
+    assert not torch.equal(ps[0].detach(), before[0][0])
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_what_is_given_twice_is_refused():
+    (p,) = params((5, 7))
+    with pytest.raises(ValueError, match="parameter 1 of group 0 is given twice, which what has blocks cannot be"):
+        fusedopt.MBF([p, p])
+
+
+def test_a_warning_points_to_who_called():
+    with pytest.warns(UserWarning) as told:
+        optimizer = built(params((3, 9)), max_block_size=8)
+        optimizer.add_param_group({"params": params((3, 9))})
+    assert [warning.filename for warning in told] == [__file__] * 2
 
 
 def test_blocks_of_another_dtype_are_taken_over(engine):

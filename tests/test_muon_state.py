@@ -201,6 +201,20 @@ def test_what_the_second_launch_cannot_step_is_said_before_the_first(engine):
         assert_same(snapshot(optimizer), before)
 
 
+@pytest.mark.parametrize(("key", "value"), [("average", "foo"), ("master", "fp32"), ("algorithm", "<other>")])
+def test_options_that_become_wrong_leave_everything(engine, key, value):
+    ps = params((6, 4), (5,))
+    optimizer = built(ps, engine=engine)
+    for _ in range(2):
+        fill_gradients(ps)
+        optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises((TypeError, ValueError), match=key):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
 def test_matrices_have_random_bits_of_their_own(engine):
     """By their number among all parameters, not among the matrices."""
     results = []

@@ -160,6 +160,60 @@ def test_refuses(shapes, options, message):
         built(params(*shapes), **options)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("replicas", 2, r"parameter 0 has shape \(3, 2\); dimension 0 must be the 2 replicas"),
+        ("replicas", 1.5, "replicas is 1.5; it must be a whole number"),
+        ("replicas", "x", "replicas .group 0. is 'x'"),
+        ("gamma0", "x", "gamma0 .group 0. is 'x'"),
+        ("gamma0", -1.0, "gamma0 .group 0. is -1.0"),
+        ("gamma1", -0.5, "gamma1 .group 0. is -0.5"),
+    ],
+)
+def test_options_that_become_wrong_are_named(engine, key, value, message):
+    """Whatever the engine reads itself; nothing has changed then."""
+    ps = params((3, 2))
+    optimizer = built(ps, engine=engine)
+    for _ in range(2):
+        fill_gradients(ps)
+        optimizer.step()
+    before = snapshot(optimizer)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises((TypeError, ValueError), match=message):
+        optimizer.step()
+    assert_same(snapshot(optimizer), before)
+
+
+def test_a_center_that_is_not_its_own_is_named(engine):
+    ps = params((3, 2))
+    optimizer = built(ps, engine=engine)
+    fill_gradients(ps)
+    optimizer.step()
+    optimizer.state[ps[0]]["center"] = torch.zeros(3, 5)
+    with pytest.raises(ValueError, match=r"state 'center' of parameter 0 of group 0"):
+        optimizer.step()
+
+
+def test_groups_count_together(engine):
+    a, b = params((3, 2), (3, 4))
+    optimizer = built([a], gamma1=1.0, engine=engine)
+    for _ in range(3):
+        fill_gradients([a])
+        optimizer.step()
+    optimizer.add_param_group({"params": [b]})
+    fill_gradients([a, b])
+    optimizer.step()
+    assert [group["gamma"] for group in optimizer.param_groups] == pytest.approx([3.2, 3.2])
+
+
+@pytest.mark.filterwarnings("ignore:.*duplicate parameters")
+def test_what_is_given_twice_is_refused():
+    (p,) = params((3, 2))
+    with pytest.raises(ValueError, match="a parameter is given twice, whose replicas have one mean"):
+        built([p, p])
+
+
 def test_cannot_step_in_backward(engine):
     with pytest.raises(RuntimeError, match="finds the means of replicas before it steps"):
         fusedopt.step_in_backward(built(params((3, 2)), engine=engine))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt.aliases import Group, Stored
+from fusedopt.callers import stack_level
 from fusedopt.context import Context, Engine, Plan
 from fusedopt.engines import cpu, cuda, eager, tables, triton
 from fusedopt.engines.fitness import unsteppable
@@ -97,7 +98,7 @@ def _tell(device: torch.device, missing: list[str]) -> None:
         f"fusedopt steps parameters on {device.type!r} in plain torch, which is slower: {'; '.join(missing)}. "
         "`fusedopt info` says more. This is said once; pass engine='eager' if plain torch is wanted.",
         RuntimeWarning,
-        stacklevel=2,
+        stacklevel=stack_level(),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fusedopt import codecs, memory, storage
-from fusedopt.aliases import Group
+from fusedopt import checks, codecs, memory, storage
+from fusedopt.aliases import Group, Stored
 from fusedopt.context import Context
 from fusedopt.options import STEP
 from fusedopt.rule import State, bias_correction
 
 FISHER, INVERSE = "fisher", "fisher_inverse"
+MOST_ELEMENTS = 2**22  # of blocks that are inverted at once, unless one has more: 32 MiB in double, and twice as much
 
 
 def block_size(p: Tensor) -> int:
@@ -89,6 +90,15 @@ class Blocks:
         self.members = list(members)
         self._momentum, self._first, self._whole = momentum, first, whole
 
+    def check(self) -> None:
+        """Raise for blocks that are not a parameter's own."""
+        for member in self.members:
+            state = self._whole.state.get(member.p)
+            if state and (FISHER in state or self._momentum.name in state):
+                check_blocks(
+                    member.p, state, lambda member=member: checks.labels(self._whole.param_groups)[member.number]
+                )
+
     @torch.no_grad()
     def apply(self, skipped: Tensor | None) -> None:
         """Take gradients into blocks, and put momenta times their inverses in the gradients' place.
@@ -114,10 +124,9 @@ class Blocks:
                 state[name] = state[name].to(value.dtype)
         fisher, inverse = memory.local(state[FISHER]), memory.local(state[INVERSE])
         beta = float(group["beta"])
-        update_average(fisher, _outer(p, value), beta, skipped)
+        update_average(p, fisher, value, beta, skipped)
         if is_new or (member.steps - 1) % every == 0:
-            corrected = fisher / bias_correction(beta, member.steps)
-            invert(corrected, float(group["damping"]), inverse)
+            invert(fisher, bias_correction(beta, member.steps), float(group["damping"]), inverse)
         momentum = codecs.decode(storage.state_operand(self._momentum, group, before), value.dtype)
         if p.dim() == 2:
             torch.mm(momentum.reshape(value.shape), inverse, out=value)
@@ -150,35 +159,78 @@ def _new(p: Tensor, value: Tensor) -> Tensor:
     return storage.spread(p, here, shape)
 
 
-def _outer(p: Tensor, g: Tensor) -> Tensor:
-    """The outer products of a gradient of which a part is here, of matrices their mean over all rows."""
-    if p.dim() > 2:
+def check_blocks(p: Tensor, state: Stored, name: Callable[[], object]) -> None:
+    """Raise for blocks in a parameter's state that are not its own, or lacking though it was stepped.
+
+    Args:
+        p: The parameter.
+        state: Its state.
+        name: What messages call it.
+    """
+    if state.get(FISHER) is None:
+        raise ValueError(f"the state of {name()} lacks {FISHER!r}, which a parameter that was stepped has")
+    for key in (FISHER, INVERSE):
+        value = state.get(key)
+        if key == INVERSE and value is None:
+            continue  # which can be made anew
+        if not isinstance(value, Tensor) or tuple(value.shape) != blocks_shape(p) or not block_size(p):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            fits = f"it must have shape {blocks_shape(p)}" if block_size(p) else "the parameter has no blocks"
+            raise ValueError(f"state {key!r} of {name()} is {shape}; {fits}")
+        if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            raise ValueError(f"state {key!r} of {name()} has dtype {value.dtype}; it must be real and floating point")
+        if value.is_sparse or memory.shortage(value) or value.device.type != p.device.type:
+            raise ValueError(f"state {key!r} of {name()} is no dense tensor on {p.device} with all of its memory")
+
+
+def update_average(p: Tensor, fisher: Tensor, g: Tensor, beta: float, skipped: Tensor | None) -> None:
+    """``fisher <- beta fisher + (1 - beta) g g^T``, of matrices with the mean over all rows; not of a skipped step.
+
+    Args:
+        p: The parameter.
+        fisher: As much of its blocks as is here.
+        g: As much of its gradient as is here.
+        beta: The decay rate.
+        skipped: 1 where a device has skipped the step; None if it has not.
+    """
+    after = fisher if skipped is None else fisher.clone()
+    after.mul_(beta)
+    if p.dim() == 2:
+        after.add_(_products_of_rows(p, g), alpha=(1 - beta) / p.shape[0])
+    else:
         kernels = g.reshape(*g.shape[:2], -1)
-        return kernels.unsqueeze(-1) * kernels.unsqueeze(-2)
+        columns, rows = (kernels.unsqueeze(dim).expand_as(after) for dim in (-1, -2))
+        after.addcmul_(columns, rows, value=1 - beta)
+    if skipped is not None:
+        fisher.copy_(torch.where(skipped.to(fisher.device) != 0, fisher, after))
+
+
+def _products_of_rows(p: Tensor, g: Tensor) -> Tensor:
+    """The sum of the outer products of all rows of a matrix, of whose gradient some are here."""
     products = g.T @ g
     if memory.is_dtensor(p):
         for dim, at in enumerate(p.placements):
             if at.is_shard():
                 dist.all_reduce(products, group=p.device_mesh.get_group(dim))
-    return products / p.shape[0]
+    return products
 
 
-def update_average(fisher: Tensor, products: Tensor, beta: float, skipped: Tensor | None) -> None:
-    """``fisher <- beta fisher + (1 - beta) products``; of a step that was skipped, nothing."""
-    if skipped is None:
-        fisher.mul_(beta).add_(products, alpha=1 - beta)
-    else:
-        fisher.copy_(
-            torch.where(skipped.to(fisher.device) != 0, fisher, fisher.mul(beta).add_(products, alpha=1 - beta))
-        )
+def invert(fisher: Tensor, correction: float, damping: float, inverse: Tensor) -> None:
+    """``inverse <- (fisher / correction + damping)^-1``, in double, some blocks at a time.
 
-
-def invert(blocks: Tensor, damping: float, inverse: Tensor) -> None:
-    """``inverse <- (blocks + damping)^-1``, in double; where blocks are not positive, even so, their inverses stay."""
-    wide = blocks.to(torch.float32 if blocks.device.type == "mps" else torch.float64, copy=True)
-    wide.diagonal(dim1=-2, dim2=-1).add_(damping)
-    if wide.shape[-1] == 1:
-        inverse.copy_(wide.reciprocal_())
-        return
-    factors, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(wide))
-    inverse.copy_(torch.where((failed != 0)[..., None, None], inverse, torch.cholesky_inverse(factors)))
+    Where blocks are not positive even so, their inverses stay.
+    """
+    size = fisher.shape[-1]
+    dtype = torch.float32 if fisher.device.type == "mps" else torch.float64
+    blocks, places = fisher.view(-1, size, size), inverse.view(-1, size, size)
+    some = max(1, MOST_ELEMENTS // size**2)
+    for first in range(0, len(blocks), some):
+        wide, place = blocks[first : first + some].to(dtype, copy=True), places[first : first + some]
+        wide.div_(correction).diagonal(dim1=-2, dim2=-1).add_(damping)
+        if size == 1:
+            place.copy_(wide.reciprocal_())
+            continue
+        factors, failed = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(wide))
+        has_failed = (failed != 0)[:, None, None]  # whose factors cannot be divided by
+        factors = torch.where(has_failed, torch.eye(size, dtype=dtype, device=factors.device), factors)
+        place.copy_(torch.where(has_failed, place, torch.cholesky_inverse(factors)))

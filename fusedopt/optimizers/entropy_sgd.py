@@ -21,7 +21,8 @@ from fusedopt.stepper import Stepper, Told
 T = TypeVar("T")
 
 LOOP = ("inner", "outer")  # where a group is: how many steps of this loop are done, and how many loops
-INNER = State("inner_momentum_buffer", when="momentum")
+INNER = State("inner_momentum_buffer", when="inner_momentum")
+OUTER = State("momentum_buffer", when="momentum")
 OF_STEP = ("gamma", "begins", "ends")  # what a group is told before each step
 
 
@@ -36,6 +37,7 @@ class EntropySGDRule(Rule):
     hyper: Hypers = (
         LR,
         Hyper("momentum"),
+        Hyper("inner_momentum"),
         Hyper("nesterov", high=1.0),
         Hyper("inner_lr"),
         Hyper("alpha", high=1.0),
@@ -45,6 +47,7 @@ class EntropySGDRule(Rule):
         Hyper("L", low=1.0),
         Hyper("gamma0"),
         Hyper("gamma1"),
+        Hyper("inner_lr"),
         Hyper("noise"),
         Hyper("seed", high=LARGEST_SEED),
         *(Hyper(name) for name in LOOP),
@@ -52,7 +55,7 @@ class EntropySGDRule(Rule):
     states: States = (
         State("anchor", init=PARAM, exact=True),
         State("inner_average", init=PARAM, exact=True),
-        State("momentum_buffer", when="momentum"),
+        OUTER,
         INNER,
     )
     scalars: Scalars = {"step": 0.0}
@@ -74,6 +77,7 @@ class EntropySGDRule(Rule):
             lr=h.lr,
             inner_lr=h.inner_lr,
             momentum=h.momentum,
+            inner_momentum=h.inner_momentum,
             nesterov=h.nesterov,
             gamma=h.gamma,
             one_minus_alpha=1 - h.alpha,
@@ -85,35 +89,40 @@ class EntropySGDRule(Rule):
     def direction(p: Tensor, g: Tensor, state: Tensors, c: Values) -> tuple[Tensor, Tensors]:
         new: Tensors = {}
         x, mu = (p.clone(), p) if c.begins else (state["anchor"], state["inner_average"])
-        if "momentum_buffer" in state:
-            b = g if c.begins else c.momentum * state[INNER.name] + g
-            new = {"momentum_buffer": state["momentum_buffer"], INNER.name: b}
-            g = g + c.momentum * b if c.nesterov else b
+        if INNER.name in state:
+            b = g if c.begins else c.inner_momentum * state[INNER.name] + g
+            new[INNER.name] = torch.zeros_like(b) if c.ends else b
+            g = g + c.inner_momentum * b if c.nesterov else b
         d = c.inner_lr * (g + c.gamma * (p - x))
         mu = mu + c.one_minus_alpha * (p - d - mu)
+        if OUTER.name in state:
+            new[OUTER.name] = state[OUTER.name]
         if c.ends:
             w = x - mu
-            if "momentum_buffer" in state:
-                new["momentum_buffer"] = b = c.momentum * state["momentum_buffer"] + w
+            if OUTER.name in state:
+                new[OUTER.name] = b = c.momentum * state[OUTER.name] + w
                 w = w + c.momentum * b if c.nesterov else b
             d = (p - x) + c.lr * w
             x = mu = p - d
-            new |= {name: torch.zeros_like(p) for name in new if name == INNER.name}
         return d, {"anchor": x, "inner_average": mu, **new}
 
 
 def variance(group: Group) -> float:
     """Of the noise beside a gradient, by which a step of a loop has ``sqrt(inner_lr) noise``."""
-    inner_lr = float(group["inner_lr"])
-    return float(group["noise"]) ** 2 / inner_lr if inner_lr else 0.0
+    inner_lr, noise = float(group["inner_lr"]), float(group["noise"])
+    return noise * noise / inner_lr if inner_lr else 0.0
 
 
 def scoped(group: Group, t: int) -> float:
     """How strongly parameters are drawn together: ``gamma0 (1 + gamma1)^t``."""
+    gamma0, gamma1 = float(group["gamma0"]), float(group["gamma1"])
     try:
-        return float(group["gamma0"]) * (1 + float(group["gamma1"])) ** t
+        gamma = gamma0 * (1 + gamma1) ** t if gamma0 else 0.0
     except OverflowError:
-        return math.inf
+        gamma = math.inf
+    if gamma > LARGEST_FLOAT:
+        raise ValueError(f"gamma0 (1 + gamma1)^{t} is too large, where gamma0 is {gamma0!r} and gamma1 {gamma1!r}")
+    return gamma
 
 
 def length(groups: Sequence[Group]) -> int:
@@ -130,14 +139,17 @@ class InLoops(Stepper):
     def step(self, request: StepRequest) -> Told:
         """Do a step; see ``fusedopt.stepper.Stepper``."""
         groups = self.context.param_groups
+        self.check_settings()
         steps = length(groups)
         for group in groups:
             inner, eta = group["inner"], variance(group)
             group.update(gamma=scoped(group, group["outer"]), begins=not inner, ends=inner + 1 >= steps)
             group[NOISE] = GradientNoise(eta, 0.0, int(group["seed"])) if eta else None
-        self._begin_without()
         told = super().step(request)
-        for group in groups if not told.skipped else ():
+        if told.skipped:
+            return told
+        self._begin_without()
+        for group in groups:
             ended = group["ends"]
             group.update(inner=0 if ended else group["inner"] + 1, outer=group["outer"] + ended)
         return told
@@ -167,31 +179,33 @@ class EntropySGD(FusedOptimizer):
     One step is a loop of ``L`` steps from x, where the parameters are, each with a gradient g of its own and standard
     normal numbers n, ``p <- p - inner_lr (g + gamma (p - x)) - sqrt(inner_lr) noise n``,
     ``mu <- alpha mu + (1-alpha) p``. Then the parameters are ``x - lr (x - mu)``. In loop t, from 0 on,
-    ``gamma = gamma0 (1+gamma1)^t``. With momentum each loop has a buffer, ``b <- momentum b + g`` with the noise in g,
-    from 0 on, and one is kept of ``x - mu`` through all loops; both with Nesterov's look ahead where it is asked for.
-    The last step of a loop and what follows it are one launch.
+    ``gamma = gamma0 (1+gamma1)^t``. With ``momentum`` a buffer is kept, ``b <- momentum b + x - mu``, whose step is
+    along b, or with ``nesterov`` along ``x - mu + momentum b``; ``inner_momentum`` does the same to g, with a buffer
+    that begins from 0 in each loop, and noise that is in g. The last step of a loop and what follows it are one launch.
 
     ``step(closure)`` does what is left of a loop, each step with a new call of the closure. ``step()`` does one step of
     it, with the gradients that there are; the loop ends with every ``L``-th. The parameters are between x and the
-    next x until then, and a state that is saved there goes on from there. A step that is skipped is done again; where
-    only a device knows of it, it counts.
+    next x until then; a state that is saved there goes on from there. A step that is skipped does not count, and is
+    left to the next call; where only a device knows of it, it counts.
 
-    A parameter that has no gradient in a loop's last step stays where it is, and the next loop is around there. An
-    average that is kept is one over the steps of loops.
+    A parameter that has no gradient in a loop's last step stays where it is, and the next loop is around there. With
+    ``average``, the average is one of where all steps end, those inside of loops among them.
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
         lr: How far a loop goes towards the average; a float or a one-element tensor.
-        momentum: Momentum factor, inside of loops and of them; 0 for none.
+        momentum: Momentum factor of ``x - mu``; 0 for none.
         weight_decay: L2 coefficient, added to the gradients g as ``weight_decay * p``.
-        nesterov: Nesterov momentum.
+        nesterov: Nesterov momentum, of both.
+        inner_momentum: Momentum factor of g inside of each loop, noise included; 0 for none.
         L: Steps of a loop.
         inner_lr: Their learning rate.
         gamma0: How strongly they are drawn to x, in the first loop.
         gamma1: By which part of itself that grows with each loop.
         alpha: How much of the average each of them leaves.
-        noise: Of n; the temperature is proportional to its square.
-        seed: Of what is drawn: the same numbers on every engine and for every way to shard.
+        noise: The factor of n; its square is the temperature. With ``inner_momentum`` it is up to
+            ``1/(1-inner_momentum)`` times as large in the long run, since it is kept, too.
+        seed: Of n, which is the same on every engine and for every way to shard.
         maximize, foreach, capturable, differentiable, fused, average, state_dtype, master, max_grad_norm,
             skip_nonfinite, process_group, handles_amp, engine: See ``fusedopt.FusedOptimizer``.
 
@@ -218,6 +232,7 @@ class EntropySGD(FusedOptimizer):
         weight_decay: float = 0,
         nesterov: bool = True,
         *,
+        inner_momentum: float = 0.0,
         L: int = 20,  # noqa: N803 - as in the paper
         inner_lr: float = 0.1,
         gamma0: float = 1e-2,
@@ -244,6 +259,8 @@ class EntropySGD(FusedOptimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group of parameters, where the others are in the loop; see ``fusedopt.FusedOptimizer``."""
         if is_group(param_group):
+            if param_group.get(NOISE) is not None:
+                raise ValueError(f"{NOISE} is not for EntropySGD, which has noise and seed")
             for group in self.param_groups[:1]:
                 param_group.update({key: group[key] for key in LOOP})
         super().add_param_group(param_group)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fusedopt import checks, storage
 from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values
+from fusedopt.callers import stack_level
 from fusedopt.context import Context, StepRequest
 from fusedopt.engines import refuse_capture
 from fusedopt.optimizer import arguments
-from fusedopt.optimizers.blocks import FISHER, INVERSE, Blocks, block_size, blocked, blocks_shape, cut
+from fusedopt.optimizers.blocks import FISHER, INVERSE, Blocks, block_size, blocked, check_blocks, cut
 from fusedopt.optimizers.parts import InParts, tensor_of
 from fusedopt.optimizers.two_launches import AFTER, Launches
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
@@ -67,6 +68,8 @@ class MBFRule(Rule):
         for key in ("inverse_every", "max_block_size"):
             if not float(group[key]).is_integer():
                 return f"{key} is {group[key]!r}; it must be a whole number"
+        if group["algorithm"] not in (BLOCKS, DIAGONAL, AFTER):
+            return f"algorithm is {group['algorithm']!r}; it may be 'blocks' or 'diagonal'"
         if group["algorithm"] == BLOCKS and group["differentiable"]:
             return "differentiable=True is not for parameters with blocks, through whose inverses no gradient goes"
         return None
@@ -109,11 +112,11 @@ class MBF(InParts):
     before the first step.
 
     What has no blocks is stepped as if each element were one, inverted in every step:
-    ``v <- beta v + (1-beta) g^2``, ``p <- (1 - lr weight_decay) p - lr b / (v / (1 - beta^t) + damping)``. That are
+    ``v <- beta v + (1-beta) g^2``, ``p <- (1 - lr weight_decay) p - lr b / (v / (1 - beta^t) + damping)``. These are
     parameters of fewer than two dimensions, complex ones, and those whose blocks would have more than
     ``max_block_size`` elements on a side, of which a warning tells. A group says as ``algorithm`` which it is, "blocks"
-    or "diagonal"; one that does not becomes one of each, and schedulers see two groups. Embeddings are matrices, too:
-    say "diagonal" of them.
+    or "diagonal". One that does not becomes one of each, if it has parameters of both kinds: schedulers see two groups
+    then. Embeddings are matrices, too: say "diagonal" of them.
 
     The state of a parameter with blocks has ``fisher`` and ``fisher_inverse``, of shape (out, in, k, k), or (in, in) of
     a matrix, float32 or wider: 72 bytes for each element of a 3 x 3 kernel in float32. DTensors may be sharded
@@ -130,7 +133,8 @@ class MBF(InParts):
             ``lr / damping`` where gradients are small beside its root.
         weight_decay: Decay coefficient, multiplied by ``lr``.
         inverse_every: Steps from one inversion to the next.
-        max_block_size: The most elements of a row or kernel; a matrix's block has as many squared.
+        max_block_size: The most elements of a row or kernel; a matrix's block has as many squared. It is looked at
+            when a group is added.
         maximize, foreach, capturable, differentiable, fused, average, gradient_noise, state_dtype, master,
             cautious_weight_decay, max_grad_norm, skip_nonfinite, process_group, handles_amp, engine: See
             ``fusedopt.FusedOptimizer``. What has blocks cannot be differentiable.
@@ -183,6 +187,11 @@ class MBF(InParts):
             raise ValueError(f"algorithm (group {number}) is {algorithm!r}; it may be 'blocks', 'diagonal' or None")
         if algorithm == DIAGONAL:
             return [group]
+        seen: set[int] = set()
+        for i, member in enumerate(group["params"]):
+            if id(tensor_of(member)) in seen:
+                raise ValueError(f"parameter {i} of group {number} is given twice, which what has blocks cannot be")
+            seen.add(id(tensor_of(member)))
         most = checks.number(group.get("max_block_size", self.defaults["max_block_size"]), "max_block_size", "")
         fit: list[bool] = []
         for i, member in enumerate(group["params"]):
@@ -199,7 +208,7 @@ class MBF(InParts):
                 warnings.warn(
                     f"{label} would have blocks of {size}, more than max_block_size {most:g}; it is stepped by the "
                     "diagonal of its Fisher matrix",
-                    stacklevel=4,
+                    stacklevel=stack_level(),
                 )
         if all(fit) or not any(fit):
             return [{**group, "algorithm": BLOCKS if all(fit) else DIAGONAL}]
@@ -221,9 +230,6 @@ class MBF(InParts):
                   for key, p in zip(saved["params"], group["params"], strict=False)]  # fmt: skip
         for (p, key), label in zip(places, checks.labels(self.param_groups), strict=False):
             state = state_dict.get("state", {}).get(key, {})
-            for name in (FISHER, INVERSE):
-                value = state.get(name)
-                if value is not None and (not isinstance(value, Tensor) or tuple(value.shape) != blocks_shape(p)):
-                    shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-                    raise ValueError(f"state {name!r} of {label} is {shape}; it must have shape {blocks_shape(p)}")
+            if {FISHER, INVERSE, "block_momentum"} & state.keys():
+                check_blocks(p, state, lambda label=label: label)
         super().load_state_dict(state_dict)

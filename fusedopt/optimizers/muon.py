@@ -91,6 +91,8 @@ class MuonRule(Rule):
     def conflict(cls, group: Group) -> str | None:
         if group["algorithm"] == ADAMW:
             return None
+        if group["algorithm"] not in (MUON, AFTER):
+            return f"algorithm is {group['algorithm']!r}; it may be 'muon' or 'adamw'"
         if group["differentiable"]:
             return "differentiable=True is not for matrices that Muon steps, through whose function no gradient goes"
         coefficients, steps = group["ns_coefficients"], group["ns_steps"]

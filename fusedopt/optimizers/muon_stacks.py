@@ -150,6 +150,9 @@ class Stacks:
                 self._movers.append(Everywhere(matrix.update, place))
         return list(zip(here, places, strict=True))
 
+    def check(self) -> None:
+        """It goes on with momenta, which the first launch looks at."""
+
     def apply(self, skipped: Tensor | None = None) -> None:
         """Put the function of updates in their place; what became of a step that was skipped is not looked at."""
         for mover in self._movers:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusedopt import memory, storage
-from fusedopt.aliases import Group, ParamsT, ProcessGroup, StateDict, Tensors, Values
+from fusedopt import checks, memory, state_checks, storage
+from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values, is_group
 from fusedopt.context import Context, StepRequest
 from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.entropy_sgd import scoped
@@ -37,6 +37,8 @@ class ReplicatedSGDRule(Rule):
         if not float(replicas).is_integer():
             return f"replicas is {replicas!r}; it must be a whole number"
         if replicas > 1:
+            if len({id(p) for p in group["params"]}) < len(group["params"]):
+                return "a parameter is given twice, whose replicas have one mean"
             for i, p in enumerate(group["params"]):
                 if not p.dim() or p.shape[0] != replicas:
                     return f"parameter {i} has shape {tuple(p.shape)}; dimension 0 must be the {int(replicas)} replicas"
@@ -71,6 +73,7 @@ class AroundCenters(Stepper):
 
     def step(self, request: StepRequest) -> Told:
         """Do a step; see ``fusedopt.stepper.Stepper``."""
+        self.check_settings()
         for group in self.context.param_groups:
             group["gamma"] = scoped(group, group["steps"]) if group["replicas"] > 1 else 0.0
         found: list[_Center] = []
@@ -98,7 +101,8 @@ class AroundCenters(Stepper):
     def _find_centers(self, found: list[_Center]) -> None:
         """Write the means of replicas to where the step reads them; found: gets those that were written."""
         spec = next(spec for spec in self.context.rule.states if spec.name == CENTER)
-        for p, group in self.context.everyone():
+        labels = checks.labels(self.context.param_groups)
+        for i, (p, group) in enumerate(self.context.everyone()):
             if p.grad is None or group["replicas"] == 1:
                 continue
             state = self.context.state.get(p, {})
@@ -107,6 +111,8 @@ class AroundCenters(Stepper):
                 made = storage.new_state(spec, p, group, None)
                 self.context.state.setdefault(p, {}).update(made)
                 state = self.context.state[p]
+            if state[CENTER].shape != p.shape or not state[CENTER].is_floating_point():
+                state_checks.state_tensors(self.context.rule, p, state, labels[i])
             center = memory.local(state[CENTER])
             found.append(_Center(p, center, None if is_new else center[:1].clone()))
             center.copy_(mean(p, storage.values(p, group, state).to(center.dtype)))
@@ -221,6 +227,13 @@ class ReplicatedSGD(FusedOptimizer):
         engine: str = "auto",
     ) -> None:
         super().__init__(params, **arguments(locals(), steps=0, gamma=0.0))
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group of parameters, which counts steps as the others do; see ``fusedopt.FusedOptimizer``."""
+        if is_group(param_group):
+            for group in self.param_groups[:1]:
+                param_group["steps"] = group["steps"]
+        super().add_param_group(param_group)
 
     def _stepper_of(self, context: Context) -> Stepper:
         return AroundCenters(context)

@@ -9,7 +9,7 @@ is what the function made: decay, average, masters. The rule's parts are told ap
 =================  =======================  ================================  ===========================
 others             the optimizer's          its own                           the optimizer's
 ``of_function``    its update               the optimizer's parameter's       what ``kept`` names; a step of its own
-``"after"``        the optimizer's,         its update                        the optimizer's
+AFTER              the optimizer's,         its update                        the optimizer's
                    detached
 =================  =======================  ================================  ===========================
 """
@@ -34,11 +34,12 @@ from fusedopt.scaling import Scaling
 from fusedopt.state import NewState
 from fusedopt.stepper import Stepper, Told
 
-AFTER = "after"
+AFTER = "<after>"  # no group of an optimizer is called so
 # Options of what the function is for that the second launch has.
 NOT_BEFORE = {AVERAGE, MASTER, CAUTIOUS, RESCALE, EVERY, RESCALE_STEP}
 NOT_AFTER = {NOISE, STATE_DTYPE, RESCALE, EVERY, RESCALE_STEP}
 NEITHER = NOT_BEFORE & NOT_AFTER  # what comes after both
+ONLY_AFTER = sorted(NOT_BEFORE - NEITHER)
 
 
 class Between(Protocol):
@@ -67,6 +68,10 @@ class Function(Protocol):
     @property
     def members(self) -> Sequence[Between]: ...
 
+    def check(self) -> None:
+        """Raise, before anything is written, for states with which it cannot go on."""
+        ...
+
     def apply(self, skipped: Tensor | None) -> None:
         """Put what it makes of updates in their place.
 
@@ -80,6 +85,9 @@ class NoFunction:
     """That of no parameters."""
 
     members: Sequence[Between] = ()
+
+    def check(self) -> None:
+        """There is nothing to go on with."""
 
     def apply(self, skipped: Tensor | None) -> None:
         """Do nothing."""
@@ -189,8 +197,10 @@ class Launches(Stepper):
             member.update.grad = g = member.p.grad
             member.detached.grad = None if g is None else member.update
         if not is_valid:
-            planner.check(self._after.context)
+            for context in (self.context, self._after.context):
+                planner.check(context)
             self._said = said
+        self._function.check()
 
     def _looked_at(self) -> tuple[list[Tensor], list[object]]:
         """All that the function is made of: parameters; and where they are, and what is done to them."""
@@ -200,7 +210,7 @@ class Launches(Stepper):
             params += group["params"]
             said += [group["algorithm"], len(group["params"])]
             if group["algorithm"] == self.of_function:
-                said += [group[key] for key in self.made_of]
+                said += [group.get(key) for key in (*self.made_of, *ONLY_AFTER, "differentiable")]
                 for p in group["params"]:
                     said += [memory.local(p).data_ptr(), p.shape, p.dtype]
         return params, said

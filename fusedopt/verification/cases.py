@@ -244,7 +244,8 @@ CASES = (
         for name, options in (
             ("EntropySGD", {"momentum": 0.0}),
             ("EntropySGD momentum", {"nesterov": False}),
-            ("EntropySGD nesterov", {}),
+            ("EntropySGD inner momentum", {"momentum": 0.0, "inner_momentum": 0.5}),
+            ("EntropySGD both", {"inner_momentum": 0.5}),
         )
     ),
     *(

@@ -85,10 +85,10 @@ def prodigy(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memor
 
 
 def entropy_sgd(params: Many, grads: list[Tensor | None], xs: list[Memory], h: Memory, losses: Tensor) -> Many:
-    """Chaudhari et al. 2017, algorithm 1, a step of its inner loop; momentum and no factor gamma as in their code."""
+    """Chaudhari et al. 2017, algorithm 1, a step of its inner loop; momenta and no factor gamma as in their code."""
     at, stepped, eta = xs[0], list(params), h["inner_lr"]
     inner, loops = at.get("inner", 0), at.get("loops", 0)
-    gamma, momentum = h["gamma0"] * (1 + h["gamma1"]) ** loops, h["momentum"]
+    gamma, momentum, within = h["gamma0"] * (1 + h["gamma1"]) ** loops, h["momentum"], h["inner_momentum"]
     for k, g in enumerate(grads):
         x, p = xs[k], params[k]
         if inner == 0 or "anchor" not in x:
@@ -99,14 +99,14 @@ def entropy_sgd(params: Many, grads: list[Tensor | None], xs: list[Memory], h: M
         drawn = noise.normal(noise.elements(p), x["number"], x.get("drawn", 0), (h["seed"], noise.GRADIENT))
         x["drawn"] = x.get("drawn", 0) + 1
         g = g + (h["noise"] / math.sqrt(eta) * drawn).to(p.dtype) + h["weight_decay"] * p
-        x["b"] = momentum * x["b"] + g
-        g = (g + momentum * x["b"] if h["nesterov"] else x["b"]) if momentum else g
+        x["b"] = within * x["b"] + g
+        g = g + within * x["b"] if h["nesterov"] else x["b"]
         stepped[k] = p - eta * (g - gamma * (x["anchor"] - p))
         x["mu"] = h["alpha"] * x["mu"] + (1 - h["alpha"]) * stepped[k]
         if inner + 1 == h["L"]:
             d = x["anchor"] - x["mu"]
             x["outer"] = momentum * x.get("outer", torch.zeros_like(p)) + d
-            d = (d + momentum * x["outer"] if h["nesterov"] else x["outer"]) if momentum else d
+            d = d + momentum * x["outer"] if h["nesterov"] else x["outer"]
             stepped[k] = x["anchor"] - h["lr"] * d
             x["anchor"] = x["mu"] = stepped[k]
     at["inner"], at["loops"] = (0, loops + 1) if inner + 1 == h["L"] else (inner + 1, loops)
