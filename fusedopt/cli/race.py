@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, Json] = {
     "AdamW": {"lr": 5e-3},
     "Adamax": {"lr": 1e-2},
     "Adan": {"lr": 2e-2},
-    "EntropySGD": {"lr": 1.0, "inner_lr": 0.1},
+    "EntropySGD": {"lr": 1.0, "inner_lr": 0.1, "inner_momentum": 0.9},
     "KoalaM": {"lr": 0.1},
     "KoalaV": {"lr": 0.1},
     "LAMB": {"lr": 2e-2},
