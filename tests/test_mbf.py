@@ -329,13 +329,13 @@ def test_a_warning_points_to_who_called():
     assert [warning.filename for warning in told] == [__file__] * 2
 
 
-def test_blocks_of_another_dtype_are_taken_over(engine):
+def test_blocks_of_another_dtype_and_layout_are_taken_over(engine):
     ps = params((5, 7))
     optimizer = built(ps, engine=engine)
     advance(optimizer, ps, 1)
     saved = copy.deepcopy(optimizer.state_dict())
     for name in ("fisher", "fisher_inverse"):
-        saved["state"][0][name] = saved["state"][0][name].double()
+        saved["state"][0][name] = saved["state"][0][name].double().T.contiguous().T
     other = copies(ps)
     again = built(other, engine=engine)
     again.load_state_dict(saved)

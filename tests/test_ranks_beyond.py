@@ -100,3 +100,44 @@ def refuse(engine):
 @pytest.mark.parametrize("engine", AVAILABLE)
 def test_blocks_that_are_cut_are_refused(ranks, engine):
     ranks.run(2, refuse, engine)
+
+
+def resumed(name, options, engine):
+    """A model that fully_shard has sharded, whose optimizer's state goes through torch's own functions, whole."""
+    from torch.distributed.checkpoint import state_dict as dcp
+    from torch.distributed.fsdp import fully_shard
+
+    def made():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(2, 6, 3), nn.Flatten(), nn.Linear(96, 5), nn.Linear(5, 3))
+        fully_shard(model, mesh=mesh_of(2))
+        return model, getattr(fusedopt, name)(model.parameters(), engine=engine, **options)
+
+    def advance(model, optimizer, steps):
+        for t in steps:
+            torch.manual_seed(t)
+            optimizer.zero_grad()
+            model(torch.randn(4, 2, 6, 6)).square().mean().backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    advance(model, optimizer, range(4))
+    other, again = made()
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            q.copy_(p)
+    whole_state = dcp.StateDictOptions(full_state_dict=True)
+    saved = dcp.get_optimizer_state_dict(model, optimizer, options=whole_state)
+    dcp.set_optimizer_state_dict(other, again, saved, options=whole_state)  # which steps once, with a rate of 0
+    advance(model, optimizer, range(4, 8)), advance(other, again, range(4, 8))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(whole(p), whole(q))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("MBF", {"inverse_every": 3, "lr": 1e-2}), ("EntropySGD", {"L": 3, "inner_momentum": 0.5, "noise": 0.1})],
+)
+@pytest.mark.parametrize("engine", AVAILABLE)
+def test_fsdp2_resumes_bit_for_bit(ranks, engine, name, options):
+    ranks.run(2, resumed, name, options, engine)

@@ -2,7 +2,7 @@
 //   b <- inner_momentum b + g ;  u = b, or g + inner_momentum b with Nesterov, or g without such momentum
 //   p <- p - inner_lr (u + gamma (p - x)) ;  mu <- mu + (1 - alpha) (p - mu)
 //   ends:  w = x - mu, along a buffer of its own as u is along b ;  p <- x - lr w ;  x, mu <- p ;  b <- 0
-// Where a loop begins x and mu are p, and b is g.
+// Where a loop begins x and mu are p, and b is g. Where lr is 0, so is inner_lr.
 #pragma once
 
 #include "core/math.h"
@@ -31,7 +31,7 @@ struct EntropySGD {
   FUSEDOPT_HD static Coefficients<double> prepare(const Hyper& h, Scalars&, bool) {
     return {
         .lr = h.lr,
-        .inner_lr = h.inner_lr,
+        .inner_lr = h.lr != 0 ? h.inner_lr : 0,
         .momentum = h.momentum,
         .inner_momentum = h.inner_momentum,
         .nesterov = h.nesterov,

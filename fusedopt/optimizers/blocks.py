@@ -120,8 +120,8 @@ class Blocks:
         for name in (FISHER, INVERSE):
             if state.get(name) is None:
                 state[name] = _new(p, value)
-            elif state[name].dtype != value.dtype:  # loaded
-                state[name] = state[name].to(value.dtype)
+            elif state[name].dtype != value.dtype or not memory.local(state[name]).is_contiguous():  # loaded
+                state[name] = state[name].to(value.dtype).contiguous()
         fisher, inverse = memory.local(state[FISHER]), memory.local(state[INVERSE])
         beta = float(group["beta"])
         update_average(p, fisher, value, beta, skipped)
@@ -179,6 +179,8 @@ def check_blocks(p: Tensor, state: Stored, name: Callable[[], object]) -> None:
             raise ValueError(f"state {key!r} of {name()} is {shape}; {fits}")
         if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
             raise ValueError(f"state {key!r} of {name()} has dtype {value.dtype}; it must be real and floating point")
+        if p.dim() > 2 and memory.is_dtensor(p) != memory.is_dtensor(value):
+            raise ValueError(f"state {key!r} of {name()} is not spread among ranks as the parameter is")
         if value.is_sparse or memory.shortage(value) or value.device.type != p.device.type:
             raise ValueError(f"state {key!r} of {name()} is no dense tensor on {p.device} with all of its memory")
 

@@ -30,7 +30,7 @@ class EntropySGDRule(Rule):
     """``p <- p - eta (u + gamma (p - x))``, ``mu <- alpha mu + (1-alpha) p``; at a loop's end ``p <- x - lr w``.
 
     u is g, or with momentum this loop's buffer or Nesterov's; w the same of ``x - mu``, with a buffer of all loops. At
-    a loop's beginning x and mu are p.
+    a loop's beginning x and mu are p. Where lr is 0, so is eta.
     """
 
     name = "entropysgd"
@@ -75,7 +75,7 @@ class EntropySGDRule(Rule):
     def prepare(h: Values, s: Values, new_state: bool) -> Values:
         return Values(
             lr=h.lr,
-            inner_lr=h.inner_lr,
+            inner_lr=h.inner_lr if h.lr else 0.0,
             momentum=h.momentum,
             inner_momentum=h.inner_momentum,
             nesterov=h.nesterov,
@@ -193,7 +193,7 @@ class EntropySGD(FusedOptimizer):
 
     Args:
         params: Parameters, (name, parameter) pairs, or dicts of param groups.
-        lr: How far a loop goes towards the average; a float or a one-element tensor.
+        lr: How far a loop goes towards the average; a float or a one-element tensor. Where it is 0, nothing moves.
         momentum: Momentum factor of ``x - mu``; 0 for none.
         weight_decay: L2 coefficient, added to the gradients g as ``weight_decay * p``.
         nesterov: Nesterov momentum, of both.

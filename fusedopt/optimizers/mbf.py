@@ -86,7 +86,7 @@ class BlockLaunches(Launches):
         """Averages and inverses of blocks; see ``Launches.function``."""
         labels = checks.labels(self._whole.param_groups)
         for number, p, _ in numbered:
-            why = "has none" if not block_size(p) else cut(p)
+            why = "has no blocks" if not block_size(p) else cut(p)
             if why:
                 raise ValueError(
                     f"{labels[number]} {why}, and its group says algorithm='blocks'; say 'diagonal' of its group"

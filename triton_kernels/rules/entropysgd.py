@@ -3,7 +3,7 @@
 ``b <- inner_momentum b + g``; u = b, or ``g + inner_momentum b`` with Nesterov, or g without such momentum;
 ``p <- p - inner_lr (u + gamma (p - x))``, ``mu <- mu + (1-alpha) (p - mu)``; where a loop ends, ``w = x - mu`` along a
 buffer of its own as u is along b, ``p <- x - lr w``, x and mu are p, and b is 0. Where it begins x and mu are p, too,
-and b is g.
+and b is g. Where lr is 0, so is inner_lr.
 """
 
 import triton
@@ -33,6 +33,7 @@ step_scale = "one"
 def prepare(h, s, new_state):
     """Coefficients of ``direction``."""
     lr, momentum, inner_momentum, nesterov, inner_lr, alpha, gamma, begins, ends = h
+    inner_lr = tl.where(lr != 0, inner_lr, 0.0)
     return (lr, inner_lr, momentum, inner_momentum, nesterov, gamma, 1 - alpha, begins, ends), s
 
 
