@@ -86,6 +86,8 @@ class Blocks:
         whole: The optimizer, whose states get ``fisher`` and ``fisher_inverse``.
     """
 
+    members: list[Blocked]
+
     def __init__(self, members: Iterable[Blocked], momentum: State, first: Context, whole: Context) -> None:
         self.members = list(members)
         self._momentum, self._first, self._whole = momentum, first, whole

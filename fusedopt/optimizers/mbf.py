@@ -78,9 +78,9 @@ class MBFRule(Rule):
 class BlockLaunches(Launches):
     """Steps an MBF."""
 
-    of_function = BLOCKS
-    kept = ("block_momentum", storage.scale_of("block_momentum"))
-    made_of = ()
+    of_function: str = BLOCKS
+    kept: tuple[str, ...] = ("block_momentum", storage.scale_of("block_momentum"))
+    made_of: tuple[str, ...] = ()
 
     def function(self, numbered: Sequence[tuple[int, Tensor, Group]]) -> Blocks:
         """Averages and inverses of blocks; see ``Launches.function``."""

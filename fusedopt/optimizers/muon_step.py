@@ -28,9 +28,9 @@ class MuonLaunches(Launches):
         workspace: Of the matrix function; others may share it that do not step at the same time.
     """
 
-    of_function = MUON
-    kept = ("momentum_buffer", storage.scale_of("momentum_buffer"))
-    made_of = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "ns_dtype")
+    of_function: str = MUON
+    kept: tuple[str, ...] = ("momentum_buffer", storage.scale_of("momentum_buffer"))
+    made_of: tuple[str, ...] = ("ns_coefficients", "ns_steps", "eps", "adjust_lr_fn", "ns_dtype")
 
     def __init__(self, whole: Context, workspace: Workspace) -> None:
         super().__init__(whole)
