@@ -66,8 +66,7 @@ def grad_init(
 
     Args:
         model: Its parameters that require gradients are scaled, tied ones by one scale; what is zero stays zero.
-        loss_fn: Returns the mean loss of the model and the batch that it is given, twice differentiable; where autograd
-            has a constant in the backward, as of a custom function before a sum, it counts as linear, unseen.
+        loss_fn: Returns the mean loss of the model and the batch that it is given, twice differentiable.
         batches: Taken again from the start where they end; at least two.
         optimizer: What will train: "sgd" or "adam".
         lr: Of that step, as a rule that of the training to come; if not given the authors', 0.1 and for "adam" 1e-3.

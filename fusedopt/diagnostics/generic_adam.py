@@ -55,8 +55,8 @@ def check_generic_adam(
     """The sufficient condition for the convergence of Generic Adam, evaluated over so many steps.
 
     Generic Adam is ``m <- beta_t m + (1-beta_t) g``, ``v <- theta_t v + (1-theta_t) g^2``,
-    ``p <- p - lr_t m / sqrt(v)``. For smooth losses that are bounded below and gradients whose second moments
-    are bounded, the gradient at an iterate drawn at random from the first T tends to 0 in expectation, if
+    ``p <- p - lr_t m / sqrt(v)``. For smooth losses that are bounded below and gradients of bounded second moments,
+    the gradient at an iterate drawn at random from the first T tends to 0 in expectation, if
 
     1. ``0 <= beta_t <= beta < 1``: the largest beta of all steps is below 1, and ``1 - beta_t`` does not tend to 0;
     2. ``0 < theta_t < 1``, and theta_t never decreases;
@@ -67,13 +67,12 @@ def check_generic_adam(
 
     Only 2 is seen in each step; 1, 3 and 4 are judged by trends. What tends to 0 is at T at least 5 % below what it was
     at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far. An lr
-    that goes up and down may be judged either way, by its phase at T. The theorem knows neither bias correction nor
-    weight decay; the condition is sufficient, and many a run converges without it.
+    that goes up and down may be judged either way, by its phase at T. The theorem has no bias correction and no decay;
+    the condition is sufficient, and many a run converges without it.
 
     Args:
-        lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps.
-        betas: beta and theta, the decay rates of the first and second moment; each a number, or a function of t. The
-            function of a LambdaLR counts from 0: give ``lambda t: f(t - 1)``.
+        lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps (a LambdaLR's begins at 0).
+        betas: beta and theta, decay rates of the first and second moment; each a number, or a function of t.
         steps: T, at least 10.
         quiet: Print no table.
         plot: A PNG file for the curve of R.
@@ -83,7 +82,7 @@ def check_generic_adam(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If a learning rate is negative or not finite, or a beta outside [0, 1]; it names the step.
+        ValueError: If a learning rate is negative or not finite, or a beta outside [0, 1].
 
     Example:
         >>> check = diagnostics.check_generic_adam(lambda t: t**-0.5, (0.9, lambda t: 1 - 1 / (t + 1)), 10_000)
@@ -92,8 +91,7 @@ def check_generic_adam(
         Zou et al., CVPR 2019, arXiv 1811.09358.
     """
     show.check_plot(plot)
-    count = whole("steps", steps, FEWEST)
-    beta, theta = _pair(betas)
+    count, (beta, theta) = whole("steps", steps, FEWEST), _pair(betas)
     rates = _values("lr", lr, count, math.inf)
     firsts, seconds = _values("beta", beta, count, 1.0), _values("theta", theta, count, 1.0)
     ratios = _ratios(rates, seconds)
