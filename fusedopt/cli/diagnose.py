@@ -162,7 +162,7 @@ def _is_list(found: object) -> bool:
 def _has_groups(found: object) -> bool:
     """Whether it has param groups, as a state_dict of an optimizer."""
     groups: object = cast("StateDict", found).get("param_groups") if isinstance(found, dict) else None
-    return isinstance(groups, list) and bool(groups) and all(isinstance(g, dict) for g in cast("list[object]", groups))
+    return isinstance(groups, list) and bool(cast("list[object]", groups)) and all(isinstance(g, dict) for g in cast("list[object]", groups))
 
 
 def _is_state(found: object) -> bool:
