@@ -36,6 +36,10 @@ def failing_loss():
     model, optimizer, _, x = run()
     return model, optimizer, lambda model, batch: {}["k"], x
 
+def failing_shapes():
+    model, optimizer, _, x = run()
+    return model, optimizer, lambda model, batch: model(batch.T).sum(), x
+
 def wrong():
     return 3
 
@@ -105,10 +109,11 @@ def test_the_condition_is_not_necessary(here, capsys):
     assert any("never meet it" in note for note in content["groups"][0]["notes"])
 
 
-def test_what_was_found_before_an_error_is_written(here, capsys):
+@pytest.mark.parametrize(("name", "error"), [("loss", "KeyError: 'k'"), ("shapes", "RuntimeError: mat1 and mat2")])
+def test_what_was_found_before_an_error_is_written(here, name, error, capsys):
     torch.save(stepped(fusedopt.AdamW).state_dict(), "state.pt")
-    assert main(["diagnose", "state.pt", "--json", "out.json", "--with", "trained_here:failing_loss"]) == 2
-    assert "its loss_fn raised KeyError: 'k'" in capsys.readouterr().err
+    assert main(["diagnose", "state.pt", "--json", "out.json", "--with", f"trained_here:failing_{name}"]) == 2
+    assert f"its loss_fn raised {error}" in capsys.readouterr().err
     assert json.loads((here / "out.json").read_text())["groups"][0]["memory_coefficient"] == pytest.approx(990)
 
 

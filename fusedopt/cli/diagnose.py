@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         for index in range(len(groups)):
             content["groups"].append(_of_group(optimizer, index, steps, args.plot))
         if run is not None:
-            _of_batch(content, run, args.plot, args.function)
+            _of_batch(content, run, args.plot)
     except (ImportError, OSError) as error:
         raise report.CommandError(str(error)) from error
     finally:  # what was found before an error is not lost
@@ -162,7 +162,11 @@ def _is_list(found: object) -> bool:
 def _has_groups(found: object) -> bool:
     """Whether it has param groups, as a state_dict of an optimizer."""
     groups: object = cast("StateDict", found).get("param_groups") if isinstance(found, dict) else None
-    return isinstance(groups, list) and bool(cast("list[object]", groups)) and all(isinstance(g, dict) for g in cast("list[object]", groups))
+    return (
+        isinstance(groups, list)
+        and bool(cast("list[object]", groups))
+        and all(isinstance(g, dict) for g in cast("list[object]", groups))
+    )
 
 
 def _is_state(found: object) -> bool:
@@ -267,7 +271,19 @@ def _function(asked: str) -> Run:
     if not isinstance(model, kinds[0]) or not isinstance(optimizer, kinds[1]) or not callable(loss_fn):
         said = ", ".join(type(part).__name__ for part in parts)
         raise report.CommandError(f"--with {asked}: it returned ({said}), not (model, optimizer, loss_fn, batch)")
-    return Run(*parts)  # type: ignore[arg-type]
+    return Run(model, optimizer, _naming(cast("LossFn", loss_fn), asked), parts[3])
+
+
+def _naming(loss_fn: LossFn, asked: str) -> LossFn:
+    """The same, whose own errors are told from those of a diagnostic."""
+
+    def named(model: nn.Module, batch: object) -> Tensor:
+        try:
+            return loss_fn(model, batch)
+        except Exception as error:
+            raise report.CommandError(f"--with {asked}: its loss_fn raised {_named(error)}") from error
+
+    return named
 
 
 def _named(error: Exception) -> str:
@@ -311,32 +327,26 @@ def _of_group(optimizer: torch.optim.Optimizer, index: int, steps: int, folder: 
     return found
 
 
-def _of_batch(content: Json, run: Run, folder: Path | None, asked: str) -> None:
+def _of_batch(content: Json, run: Run, folder: Path | None) -> None:
     """What can be said with a model and a batch."""
     notes: list[str] = content["notes"]
-    try:
-        with _noted(notes, "memory's correction"):
-            found = diagnostics.memory_correction(
-                run.optimizer,
-                lambda batch: run.loss_fn(run.model, batch),
-                run.batch,
-                plot=folder and folder / "correction.png",
-            )
-            force, correction = (
-                math.sqrt(sum(float((t.double() ** 2).sum()) for t in ts)) for ts in (found.force, found.correction)
-            )
-            kept = {"loss": found.loss, "term": found.term, "within": found.within}
-            content["correction"] = {**kept, "force_norm": force, "correction_norm": correction}
-        with _noted(notes, "curvature"):
-            plot = folder and folder / "curvature.png"
-            content["curvature"] = asdict(diagnostics.lanczos_lr(run.loss_fn, run.model, run.batch, plot=plot))
-    except (ImportError, OSError):
-        raise
-    except Exception as error:
-        raise report.CommandError(f"--with {asked}: its loss_fn raised {_named(error)}") from error
-    finally:
-        for note in notes:
-            report.console.print(note, markup=False)
+    with _noted(notes, "memory's correction"):
+        found = diagnostics.memory_correction(
+            run.optimizer,
+            lambda batch: run.loss_fn(run.model, batch),
+            run.batch,
+            plot=folder and folder / "correction.png",
+        )
+        force, correction = (
+            math.sqrt(sum(float((t.double() ** 2).sum()) for t in ts)) for ts in (found.force, found.correction)
+        )
+        kept = {"loss": found.loss, "term": found.term, "within": found.within}
+        content["correction"] = {**kept, "force_norm": force, "correction_norm": correction}
+    with _noted(notes, "curvature"):
+        plot = folder and folder / "curvature.png"
+        content["curvature"] = asdict(diagnostics.lanczos_lr(run.loss_fn, run.model, run.batch, plot=plot))
+    for note in notes:
+        report.console.print(note, markup=False)
 
 
 @contextmanager
