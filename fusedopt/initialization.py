@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Literal, TypeVar, cast, get_args
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node
 from torch.func import functional_call
 
 from fusedopt import checks, interrupts, memory
+from fusedopt.diagnostics.arguments import called, whole
+from fusedopt.diagnostics.point import ONCE, ends_early, random_numbers_kept
 from fusedopt.optimizers.adam import Adam
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -24,7 +23,6 @@ Rule = Literal["sgd", "adam"]
 
 ORDERS: dict[str, int] = {"sgd": 2, "adam": 1}  # of the norm: lr times it is what the step promises
 RATES: dict[str, float] = {"sgd": 0.1, "adam": 1e-3}
-WITH_GENERATORS = ("cuda", "xpu")  # devices whose random numbers torch.random.fork_rng can set back
 
 
 @dataclass(frozen=True)
@@ -85,8 +83,8 @@ def grad_init(
 
     Raises:
         TypeError: If an argument or a parameter is of the wrong kind, or what ``loss_fn`` returns.
-        ValueError: If an option is out of range, there are too few batches, or a loss or norm is not finite. After
-            these and any other error the model is as it was.
+        ValueError: If an option is out of range, there are too few batches, or a loss is not finite, or not of the
+            parameters. After these and any other error the model is as it was.
 
     Example:
         >>> fusedopt.grad_init(model, lambda model, batch: loss(model(batch[0]), batch[1]), batches, "sgd", lr=0.1)
@@ -98,10 +96,10 @@ def grad_init(
     checks.kind("batches", batches, Iterable, "an iterable of batches")
     options = _Options(optimizer, lr, gamma, scale_lr, steps, floor, grad_clip, overlap)
     params = _parameters(model)
-    with _as_before(model, params.values()), closing(_endless(batches, steps)) as endless:
+    with _as_before(model, params.values()), closing(_endless(batches, options.steps)) as endless:
         search = _Search(_Loss(model, loss_fn), params, options)
-        with _bar(steps, progress) as advance:
-            for _ in range(steps):
+        with _bar(options.steps, progress) as advance:
+            for _ in range(options.steps):
                 advance(search.step(endless))
     return search.finish()
 
@@ -110,18 +108,17 @@ class _Options:
     """The options of a search, which are in their ranges."""
 
     def __init__(
-        self, rule: str, lr: float | None, gamma: float | None, scale_lr: float, steps: int, floor: float, clip: float,
-        overlap: bool,
+        self, rule: object, lr: float | None, gamma: float | None, scale_lr: float, steps: object, floor: float,
+        clip: float, overlap: bool,
     ) -> None:  # fmt: skip
-        if rule not in ORDERS:
+        if not isinstance(rule, str) or rule not in ORDERS:
             raise ValueError(f"optimizer is {rule!r}; it must be {' or '.join(map(repr, get_args(Rule)))}")
         self.rule, self.order, self.overlap = rule, ORDERS[rule], overlap
         self.lr, self.scale_lr = _positive("lr", RATES[rule] if lr is None else lr), _positive("scale_lr", scale_lr)
         self.floor, self.clip = _positive("floor", floor, most=1.0), _positive("grad_clip", clip, most=float("inf"))
         promised = 1.0 if rule == "sgd" else 1 / self.lr
         self.gamma = promised if gamma is None else _positive("gamma", gamma, most=float("inf"))
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps is {steps!r}; it must be a positive int")
+        self.steps = whole("steps", steps)
 
 
 class _Loss(nn.Module):
@@ -136,7 +133,7 @@ class _Loss(nn.Module):
 
     def forward(self, batch: object) -> Tensor:
         """The mean loss."""
-        return self._of[0](self.model, batch)
+        return cast("Tensor", called(self._of[0], "loss_fn(model, batch)", self.model, batch))
 
 
 class _Search:
@@ -158,16 +155,23 @@ class _Search:
         weights = [(p.detach().to(scale.dtype) * scale).to(p.dtype) for p, scale in pairs]
         loss = self._evaluate(weights, first, "")
         with _told():
-            gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
+            gradients = self._given(torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True), weights)
         norm = _norm(gradients, o.order)
         if self._note(loss, norm) <= o.gamma:
             value = self._stepped(weights, gradients, norm, first, next(batches)) / o.lr
         else:
             value, self._norm_steps = norm, self._norm_steps + 1
-            if self._norm_steps == 1 and _ends_early(norm):
-                raise RuntimeError("the loss cannot be differentiated twice: a function of it is once_differentiable")
+            if self._norm_steps == 1 and ends_early([norm]):
+                raise RuntimeError(ONCE)
         self._move(value)
         return f"loss {self._losses[-1]:.3g}, gradient norm {self._norms[-1]:.3g}"
+
+    def _given(self, gradients: Sequence[Tensor | None], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients, with zeros for weights that the loss does not use."""
+        if all(g is None for g in gradients):
+            where = f"at step {self._number} on the scales"
+            raise ValueError(f"loss_fn depends on none of the parameters of the model that it is given, {where}")
+        return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
 
     def _evaluate(self, weights: Sequence[Tensor], batch: object, when: str) -> Tensor:
         """The loss with other weights, and with copies of the buffers, for a batch."""
@@ -264,19 +268,6 @@ def _norm(gradients: Sequence[Tensor], order: int) -> Tensor:
     return vector_norm(torch.stack(norms), order)
 
 
-def _ends_early(value: Tensor) -> bool:
-    """Whether autograd would leave out what it cannot follow, since that leads to no scale."""
-    found, left = set[Node](), [value.grad_fn]
-    while left:
-        if (node := left.pop()) is None or node in found:
-            continue
-        if node.name() == "torch::autograd::Error":
-            return True
-        found.add(node)
-        left += [earlier for earlier, _ in node.next_functions]
-    return False
-
-
 @contextmanager
 def _told() -> Generator[None, None, None]:
     """Errors of autograd say what was asked of it; they are what they were."""
@@ -291,24 +282,13 @@ def _told() -> Generator[None, None, None]:
 def _as_before(model: nn.Module, params: Iterable[Tensor]) -> Generator[None, None, None]:
     """Autograd on; and afterwards what draws random numbers, and modes of modules, are as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    devices: dict[str, set[int]] = {kind: set() for kind in WITH_GENERATORS}
-    for p in params:
-        if p.device.type in devices:
-            devices[p.device.type].add(p.get_device())
-    with ExitStack() as stack:
-        for kind, indices in devices.items():
-            if indices or kind == WITH_GENERATORS[0]:  # once at least, for the CPU's
-                fork = cast("Callable[..., AbstractContextManager[None]]", torch.random.fork_rng)
-                stack.enter_context(fork(sorted(indices), device_type=kind))
-        stack.enter_context(torch.inference_mode(False))  # which turns gradients on, inside of no_grad too
+    # inference_mode(False) turns gradients on, inside of no_grad too.
+    with random_numbers_kept(params), torch.inference_mode(False):
         try:
             yield
         finally:
             for module, mode in modes:
                 module.training = mode
-            random.setstate(python)
-            np.random.set_state(numpy)
 
 
 def _endless(batches: Iterable[Any], steps: int) -> Generator[Any, None, None]:

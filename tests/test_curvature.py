@@ -1,15 +1,18 @@
 """Lanczos against eigenvalues of explicit Hessians, and what its suggestions do; plots and tables of diagnostics."""
 
 import math
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.autograd.functional import hessian
 
 import fusedopt
 from fusedopt import diagnostics
-from fusedopt.diagnostics import lanczos_lr, show
+from fusedopt.diagnostics import lanczos_lr, memory_correction, show
 
 
 @pytest.fixture(autouse=True)
@@ -123,9 +126,46 @@ def test_batch_sizes():
     for arguments, message in (((256, "lion"), "optimizer is 'lion'"), ((0,), "batch_size is 0")):
         with pytest.raises(ValueError, match=message):
             found.scaled(*arguments)
+    for lr in (-1.0, 0.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"lr is {lr}; it must be positive and finite"):
+            found.scaled(64, lr=lr)
     unknown = lanczos_lr(half, Quadratic(9.0, 1.0), None, quiet=True)
     with pytest.raises(ValueError, match="give lanczos_lr batch_size="):
         unknown.scaled(128)
+
+
+class Diagonal(nn.Module):
+    """Half of h p^2, from a random start."""
+
+    def __init__(self, h, seed=0):
+        super().__init__()
+        self.h, self.p = h, nn.Parameter(torch.randn(len(h), generator=torch.Generator().manual_seed(seed)).to(h))
+
+    def loss(self, batch):
+        return (self.h * self.p**2).sum() / 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bounds_hold_with_rounding(dtype):
+    for n, seed in ((10, 0), (100, 1), (1000, 2)):
+        for h in (torch.logspace(-6, 0, n), torch.linspace(-1, 1, n) ** 3, torch.ones(n) + 999 * (torch.arange(n) < 1)):
+            h = h.to(dtype)
+            found = lanczos_lr(Diagonal.loss, Diagonal(h), None, iterations=100, seed=seed, quiet=True)
+            values, bounds = (torch.tensor(t, dtype=torch.float64) for t in (found.values, found.bounds))
+            assert ((values[:, None] - h.double()).abs().amin(1) <= bounds).all()
+            assert n > 10 or bounds.max() <= 11 * torch.finfo(dtype).eps * h.abs().max()
+
+
+def test_what_counts_as_zero_is_said():
+    h = torch.tensor([1e6] + [1.0] * 49)
+    found = lanczos_lr(Diagonal.loss, Diagonal(h), None, quiet=True)
+    assert found.momentum == 0 and "1 positive up to 1" in found.reason and "float64" in found.reason
+    found = lanczos_lr(Diagonal.loss, Diagonal(h.double()), None, quiet=True)
+    assert found.momentum == pytest.approx((999 / 1001) ** 2) and not found.reason
+    found = lanczos_lr(Diagonal.loss, Diagonal(h.double()), None, iterations=1, quiet=True)
+    assert "one curvature was found, and the model has 50 elements" in found.reason and found.momentum == 0
+    found = lanczos_lr(lambda model, batch: model.p.sum(), Diagonal(h), None, quiet=True)
+    assert found.lr is None and "the Hessian is 0" in found.reason
 
 
 def test_curvature_that_is_not_positive():
@@ -135,7 +175,7 @@ def test_curvature_that_is_not_positive():
     for curvatures in ((-1.0, -2.0), (0.0, 0.0)):
         found = lanczos_lr(half, Quadratic(*curvatures), None, batch_size=8, quiet=True)
         assert (found.lr, found.momentum, found.plain_lr, found.stability_limit) == (None,) * 4
-        assert "no curvature is positive" in found.reason
+        assert "no curvature is positive" in found.reason and ("Hessian is 0" in found.reason) == (curvatures[0] == 0)
         with pytest.raises(ValueError, match="no learning rate to scale: no curvature is positive"):
             found.scaled(16)
 
@@ -154,6 +194,96 @@ class Everything(nn.Module):
         x = torch.dropout(self.norm(x), 0.5, train=True)[None, None]
         x = torch.nn.functional.scaled_dot_product_attention(x, x, x)[0, 0]
         return self.head(x) * self.frozen
+
+
+@pytest.mark.parametrize("which", ["curvature", "correction"])
+def test_random_numbers_of_all_are_kept(which):
+    model, batch = small()
+    optimizer = fusedopt.AdamW(model.parameters())
+
+    def drawing(model, batch):
+        return fit(model, batch) * (1 + torch.rand(()) + random.random() + np.random.rand())
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(np.random.get_state())
+
+    before = states()
+    with torch.inference_mode():
+        if which == "curvature":
+            lanczos_lr(drawing, model, batch, iterations=3, quiet=True)
+        else:
+            memory_correction(optimizer, lambda batch: drawing(model, batch), batch, quiet=True)
+    assert states() == before
+
+
+def test_inference_mode_is_no_other_place():
+    model, batch = small()
+    expected = lanczos_lr(fit, model, batch, iterations=3, quiet=True)
+    with torch.inference_mode():
+        assert lanczos_lr(fit, model, batch, iterations=3, quiet=True) == expected
+
+
+def test_buffers_that_were_none_are_none():
+    model, batch = small()
+    model.register_buffer("seen", None)
+
+    def loss(model, batch):
+        model.seen = torch.ones(1)
+        return fit(model, batch)
+
+    lanczos_lr(loss, model, batch, iterations=2, quiet=True)
+    assert model.seen is None and "seen" in model._buffers
+
+
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g * 3 * ctx.saved_tensors[0] ** 2
+
+
+def test_a_loss_without_a_second_derivative_says_so():
+    model, batch = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def cubed(model, batch):
+        return Once.apply(model(batch[0])).square().mean()
+
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: a function of it is once_differentiable"):
+        lanczos_lr(cubed, model, batch)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice: a function of it is once_differentiable"):
+        memory_correction(optimizer, lambda batch: cubed(model, batch), batch)
+
+
+def test_loss_fn_is_called_as_its_error_says():
+    model, batch = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    def failing(*arguments):
+        raise TypeError("own")
+
+    with pytest.raises(TypeError, match="positional") as caught:
+        lanczos_lr(lambda batch: fit(model, batch), model, batch)
+    assert caught.value.__notes__ == ["loss_fn is called as loss_fn(model, batch)"]
+    with pytest.raises(TypeError, match="positional") as caught:
+        memory_correction(optimizer, fit, batch)
+    assert caught.value.__notes__ == ["loss_fn is called as loss_fn(batch)"]
+    with pytest.raises(TypeError, match="own") as caught:
+        lanczos_lr(failing, model, batch)
+    assert not hasattr(caught.value, "__notes__")
+
+
+@pytest.mark.parametrize(("rate", "is_said"), [(1e-6, False), (10.0, True)])
+def test_where_the_expansion_says_little(rate, is_said, capsys):
+    model, batch = small()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
+    found = memory_correction(optimizer, lambda batch: fit(model, batch), batch)
+    assert (found.within < 0.5) == is_said == ("says little here" in capsys.readouterr().out)
 
 
 def test_nothing_is_left_behind():
@@ -229,6 +359,22 @@ def test_bad_plots_come_first(title, tmp_path, monkeypatch, capsys):
     with pytest.raises(ImportError, match=r"pip install 'fusedopt\[demo\]'"):
         call(plot=tmp_path / "a.png")
     assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("asked", "word"),
+    [
+        (fusedopt.Lion([torch.zeros(1)]), "nothing; of a smoothed sign: regularises"),
+        (fusedopt.SGD([torch.zeros(1)], momentum=0.9), "  regularises"),
+        (fusedopt.SGD([torch.zeros(1)]), "nothing "),
+        ((0.9, 0.95), "  anti-regularises"),
+        ((0.95, 0.9), "  regularises"),
+    ],
+)
+def test_the_effect_is_said(asked, word, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    diagnostics.memory_coefficient(asked)
+    assert word in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """``fusedopt diagnose``."""
 
+import argparse
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -26,6 +28,17 @@ def clipped():
 
 def sgd():
     return run(torch.optim.SGD)
+
+def failing():
+    raise ZeroDivisionError("mine")
+
+def failing_loss():
+    model, optimizer, _, x = run()
+    return model, optimizer, lambda model, batch: {}["k"], x
+
+def failing_shapes():
+    model, optimizer, _, x = run()
+    return model, optimizer, lambda model, batch: model(batch.T).sum(), x
 
 def wrong():
     return 3
@@ -71,6 +84,37 @@ def test_settings_of_a_checkpoint(here, place, capsys):
     assert not group["generic_adam"]["holds"] and group["generic_adam"]["ratio"] == pytest.approx(math.sqrt(1e-3))
     printed = capsys.readouterr().out
     assert "no guarantee" in printed and "anti-regularises" in printed and "as constant" in printed
+
+
+def test_the_first_place_that_is_a_state(here):
+    state = stepped(torch.optim.AdamW).state_dict()
+    assert diagnosed({"optimizer": "AdamW", "optimizer_state_dict": state})["optimizer"] == "AdamW"
+    assert diagnosed({"optimizer": {"lr": 1.0}, "optimizer_states": [state]})["optimizer"] == "AdamW"
+
+
+def test_what_is_not_finite(here):
+    """A step counts nothing then, and JSON has null."""
+    state = stepped(torch.optim.AdamW, lr=0.0).state_dict()
+    for own in state["state"].values():
+        own["step"] = torch.tensor(math.inf)
+    content = diagnosed(state)  # R is infinite where lr is 0
+    assert content["steps"] == 100_000 and content["groups"][0]["generic_adam"]["ratio"] is None
+    assert "Infinity" not in (here / "out.json").read_text()
+
+
+def test_the_condition_is_not_necessary(here, capsys):
+    content = diagnosed(stepped(torch.optim.AdamW).state_dict())
+    text = " ".join(capsys.readouterr().out.split())
+    assert "sufficient and not necessary: constant betas never meet it, and train" in text
+    assert any("never meet it" in note for note in content["groups"][0]["notes"])
+
+
+@pytest.mark.parametrize(("name", "error"), [("loss", "KeyError: 'k'"), ("shapes", "RuntimeError: mat1 and mat2")])
+def test_what_was_found_before_an_error_is_written(here, name, error, capsys):
+    torch.save(stepped(fusedopt.AdamW).state_dict(), "state.pt")
+    assert main(["diagnose", "state.pt", "--json", "out.json", "--with", f"trained_here:failing_{name}"]) == 2
+    assert f"its loss_fn raised {error}" in capsys.readouterr().err
+    assert json.loads((here / "out.json").read_text())["groups"][0]["memory_coefficient"] == pytest.approx(990)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Lion", "RMSprop", "AdEMAMix"])
@@ -126,6 +170,8 @@ def test_what_is_not_derived_is_said(here, capsys):
         ("adamw", ["--with", "nothing_here:run"], "No module named 'nothing_here'"),
         ("adamw", ["--with", "trained_here:nothing"], "has no attribute 'nothing'"),
         ("adamw", ["--with", "trained_here:torch"], "it is module, not a function"),
+        ("adamw", ["--with", "trained_here:failing"], "it raised ZeroDivisionError: mine"),
+        ("adamw", ["--with", "syntax:run"], "importing it raised SyntaxError"),
         ("adamw", ["--with", "trained_here:wrong"], "it must return a tuple"),
         ("adamw", ["--with", "trained_here:wrong_parts"], "it returned (Tensor, function, AdamW, Linear)"),
         ("adamw", ["--with", "trained_here:run", "--optimizer", "AdamW"], "--optimizer is not needed"),
@@ -134,13 +180,18 @@ def test_what_is_not_derived_is_said(here, capsys):
         ({"weights": 1}, [], "has no optimizer's state_dict"),
         ({"param_groups": []}, [], "has no optimizer's state_dict"),
         (3, [], "has no optimizer's state_dict"),
-        ("text", [], "cannot read state.pt"),
+        ({"optimizer": argparse.Namespace()}, [], "holds argparse.Namespace, which weights_only does not load; save"),
+        ({"optimizer": np.float64(1)}, [], "holds numpy._core.multiarray.scalar, which weights_only"),
+        ("text", [], "state.pt is no file of torch.save"),
+        (bytes(range(256)), [], "state.pt is no file of torch.save"),
+        (b"", [], "state.pt is no file of torch.save"),
         ("nothing", [], "cannot read state.pt"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line(here, saved, arguments, message, capsys):
-    if saved == "text":
-        (here / "state.pt").write_text("hello")
+    (here / "syntax.py").write_text("def")
+    if saved == "text" or isinstance(saved, bytes):
+        (here / "state.pt").write_bytes(b"hello" if saved == "text" else saved)
     elif saved != "nothing":
         state = stepped(fusedopt.AdamW).state_dict() if isinstance(saved, str) else saved
         if saved == "adam_like":
@@ -148,4 +199,4 @@ def test_what_the_user_can_mend_is_one_line(here, saved, arguments, message, cap
         torch.save(state, "state.pt")
     assert main(["diagnose", "state.pt", *arguments]) == 2
     error = capsys.readouterr().err
-    assert message in error and error.count("\n") == 1
+    assert message in error and error.count("\n") == 1 and "\x1b" not in error

@@ -264,6 +264,11 @@ def test_tied_parameters_have_one_scale():
     assert torch.equal(model.output.weight, w0 * found.scales["embedding.weight"])
 
 
+def test_steps_may_be_of_numpy():
+    found = fusedopt.grad_init(perceptron(), loss_of, drawn(), **{**OPTIONS, "steps": np.int64(2)})
+    assert len(found.losses) == 2
+
+
 def test_what_no_scale_changes_stays():
     """The gradient of a linear loss is the same for all scales, so that its norm cannot be lowered."""
     model, batches = nn.Linear(3, 2, bias=False), drawn()

@@ -118,8 +118,10 @@ def test_sharded_parameters_are_refused():
         ({"floor": 0}, ValueError, r"floor is 0; it must lie in \(0, 1\]"),
         ({"floor": 1.5}, ValueError, "floor is 1.5"),
         ({"grad_clip": 0}, ValueError, "grad_clip is 0"),
-        ({"steps": 0}, ValueError, "steps is 0; it must be a positive int"),
-        ({"steps": 2.0}, ValueError, "steps is 2.0"),
+        ({"steps": 0}, ValueError, "steps is 0; it must be at least 1"),
+        ({"steps": 2.0}, TypeError, "steps is 2.0; it must be an int"),
+        ({"steps": True}, TypeError, "steps is True; it must be an int"),
+        ({"optimizer": ["sgd"]}, ValueError, r"optimizer is \['sgd'\]; it must be 'sgd' or 'adam'"),
         ({"optimizer": "lion"}, ValueError, "optimizer is 'lion'; it must be 'sgd' or 'adam'"),
         ({"loss_fn": None}, TypeError, r"loss_fn is None; it must be called as loss_fn\(model, batch\)"),
         ({"batches": 3}, TypeError, "batches is int; it must be an iterable of batches"),
@@ -130,6 +132,9 @@ def test_options_are_in_their_ranges(options, kind, match):
         fusedopt.grad_init(perceptron(), **{"loss_fn": loss_of, "batches": drawn(), **OPTIONS, **options})
 
 
+OTHER = perceptron()
+
+
 @pytest.mark.parametrize(
     ("loss_fn", "kind", "match"),
     [
@@ -137,6 +142,7 @@ def test_options_are_in_their_ranges(options, kind, match):
         (lambda m, b: 1.0, TypeError, "loss_fn returned 1.0 at step 1 on the scales; it must return the mean loss"),
         (lambda m, b: m(b[0]).argmax(), TypeError, "torch.int64"),
         (lambda m, b: loss_of(m, b).detach(), ValueError, "does not depend on any parameter"),
+        (lambda m, b: loss_of(OTHER, b), ValueError, "loss_fn depends on none of the parameters of the model that it"),
         (lambda m, b: loss_of(m, b) * 1e30 * 1e10, ValueError, "the loss is inf at step 1"),
         (lambda m, b: (loss_of(m, b) * 0).sqrt(), ValueError, "the gradient's norm is nan at step 1"),
     ],
@@ -147,6 +153,12 @@ def test_losses_that_cannot_be_lowered(loss_fn, kind, match):
     with pytest.raises(kind, match=match):
         fusedopt.grad_init(model, loss_fn, drawn(), **OPTIONS)
     assert all(map(torch.equal, model.parameters(), old))
+
+
+def test_loss_fn_is_called_as_its_error_says():
+    with pytest.raises(TypeError, match="positional") as caught:
+        fusedopt.grad_init(perceptron(), lambda batch: None, drawn(), **OPTIONS)
+    assert caught.value.__notes__ == ["loss_fn is called as loss_fn(model, batch)"]
 
 
 class Once(torch.autograd.Function):

@@ -14,19 +14,23 @@ JSON::
      "curvature": {"values", "bounds", "lr", "momentum", "plain_lr", "stability_limit", "reason", "batch_size"} or null,
      "notes": [str],
      "versions": {"fusedopt", "torch", "python", "numpy", "triton" if installed}}
+
+Numbers that are not finite are null.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import pickle
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
+from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +41,7 @@ from fusedopt.cli import machine, report
 from fusedopt.optimizers import OPTIMIZERS
 
 HELP = "what a saved optimizer's settings mean: convergence condition, memory of momentum, curvature"
-STEPS = 100_000  # where the state counts none
+STEPS, FEWEST = 100_000, 10  # where the state counts none, or so few that nothing can be said of them
 # Options of groups that say how a step is done, not which optimizer's it is.
 OPTIONAL = {
     *("params", "param_names", "initial_lr", "foreach", "fused", "maximize", "capturable", "differentiable", "swa_lr"),
@@ -46,6 +50,10 @@ OPTIONAL = {
 }
 PLACES = ("optimizer", "optimizer_state_dict", "optimizer_states")
 REFUSED = (TypeError, ValueError, RuntimeError)  # what a diagnostic says that is not for this optimizer
+CONSTANT = (
+    "lr and betas are taken as constant, as the file has them. The condition is sufficient and not necessary: constant "
+    "betas never meet it, and train. Give schedules to fusedopt.diagnostics.check_generic_adam"
+)
 
 LossFn = Callable[[nn.Module, object], Tensor]
 
@@ -71,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps",
         type=report.positive,
         metavar="N",
-        help=f"of the run; default: as many as the state counts, or {STEPS}",
+        help=f"of the run; default: as many as the state counts (below {FEWEST}: {STEPS})",
     )
     parser.add_argument(
         "--with",
@@ -112,8 +120,18 @@ def run(args: argparse.Namespace) -> int:
             _of_batch(content, run, args.plot)
     except (ImportError, OSError) as error:
         raise report.CommandError(str(error)) from error
-    report.write_json(args.json, {**content, "versions": machine.versions()})
+    finally:  # what was found before an error is not lost
+        report.write_json(args.json, _finite({**content, "versions": machine.versions()}))
     return 0
+
+
+def _finite(content: Any) -> Any:
+    """The same with None for numbers that are not finite, which JSON has none of."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in cast("Json", content).items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in cast("list[object]", content)]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _read(path: Path) -> StateDict:
@@ -122,25 +140,47 @@ def _read(path: Path) -> StateDict:
         content: object = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise report.CommandError(f"cannot read {path}: {error.strerror}") from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise report.CommandError(f"cannot read {path} with torch.load(weights_only=True): {first}") from error
-    found = content
-    for place in PLACES:
-        if isinstance(content, dict) and place in content:
-            found = cast("StateDict", content)[place]
-            break
-    if isinstance(found, (list, tuple)) and found:
-        found = cast("list[object]", found)[0]
-    if not isinstance(found, dict):
-        raise report.CommandError(f"{path} has no optimizer's state_dict, also not as {', '.join(PLACES)}")
-    state = cast("StateDict", found)
-    groups: object = state.get("param_groups")
-    if not isinstance(groups, list) or not groups or not all(isinstance(g, dict) for g in cast("list[object]", groups)):
-        raise report.CommandError(f"{path} has no optimizer's state_dict, also not as {', '.join(PLACES)}")
-    if not isinstance(state.get("state"), dict):
+    except Exception as error:  # whatever bytes that are no pickle make an unpickler raise
+        raise report.CommandError(_unreadable(path, error)) from error
+    places: list[object] = [content]
+    if isinstance(content, dict):
+        places += [cast("StateDict", content)[place] for place in PLACES if place in content]
+    places = [cast("list[object]", place)[0] if _is_list(place) else place for place in places]
+    for place in places:
+        if _is_state(place):
+            return cast("StateDict", place)
+    if any(_has_groups(place) for place in places):
         raise report.CommandError(f"{path} has param groups, but no state beside them")
-    return state
+    raise report.CommandError(f"{path} has no optimizer's state_dict, also not as {', '.join(PLACES)}")
+
+
+def _is_list(found: object) -> bool:
+    """Whether it is one of several state_dicts, as Lightning saves them."""
+    return isinstance(found, (list, tuple)) and bool(cast("list[object]", found))
+
+
+def _has_groups(found: object) -> bool:
+    """Whether it has param groups, as a state_dict of an optimizer."""
+    groups: object = cast("StateDict", found).get("param_groups") if isinstance(found, dict) else None
+    return (
+        isinstance(groups, list)
+        and bool(cast("list[object]", groups))
+        and all(isinstance(g, dict) for g in cast("list[object]", groups))
+    )
+
+
+def _is_state(found: object) -> bool:
+    """Whether it is a state_dict of an optimizer."""
+    return _has_groups(found) and isinstance(cast("StateDict", found).get("state"), dict)
+
+
+def _unreadable(path: Path, error: Exception) -> str:
+    """Why a file cannot be loaded, in one line."""
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    if refused or is_zipfile(path):
+        what = f"{refused[1]}, which" if refused else "what"
+        return f"{path} holds {what} weights_only does not load; save the optimizer's state_dict alone"
+    return f"{path} is no file of torch.save, or is damaged"
 
 
 def _steps(saved: StateDict) -> int:
@@ -150,7 +190,8 @@ def _steps(saved: StateDict) -> int:
         step = cast("StateDict", state).get("step") if isinstance(state, dict) else None
         if isinstance(step, (int, float)) or (isinstance(step, Tensor) and step.numel() == 1):
             counts.append(float(step))
-    return int(max(counts)) if counts and max(counts) >= 10 else STEPS
+    most = max((count for count in counts if math.isfinite(count)), default=0.0)
+    return int(most) if most >= FEWEST else STEPS
 
 
 def _name(asked: str | None, groups: list[Group]) -> str:
@@ -215,9 +256,14 @@ def _function(asked: str) -> Run:
         function: object = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise report.CommandError(f"--with {asked}: {error}") from error
+    except Exception as error:  # the user's own module
+        raise report.CommandError(f"--with {asked}: importing it raised {_named(error)}") from error
     if not callable(function):
         raise report.CommandError(f"--with {asked}: it is {type(function).__name__}, not a function")
-    found: object = function()
+    try:
+        found: object = function()
+    except Exception as error:
+        raise report.CommandError(f"--with {asked}: it raised {_named(error)}") from error
     kinds = (nn.Module, torch.optim.Optimizer)
     if not isinstance(found, tuple) or len(cast("tuple[object, ...]", found)) != 4:
         raise report.CommandError(f"--with {asked}: it must return a tuple (model, optimizer, loss_fn, batch)")
@@ -225,7 +271,24 @@ def _function(asked: str) -> Run:
     if not isinstance(model, kinds[0]) or not isinstance(optimizer, kinds[1]) or not callable(loss_fn):
         said = ", ".join(type(part).__name__ for part in parts)
         raise report.CommandError(f"--with {asked}: it returned ({said}), not (model, optimizer, loss_fn, batch)")
-    return Run(*parts)  # type: ignore[arg-type]
+    return Run(model, optimizer, _naming(cast("LossFn", loss_fn), asked), parts[3])
+
+
+def _naming(loss_fn: LossFn, asked: str) -> LossFn:
+    """The same, whose own errors are told from those of a diagnostic."""
+
+    def named(model: nn.Module, batch: object) -> Tensor:
+        try:
+            return loss_fn(model, batch)
+        except Exception as error:
+            raise report.CommandError(f"--with {asked}: its loss_fn raised {_named(error)}") from error
+
+    return named
+
+
+def _named(error: Exception) -> str:
+    """A user's exception, in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _loaded(optimizer: torch.optim.Optimizer, saved: StateDict) -> torch.optim.Optimizer:
@@ -249,7 +312,7 @@ def _of_group(optimizer: torch.optim.Optimizer, index: int, steps: int, folder: 
             plot = folder and folder / f"generic_adam_{index}.png"
             check = diagnostics.check_generic_adam(group["lr"], group["betas"], steps, plot=plot)
             found["generic_adam"] = asdict(check)
-            notes.append("lr and betas are taken as constant, as the file has them; give a schedule to the function")
+            notes.append(CONSTANT)
         except REFUSED as error:
             notes.append(f"convergence condition: {error}")
     else:
@@ -266,22 +329,30 @@ def _of_group(optimizer: torch.optim.Optimizer, index: int, steps: int, folder: 
 
 def _of_batch(content: Json, run: Run, folder: Path | None) -> None:
     """What can be said with a model and a batch."""
-    try:
+    notes: list[str] = content["notes"]
+    with _noted(notes, "memory's correction"):
         found = diagnostics.memory_correction(
             run.optimizer,
             lambda batch: run.loss_fn(run.model, batch),
             run.batch,
             plot=folder and folder / "correction.png",
         )
-        norms = [math.sqrt(sum(float((t.double() ** 2).sum()) for t in ts)) for ts in (found.force, found.correction)]
+        force, correction = (
+            math.sqrt(sum(float((t.double() ** 2).sum()) for t in ts)) for ts in (found.force, found.correction)
+        )
         kept = {"loss": found.loss, "term": found.term, "within": found.within}
-        content["correction"] = {**kept, "force_norm": norms[0], "correction_norm": norms[1]}
-    except REFUSED as error:
-        content["notes"].append(f"memory's correction: {error}")
-    try:
-        curvature = diagnostics.lanczos_lr(run.loss_fn, run.model, run.batch, plot=folder and folder / "curvature.png")
-        content["curvature"] = asdict(curvature)
-    except REFUSED as error:
-        content["notes"].append(f"curvature: {error}")
-    for note in content["notes"]:
+        content["correction"] = {**kept, "force_norm": force, "correction_norm": correction}
+    with _noted(notes, "curvature"):
+        plot = folder and folder / "curvature.png"
+        content["curvature"] = asdict(diagnostics.lanczos_lr(run.loss_fn, run.model, run.batch, plot=plot))
+    for note in notes:
         report.console.print(note, markup=False)
+
+
+@contextmanager
+def _noted(notes: list[str], what: str) -> Generator[None]:
+    """What a diagnostic refuses is a note."""
+    try:
+        yield
+    except REFUSED as error:
+        notes.append(f"{what}: {error}")

@@ -1,7 +1,9 @@
 """What a choice of optimizer means for a run: convergence conditions, the memory of momentum, curvature.
 
 The functions print a table (``quiet=True``: none), return what they found, and draw it with ``plot="file.png"``. None
-changes a model, an optimizer, a gradient or the state of random numbers.
+changes a parameter, a gradient, an optimizer's state or the states of random numbers (torch's, Python's and numpy's).
+Buffers are kept by ``lanczos_lr``; ``memory_correction``, which is given no model, leaves what the forward has made of
+them.
 """
 
 from fusedopt.diagnostics.correction import MemoryCorrection, memory_correction

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fusedopt import checks
 from fusedopt.diagnostics import recursions, show
+from fusedopt.diagnostics.arguments import called
 from fusedopt.diagnostics.point import Point, check_finite
 from fusedopt.diagnostics.recursions import ADAM, LION, SGD, Recursion
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 Batch = TypeVar("Batch")
 MOST_POINTS = 5000  # of the plot
+FEW = 0.5  # of the elements: where the expansion holds of fewer, that is said
 
 
 @dataclass(frozen=True)
@@ -54,15 +56,17 @@ class MemoryCorrection:
         term: What momentum adds to the loss, to first order in the learning rate; None where there is no such loss.
         force: F, detached tensors: a step without memory is ``p - lr F``.
         correction: ``lr M``, detached tensors: a step with what momentum adds is ``p - lr (F + correction)``.
-        within: The share of elements whose gradient changes, over the time that moments remember, by less than its own
-            size. The expansion says little about others. None for SGD, whose M is linear in gradients.
+        within: The share of elements whose gradient changes, over the time that moments remember, by less than what it
+            is compared with: by ``tau |lr H F|``, with the longer tau, less than ``|g| + eps`` (Adam) or
+            ``sqrt(g^2 + smoothing^2)`` (Lion); for SGD by ``k |lr H F|`` less than ``c |g|``. The expansion says little
+            about others.
     """
 
     loss: float
     term: float | None
     force: list[Tensor]
     correction: list[Tensor]
-    within: float | None
+    within: float
 
 
 def memory_correction(
@@ -79,8 +83,10 @@ def memory_correction(
     ``MemoryCorrection`` says what F and M are of each optimizer, and what they come from.
 
     One forward, one backward, and one Hessian-vector product by a second backward. Parameters, their ``grad``, the
-    optimizer's state and random numbers stay as they are; what the forward does to buffers (BatchNorm in training mode)
-    it does. Parameters that the loss does not depend on, or that need no gradient, have zeros.
+    optimizer's state and random numbers (torch's, Python's, numpy's) stay as they are; what the forward does to buffers
+    (BatchNorm in training mode) it does, as an optimizer knows no modules. Parameters that the loss does not depend on,
+    or that need no gradient, have zeros. What autograd takes as a constant in the backward, as of a custom function
+    before a sum, counts as linear, which cannot be seen.
 
     Args:
         optimizer: As in ``memory_coefficient``, without clipping to a norm. Parameters are float32 or float64.
@@ -109,7 +115,7 @@ def memory_correction(
     groups = recursions.of_optimizer(optimizer)
     _check(optimizer, groups, smoothing)
     owned = [(p, r) for r, group in zip(groups, optimizer.param_groups, strict=True) for p in group["params"]]
-    with Point(lambda: loss_fn(batch), [p for p, _ in owned]) as point:
+    with Point(lambda: called(loss_fn, "loss_fn(batch)", batch), [p for p, _ in owned]) as point:
         steps = [_Step(r, p.detach(), g, smoothing) for (p, r), g in zip(owned, point.gradients, strict=True)]
         force = [step.force() for step in steps]
         check_finite(force, "where Adam's eps is 0 and a gradient too, nothing is defined: the force")
@@ -204,12 +210,14 @@ def _term(loss: float, steps: list[_Step]) -> float | None:
     return of.lr * (of.first - of.second) * (total(lambda step: step.gradient().abs()) + decayed)
 
 
-def _within(steps: list[_Step], curved: list[Tensor]) -> float | None:
-    """The share of elements whose gradient changes by less than its size while moments remember it."""
+def _within(steps: list[_Step], curved: list[Tensor]) -> float:
+    """The share of elements whose gradient changes by less than its size while moments remember it, or not at all."""
     stepped = [(step, h) for step, h in zip(steps, curved, strict=True) if step.raw is not None]
-    if stepped[0][0].of.kind == SGD:
-        return None
-    inside = sum((max(s.of.first, s.of.second) * h.abs() < s.size()).sum().item() for s, h in stepped)
+    inside = 0.0
+    for step, h in stepped:
+        change = max(step.of.first, step.of.second) * h.abs()
+        size = step.of.gain * step.gradient().abs() if step.of.kind == SGD else step.size()
+        inside += ((change < size) | (change == 0)).sum().item()
     return inside / max(1, sum(h.numel() for _, h in stepped))
 
 
@@ -226,10 +234,15 @@ def _print(result: MemoryCorrection) -> None:
         ("what momentum adds to it", "no such term" if result.term is None else f"{result.term:.6g}"),
         ("norm of the force F", f"{force:.6g}"),
         ("norm of the correction lr M", f"{correction:.6g}"),
+        ("elements within the expansion", f"{result.within:.1%}"),
     ]
-    if result.within is not None:
-        rows.append(("elements within the expansion", f"{result.within:.1%}"))
     show.print_table("Memory of momentum on this batch", ("", ""), rows)
+    if result.within < FEW or correction > force:
+        show.say(
+            "The expansion, of first order, says little here: the correction is larger than the force, or most "
+            "gradients change by more than their size while momentum remembers them. Try a smaller lr or shorter "
+            "memory."
+        )
 
 
 def _scatter(axes: Axes, result: MemoryCorrection) -> None:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from fusedopt import checks
 from fusedopt.diagnostics import show
+from fusedopt.diagnostics.arguments import members, whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -54,23 +55,24 @@ def check_generic_adam(
     """The sufficient condition for the convergence of Generic Adam, evaluated over so many steps.
 
     Generic Adam is ``m <- beta_t m + (1-beta_t) g``, ``v <- theta_t v + (1-theta_t) g^2``,
-    ``p <- p - lr_t m / sqrt(v)``. For smooth losses that are bounded below and gradients whose second moments
-    are bounded, gradients tend to 0 in expectation, if
+    ``p <- p - lr_t m / sqrt(v)``. For smooth losses that are bounded below and gradients of bounded second moments,
+    the gradient at an iterate drawn at random from the first T tends to 0 in expectation, if
 
-    1. ``0 <= beta_t <= beta < 1``: the largest beta of all steps is below 1;
+    1. ``0 <= beta_t <= beta < 1``: the largest beta of all steps is below 1, and ``1 - beta_t`` does not tend to 0;
     2. ``0 < theta_t < 1``, and theta_t never decreases;
     3. ``chi_t = lr_t / sqrt(1 - theta_t)`` lies between a non-increasing sequence and a constant times it. The least
-       such constant over t steps is ``C(t) = max_(i<=t) chi_i / min_(j<=i) chi_j``; it counts as bounded where it grows
-       by at most 2 % in the second half of the steps;
-    4. ``R(T) = sum_(t<=T) lr_t sqrt(1-theta_t) / (T lr_T)`` tends to 0. It is judged by its trend: R(T) is at least 5 %
-       below R(T/10), and (from 1000 steps on) in logarithms the fall is at least half of that of the decade before.
+       such constant over t steps, ``C(t) = max_(i<=t) chi_i / min_(j<=i) chi_j``, may grow by 2 % in the second half;
+    4. ``R(T) = sum_(t<=T) lr_t sqrt(1-theta_t) / (T lr_T)`` tends to 0. With 2 and 3, ``R(T) >= sqrt(1-theta_T) / C``,
+       so that ``1 - theta_t`` must tend to 0, too.
 
-    Finitely many steps prove no limit: 1, 3 and 4 say what the steps given look like. The theorem knows neither bias
-    correction nor weight decay; the condition is sufficient, and many a run converges without it.
+    Only 2 is seen in each step; 1, 3 and 4 are judged by trends. What tends to 0 is at T at least 5 % below what it was
+    at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far. An lr
+    that goes up and down may be judged either way, by its phase at T. The theorem has no bias correction and no decay;
+    the condition is sufficient, and many a run converges without it.
 
     Args:
-        lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps.
-        betas: beta and theta, the decay rates of the first and second moment; each a number, or a function of t.
+        lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps (a LambdaLR's begins at 0).
+        betas: beta and theta, decay rates of the first and second moment; each a number, or a function of t.
         steps: T, at least 10.
         quiet: Print no table.
         plot: A PNG file for the curve of R.
@@ -80,7 +82,7 @@ def check_generic_adam(
 
     Raises:
         TypeError: If an argument is of another kind.
-        ValueError: If a learning rate is negative or not finite, or a beta outside [0, 1]; it names the step.
+        ValueError: If a learning rate is negative or not finite, or a beta outside [0, 1].
 
     Example:
         >>> check = diagnostics.check_generic_adam(lambda t: t**-0.5, (0.9, lambda t: 1 - 1 / (t + 1)), 10_000)
@@ -89,12 +91,11 @@ def check_generic_adam(
         Zou et al., CVPR 2019, arXiv 1811.09358.
     """
     show.check_plot(plot)
-    count = _count(steps)
-    beta, theta = _pair(betas)
+    count, (beta, theta) = whole("steps", steps, FEWEST), _pair(betas)
     rates = _values("lr", lr, count, math.inf)
     firsts, seconds = _values("beta", beta, count, 1.0), _values("theta", theta, count, 1.0)
     ratios = _ratios(rates, seconds)
-    found = [_first(firsts), _second(seconds), _third(rates, seconds), _fourth(ratios)]
+    found = [_first(firsts), _second(seconds), _third(rates, seconds), _fourth(ratios, seconds)]
     at = np.unique(np.geomspace(1, count, POINTS).round().astype(int))
     result = GenericAdamCheck(
         steps=count,
@@ -110,20 +111,12 @@ def check_generic_adam(
     return result
 
 
-def _count(steps: object) -> int:
-    """The steps, as an int."""
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps is {steps!r}; it must be an int")
-    if steps < FEWEST:
-        raise ValueError(f"steps is {steps}; it must be at least {FEWEST}")
-    return steps
-
-
 def _pair(betas: object) -> tuple[Schedule, Schedule]:
     """Beta and theta."""
-    if not isinstance(betas, (tuple, list)) or len(cast("tuple[object, ...]", betas)) != 2:
+    pair = members(betas)
+    if pair is None or len(pair) != 2:
         raise TypeError(f"betas is {betas!r}; it must be a pair of numbers or functions of the step")
-    return cast("tuple[Schedule, Schedule]", betas)
+    return cast("tuple[Schedule, Schedule]", tuple(pair))
 
 
 def _values(name: str, schedule: Schedule, count: int, high: float) -> Curve:
@@ -150,9 +143,12 @@ def _ratios(rates: Curve, thetas: Curve) -> Curve:
 def _first(betas: Curve) -> tuple[bool, str]:
     """Betas are bounded by one that is below 1."""
     largest = float(betas.max())
-    if largest < 1:
-        return True, f"0 <= beta_t <= {largest:.6g} < 1 in all steps"
-    return False, f"beta_t is 1 at step {int(betas.argmax()) + 1}; it must stay below a beta < 1"
+    if largest == 1:
+        return False, f"beta_t is 1 at step {int(betas.argmax()) + 1}; it must stay below a beta < 1"
+    gaps = np.minimum.accumulate(1 - betas)
+    if not _stays(gaps):
+        return False, f"beta_t looks as if it tended to 1: the least 1 - beta_t is {_ends(gaps)}"
+    return True, f"0 <= beta_t <= {largest:.6g} < 1 in all steps"
 
 
 def _second(thetas: Curve) -> tuple[bool, str]:
@@ -182,22 +178,43 @@ def _third(rates: Curve, thetas: Curve) -> tuple[bool, str]:
     )
 
 
-def _fourth(ratios: Curve) -> tuple[bool, str]:
-    """R tends to 0, by its trend in the last decade, and in the one before."""
-    count, last = len(ratios), float(ratios[-1])
-    tenth = float(ratios[count // 10 - 1])
+def _fourth(ratios: Curve, thetas: Curve) -> tuple[bool, str]:
+    """R tends to 0, and so does what it is not below."""
+    tenth, last = float(ratios[len(ratios) // 10 - 1]), float(ratios[-1])
     if not math.isfinite(last):
         return False, "R(T) is infinite, as lr_T is 0"
     said = f"R(T/10) = {tenth:.4g}, R(T) = {last:.4g}"
-    if last == 0:
-        return True, said
-    if not last <= FALL * tenth:
-        return False, f"R(T) does not tend to 0: {said}"
-    if count >= 1000 and math.isfinite(hundredth := float(ratios[count // 100 - 1])) and math.isfinite(tenth):
-        fall, before = math.log(tenth / last), math.log(hundredth / tenth)
-        if fall < LEVELLING * before:
-            return False, f"R(T) levels off: R(T/100) = {hundredth:.4g}, {said}"
+    if why := _stays(1 - thetas):
+        needed = "R(T) cannot tend to 0, as theta_t does not tend to 1"
+        return False, f"{needed}: 1 - theta_t {why}, being {_ends(1 - thetas)}; {said}"
+    if why := _stays(ratios):
+        return False, f"R(T) {why}: {said}"
     return True, f"R(T) falls: {said}"
+
+
+def _stays(values: Curve) -> str:
+    """Why values that are not negative do not look as if they tended to 0; empty if they do.
+
+    They must fall in the last decade. Where they did not in the one before, this is no evidence: a constant that is
+    lower from some step on does so, too. Where they fell much more then, they level off.
+    """
+    count, last = len(values), float(values[-1])
+    tenth = float(values[count // 10 - 1])
+    if last == 0:
+        return ""
+    if not last <= FALL * tenth:
+        return "does not tend to 0"
+    if count < 1000 or not math.isfinite(hundredth := float(values[count // 100 - 1])) or not math.isfinite(tenth):
+        return ""
+    fall, before = math.log(tenth / last), math.log(hundredth / tenth)
+    if before <= ROUNDING:
+        return "falls in the last of two decades only, which is no evidence (more steps may show it)"
+    return "levels off" if fall < LEVELLING * before else ""
+
+
+def _ends(values: Curve) -> str:
+    """What a trend is seen by."""
+    return f"{values[len(values) // 10 - 1]:.4g} at T/10 and {values[-1]:.4g} at T"
 
 
 def _print(result: GenericAdamCheck) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fusedopt.diagnostics import recursions, show
-from fusedopt.diagnostics.recursions import ADAM, Recursion
+from fusedopt.diagnostics.arguments import members, whole
+from fusedopt.diagnostics.recursions import ADAM, LION, Recursion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,7 +20,7 @@ DECAYS = [1 - 10 ** (-i / 40) for i in range(4, 161)]  # of the plot: 0.2 ... 0.
 
 
 def memory_coefficient(
-    optimizer_or_betas: torch.optim.Optimizer | tuple[float, float],
+    optimizer_or_betas: torch.optim.Optimizer | Sequence[float] | NDArray[np.float64],
     *,
     group: int | None = None,
     quiet: bool = False,
@@ -49,7 +52,7 @@ def memory_coefficient(
         The coefficient, in steps.
 
     Raises:
-        TypeError: If the derivation is not of this optimizer.
+        TypeError: If the derivation is not of this optimizer, or an argument is of another kind.
         ValueError: If it is not of an option (amsgrad, maximize, Lookahead, noise, cautious decay, rescale), a beta is
             outside [0, 1), param groups differ, or there is no such group.
 
@@ -62,9 +65,8 @@ def memory_coefficient(
     show.check_plot(plot)
     found = _recursion(optimizer_or_betas, group)
     coefficient = found.coefficient()
-    prefers_large = coefficient > 0 if found.kind == ADAM else coefficient < 0
-    effect = "nothing" if coefficient == 0 else "anti-regularises" if prefers_large else "regularises"
     if not quiet:
+        effect = _effect(found.kind, coefficient)
         lags = (f"{found.first:.6g}", f"{found.second:.6g}" if found.kind == ADAM else "", f"{coefficient:.6g}", effect)
         columns = ("recursion", "lag of the first moment", "of the second", "coefficient", "effect")
         show.print_table("Memory of momentum, in steps", columns, [(found.kind, *lags)])
@@ -78,19 +80,28 @@ def memory_coefficient(
     return coefficient
 
 
+def _effect(kind: str, coefficient: float) -> str:
+    """What memory does to the loss, in a word."""
+    if coefficient == 0:
+        return "nothing"
+    if kind == LION:
+        return "nothing; of a smoothed sign: regularises"
+    return "anti-regularises" if (coefficient > 0) == (kind == ADAM) else "regularises"
+
+
 def _recursion(asked: object, group: int | None) -> Recursion:
     """The recursion of a pair of betas, of a group, or of all groups if they are alike."""
     if not isinstance(asked, torch.optim.Optimizer):
         if group is not None:
             raise ValueError(f"group is {group!r}, and a pair of betas has no groups")
-        if not isinstance(asked, (tuple, list)):
+        if members(asked) is None:
             raise TypeError(f"optimizer_or_betas is {type(asked).__name__}; it must be an optimizer or a pair of betas")
-        return recursions.of_betas(cast("object", asked))
+        return recursions.of_betas(asked)
     found = recursions.of_optimizer(asked)
     if group is not None:
-        if group not in range(len(found)):
+        if (index := whole("group", group, 0)) >= len(found):
             raise ValueError(f"group is {group!r}; the optimizer has groups 0 to {len(found) - 1}")
-        return found[group]
+        return found[index]
     values = [r.coefficient() for r in found]
     if len(set(values)) > 1:
         raise ValueError(f"groups have coefficients {', '.join(f'{v:.6g}' for v in values)}; choose one with group=")

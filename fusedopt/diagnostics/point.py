@@ -3,31 +3,37 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+import random
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fusedopt import memory
 
 WIDE = (torch.float32, torch.float64)
+WITH_GENERATORS = ("cuda", "xpu")  # devices whose random numbers torch.random.fork_rng can set back
+ONCE = "the loss cannot be differentiated twice: a function of it is once_differentiable"
 
 
 class Point:
     """A loss's value and gradients; inside of a ``with``, products of its Hessian with vectors.
 
-    One forward, whose random numbers are taken back, and one backward. Nothing is written to any ``grad``.
+    One forward, whose random numbers (of torch, Python and numpy) are taken back, and one backward. Nothing is written
+    to any ``grad``.
 
     Attributes:
         loss: The value.
         gradients: Of each parameter; None where the loss does not depend on it, or it needs no gradient.
     """
 
-    def __init__(self, loss_fn: Callable[[], Tensor], params: Sequence[Tensor]) -> None:
+    def __init__(self, loss_fn: Callable[[], object], params: Sequence[Tensor]) -> None:
         """Check the parameters; entering evaluates.
 
         Args:
@@ -51,8 +57,8 @@ class Point:
 
     def __enter__(self) -> Point:
         with ExitStack() as within:
-            devices = {p.device for p in self._params if p.is_cuda}
-            within.enter_context(cast("AbstractContextManager[None]", torch.random.fork_rng(devices)))
+            within.enter_context(random_numbers_kept(self._params))
+            within.enter_context(torch.inference_mode(False))  # which turns gradients on, inside of no_grad too
             within.enter_context(torch.enable_grad())
             # Fused attention has no second derivative.
             within.enter_context(cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)))
@@ -82,6 +88,8 @@ class Point:
         if all(g is None for g in found):
             raise RuntimeError("the loss that loss_fn returned depends on none of the parameters that require grad")
         self._graph = [(i, g) for i, g in zip(taken, found, strict=True) if g is not None]
+        if ends_early(g for _, g in self._graph):
+            raise RuntimeError(ONCE)
         gradients = dict(self._graph)
         self.gradients = [gradients[i].detach() if i in gradients else None for i in range(len(self._params))]
         check_finite(self.gradients, "the gradient")
@@ -111,6 +119,43 @@ class Point:
         for (i, _), product in zip(self._graph, products, strict=True):
             result[i] = result[i] if product is None else product.detach()
         return result
+
+
+def ends_early(values: Iterable[Tensor]) -> bool:
+    """Whether autograd would leave out of a derivative what it cannot follow, since that leads nowhere.
+
+    A function that is once_differentiable leaves a mark in the graph of its backward where its output's gradient
+    depends on something. Where that is a constant (before a sum), the backward is one too, and there is no mark.
+    """
+    found, left = set[Node](), [value.grad_fn for value in values]
+    while left:
+        if (node := left.pop()) is None or node in found:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        found.add(node)
+        left += [earlier for earlier, _ in node.next_functions]
+    return False
+
+
+@contextmanager
+def random_numbers_kept(tensors: Iterable[Tensor]) -> Generator[None]:
+    """Random numbers are as before, afterwards: torch's of the CPU and of tensors' devices, Python's and numpy's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices: dict[str, set[int]] = {kind: set() for kind in WITH_GENERATORS}
+    for t in tensors:
+        if t.device.type in devices:
+            devices[t.device.type].add(t.get_device())
+    with ExitStack() as stack:
+        for kind, indices in devices.items():
+            if indices or kind == WITH_GENERATORS[0]:  # once at least, for the CPU's
+                fork = cast("Callable[..., AbstractContextManager[None]]", torch.random.fork_rng)
+                stack.enter_context(fork(sorted(indices), device_type=kind))
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
 
 
 def _derivatives(found: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:

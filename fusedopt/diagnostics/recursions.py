@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
 import fusedopt.optimizers as ours
 from fusedopt import checks
 from fusedopt.aliases import Group
+from fusedopt.diagnostics.arguments import members
 from fusedopt.options import AVERAGE, CAUTIOUS, NOISE, RESCALE, Lookahead
 
 SGD, ADAM, LION = "SGD", "Adam", "Lion"
@@ -124,9 +124,9 @@ def _momentum(group: Group, where: str) -> tuple[float, float]:
 
 def _betas(betas: object, where: str) -> tuple[float, float]:
     """Both betas, each in [0, 1)."""
-    if not isinstance(betas, (tuple, list)):
+    if (pair := members(betas)) is None:
         raise TypeError(f"betas{where} is {type(betas).__name__}; it must be a pair of numbers in [0, 1)")
-    values = [checks.number(beta, "beta", where) for beta in cast("tuple[object, ...]", betas)]
+    values = [checks.number(beta, "beta", where) for beta in pair]
     if len(values) != 2 or not all(0 <= beta < 1 for beta in values):
         raise ValueError(f"betas{where} is {betas!r}; it must be a pair of numbers in [0, 1)")
     return values[0], values[1]
