@@ -225,6 +225,7 @@ if __name__ == "__main__":
             "fusedopt.engines",
             "fusedopt.verification",
             "fusedopt.cli",
+            "fusedopt.diagnostics",
             "fusedopt.inspection",
             "fusedopt.integrations",
             "fusedopt.triton_kernels",

@@ -128,7 +128,7 @@ def test_one_launch_with_clipping_and_mixed_states(monkeypatch, engine, device, 
             q.grad = p.grad.clone()
         a.step(), b.step()
     passes = Pass.of(a.rule, a.scope)
-    after = [passes] if name == "Muon" else []  # of what the function of its matrices made
+    after = [passes] if name in ("MBF", "Muon") else []  # of what the function of its matrices made
     assert launches == [Pass.NORM | passes, *after] * 3
     for p, q in zip(ps, theirs, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-2 if p.dtype == torch.bfloat16 else 2e-6, atol=1e-5)

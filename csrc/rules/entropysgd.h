@@ -44,28 +44,26 @@ struct EntropySGD {
 
   template <class T>
   FUSEDOPT_HD static T direction(T p, T g, T* state, const Coefficients<T>& c) {
-    const bool begins = c.begins != T(0), ends = c.ends != T(0);
-    T x = begins ? p : state[0];
+    const bool begins = c.begins != T(0), ends = c.ends != T(0), nesterov = c.nesterov != T(0);
+    const T x = begins ? p : state[0];
     T mu = begins ? p : state[1];
     if constexpr (Inner) {
       T& kept = state[Momentum ? 3 : 2];
       const T b = begins ? g : c.inner_momentum * kept + g;
-      g = c.nesterov != T(0) ? g + c.inner_momentum * b : b;
+      g = nesterov ? g + c.inner_momentum * b : b;
       kept = ends ? T(0) : b;
     }
     T d = c.inner_lr * (g + c.gamma * (p - x));
     mu += c.one_minus_alpha * (p - d - mu);
-    if (ends) {
-      T w = x - mu;
-      if constexpr (Momentum) {
-        state[2] = c.momentum * state[2] + w;
-        w = c.nesterov != T(0) ? w + c.momentum * state[2] : state[2];
-      }
-      d = (p - x) + c.lr * w;
-      x = mu = p - d;
+    T w = x - mu;
+    if constexpr (Momentum) {
+      const T b = c.momentum * state[2] + w;
+      w = nesterov ? w + c.momentum * b : b;
+      state[2] = ends ? b : state[2];
     }
-    state[0] = x;
-    state[1] = mu;
+    d = ends ? (p - x) + c.lr * w : d;  // whatever is chosen is computed, so that loops are vectorised
+    state[0] = ends ? p - d : x;
+    state[1] = ends ? p - d : mu;
     return d;
   }
 };

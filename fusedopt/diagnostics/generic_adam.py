@@ -22,6 +22,7 @@ Curve = NDArray[np.float64]
 
 FEWEST = 10  # steps: one decade, over which the ratio's trend is judged
 FALL = 0.95  # a ratio that tends to 0 is at least this much smaller after ten times as many steps
+VANISHING = 0.5  # what tends to 0 in each of two decades is at most this part of itself; a warm-up does not twice
 LEVELLING = 0.5  # one whose fall, in logarithms, is less than this part of the decade's before tends to something else
 GROWTH = 1.02  # what a bound may grow by in the second half of the steps, and count as one
 POINTS = 200  # of the curve
@@ -66,8 +67,9 @@ def check_generic_adam(
        so that ``1 - theta_t`` must tend to 0, too.
 
     Only 2 is seen in each step; 1, 3 and 4 are judged by trends. What tends to 0 is at T at least 5 % below what it was
-    at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far. An lr
-    that goes up and down may be judged either way, by its phase at T. The theorem has no bias correction and no decay;
+    at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far;
+    ``1 - beta_t`` does if each of them leaves half of it or less. An lr that goes up and down may be judged either
+    way, by its phase at T. The theorem has no bias correction and no decay;
     the condition is sufficient, and many a run converges without it.
 
     Args:
@@ -146,7 +148,7 @@ def _first(betas: Curve) -> tuple[bool, str]:
     if largest == 1:
         return False, f"beta_t is 1 at step {int(betas.argmax()) + 1}; it must stay below a beta < 1"
     gaps = np.minimum.accumulate(1 - betas)
-    if not _stays(gaps):
+    if all(after <= VANISHING * before for before, after in _decades(gaps)):
         return False, f"beta_t looks as if it tended to 1: the least 1 - beta_t is {_ends(gaps)}"
     return True, f"0 <= beta_t <= {largest:.6g} < 1 in all steps"
 
@@ -210,6 +212,13 @@ def _stays(values: Curve) -> str:
     if before <= ROUNDING:
         return "falls in the last of two decades only, which is no evidence (more steps may show it)"
     return "levels off" if fall < LEVELLING * before else ""
+
+
+def _decades(values: Curve) -> list[tuple[float, float]]:
+    """What values are before and after each of the last two decades, or of the last where there are fewer than 1000."""
+    count = len(values)
+    at = [float(values[count // part - 1]) for part in (100, 10, 1) if count // part and (part < 100 or count >= 1000)]
+    return list(zip(at, at[1:], strict=False))
 
 
 def _ends(values: Curve) -> str:
