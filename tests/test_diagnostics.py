@@ -53,7 +53,7 @@ def test_ratio_is_the_sum_of_the_definition():
 @pytest.mark.parametrize("steps", [100, 1000, 10_000])
 def test_a_beta_that_warms_up_is_bounded(steps):
     for beta in (lambda t: min(0.9, 0.5 + t / 1000), lambda t: 0.85 + 0.1 * t / steps):
-        found = diagnostics.check_generic_adam(root, (beta, rising), steps, quiet=True)
+        found = check_generic_adam(root, (beta, rising), steps, quiet=True)
         assert found.holds, found.reasons
 
 

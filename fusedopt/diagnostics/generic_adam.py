@@ -22,7 +22,7 @@ Curve = NDArray[np.float64]
 
 FEWEST = 10  # steps: one decade, over which the ratio's trend is judged
 FALL = 0.95  # a ratio that tends to 0 is at least this much smaller after ten times as many steps
-VANISHING = 0.5  # what tends to 0 in each of two decades is at most this part of itself; a warm-up does not twice
+VANISHING = 0.5  # what tends to 0 is at most this part of itself in each of two decades, or of one its square
 LEVELLING = 0.5  # one whose fall, in logarithms, is less than this part of the decade's before tends to something else
 GROWTH = 1.02  # what a bound may grow by in the second half of the steps, and count as one
 POINTS = 200  # of the curve
@@ -68,9 +68,8 @@ def check_generic_adam(
 
     Only 2 is seen in each step; 1, 3 and 4 are judged by trends. What tends to 0 is at T at least 5 % below what it was
     at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far;
-    ``1 - beta_t`` does if each of them leaves half of it or less. An lr that goes up and down may be judged either
-    way, by its phase at T. The theorem has no bias correction and no decay;
-    the condition is sufficient, and many a run converges without it.
+    ``1 - beta_t`` does if both leave half of it or less (of one, a quarter). An lr that goes up and down may be judged by its
+    phase at T. The theorem has no bias correction and no decay; it is sufficient, and many a run converges without.
 
     Args:
         lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps (a LambdaLR's begins at 0).
@@ -148,7 +147,8 @@ def _first(betas: Curve) -> tuple[bool, str]:
     if largest == 1:
         return False, f"beta_t is 1 at step {int(betas.argmax()) + 1}; it must stay below a beta < 1"
     gaps = np.minimum.accumulate(1 - betas)
-    if all(after <= VANISHING * before for before, after in _decades(gaps)):
+    decades = _decades(gaps)
+    if all(after <= VANISHING ** (3 - len(decades)) * before for before, after in decades):
         return False, f"beta_t looks as if it tended to 1: the least 1 - beta_t is {_ends(gaps)}"
     return True, f"0 <= beta_t <= {largest:.6g} < 1 in all steps"
 
