@@ -68,8 +68,8 @@ def check_generic_adam(
 
     Only 2 is seen in each step; 1, 3 and 4 are judged by trends. What tends to 0 is at T at least 5 % below what it was
     at T/10, and (from 1000 steps on) it fell in the decade before as well, in logarithms at most twice as far;
-    ``1 - beta_t`` does if both leave half of it or less (of one, a quarter). An lr that goes up and down may be judged by its
-    phase at T. The theorem has no bias correction and no decay; it is sufficient, and many a run converges without.
+    ``1 - beta_t`` does if both leave half of it or less (of one, a quarter). A cyclic lr may be judged by its phase at
+    T. The theorem has no bias correction and no decay; it is sufficient, and many a run converges without.
 
     Args:
         lr: Learning rate, positive; a number, or a function of the step t = 1 ... steps (a LambdaLR's begins at 0).
