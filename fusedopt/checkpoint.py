@@ -18,6 +18,7 @@ class KeepsState(torch.optim.Optimizer):
     """What an optimizer gives of its state, and takes."""
 
     rule: type[Rule]
+    of_steps: tuple[str, ...] = ()  # keys that groups have for a step, and no checkpoint has
 
     def state_dict(self, *, dequantized: bool = False) -> StateDict:
         """The state, of tensors and Python's own types, as torch.optim's is.
@@ -30,6 +31,7 @@ class KeepsState(torch.optim.Optimizer):
         saved: StateDict = super().state_dict()
         if "param_groups" in saved:  # a hook may have made something else of it
             groups = [options.plain(group) for group in saved["param_groups"]]
+            groups = [{k: v for k, v in group.items() if k not in self.of_steps} for group in groups]
             if dequantized:
                 saved["state"] = dequantized_state(self.rule, self.param_groups, saved)
                 groups = [{k: v for k, v in group.items() if k not in options.STORAGE} for group in groups]

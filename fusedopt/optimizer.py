@@ -120,6 +120,7 @@ class FusedOptimizer(Steps, KeepsState):
     rules: tuple[type[Rule], ...] = ()  # others that an argument can choose, or that the class steps by besides
     steps_together: str = ""  # why parameters cannot be stepped one by one, if they cannot
     increments_versions: bool = True
+    of_all: tuple[str, ...] = ()  # keys of groups that are the same in all, also in those that are added later
     _in_backward: object = None  # what steps in backward, if anything does
 
     def __init__(
@@ -164,6 +165,9 @@ class FusedOptimizer(Steps, KeepsState):
         if is_group(param_group) and not isinstance(param_group["params"], (Tensor, set)):
             param_group["params"] = list(param_group["params"])
             checks.new_parameters(param_group["params"], self.param_groups)
+        if is_group(param_group):
+            for group in self.param_groups[:1]:
+                param_group.update({key: group[key] for key in self.of_all})
         super().add_param_group(param_group)
         try:
             options.settle(self.param_groups[-1], f" (group {len(self.param_groups) - 1})")

@@ -108,6 +108,8 @@ class Stepper:
         Steppers that read it themselves call it first.
         """
         rule, groups = self.context.rule, self.context.param_groups
+        if not rule.settings:
+            return
         settings: list[object] = [group.get(hyper.key) for group in groups for hyper in rule.settings]
         if settings != self._settings:
             for g, group in enumerate(groups):

@@ -9,7 +9,7 @@ from builds import ROOT
 # From the ground up; a module may import those of its own room, and of lower ones.
 ROOMS = {
     "words": "aliases layout operands passes rule",
-    "Python": "callers compiling forking interrupts",
+    "Python": "callers compiling forking interrupts printing",
     "tensors": "checks codecs memory newton_schulz options ranks scaling state state_checks status storage sums",
     "kernels": "triton_kernels triton_kernels.*",
     "seam": "context",

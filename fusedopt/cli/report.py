@@ -6,33 +6,17 @@ import argparse
 import json
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from fusedopt.aliases import Json
+from fusedopt.printing import table as table
 
 console: Console = Console(highlight=False)
 
 
 class CommandError(Exception):
     """Something the user can mend: one line on stderr and exit status 2."""
-
-
-def table(title: str, *columns: str, numeric: tuple[str, ...] = ()) -> Table:
-    """An empty table in the command line's style.
-
-    Args:
-        title: What stands above it.
-        columns: The headings.
-        numeric: Those of them whose cells are numbers, and so stand to the right.
-    """
-    result = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    result.padding = (0, 1, 0, 0)
-    for column in columns:
-        result.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
-    return result
 
 
 def progress_bar(detail: str = "{task.description}", console: Console = console) -> Progress:

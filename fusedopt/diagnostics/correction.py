@@ -236,7 +236,7 @@ def _print(result: MemoryCorrection) -> None:
         ("norm of the correction lr M", f"{correction:.6g}"),
         ("elements within the expansion", f"{result.within:.1%}"),
     ]
-    show.print_table("Memory of momentum on this batch", ("", ""), rows)
+    show.print_table("Memory of momentum on this batch", ("", "value"), rows)
     if result.within < FEW or correction > force:
         show.say(
             "The expansion, of first order, says little here: the correction is larger than the force, or most "

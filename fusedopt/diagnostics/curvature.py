@@ -276,7 +276,7 @@ def _print(result: Curvature) -> None:
             ("gradient descent: lr", f"{result.plain_lr:.4g}"),
             ("gradient descent diverges from lr", f"{result.stability_limit:.4g}"),
         ]
-        show.print_table("What they suggest", ("", ""), rows)
+        show.print_table("What they suggest", ("", "value"), rows)
     if result.reason:
         show.say(result.reason)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from fusedopt import printing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,15 +25,9 @@ def print_table(title: str, columns: tuple[str, ...], rows: Iterable[tuple[str, 
         columns: The headings.
         rows: The cells; those that are numbers stand to the right.
     """
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
-    table.padding = (0, 1, 0, 0)
     cells = list(rows)
-    for i, column in enumerate(columns):
-        numeric = bool(cells) and all(_is_number(row[i]) for row in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    numeric = [bool(cells) and all(_is_number(row[i]) for row in cells) for i in range(len(columns))]
+    table = printing.table(title, *columns, numeric=tuple(compress(columns, numeric)))
     for row in cells:
         table.add_row(*row)
     say(table)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import codecs, memory, storage
-from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values, is_group
+from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, Tensors, Values, is_group
 from fusedopt.checks import LARGEST_FLOAT
 from fusedopt.context import Context, StepRequest
 from fusedopt.optimizer import FusedOptimizer, arguments
@@ -157,9 +157,10 @@ class InLoops(Stepper):
     @torch.no_grad()
     def _begin_without(self) -> None:
         """Where a loop begins, it does so for parameters without a gradient, too, whose steps come later."""
+        if not any(group["begins"] for group in self.context.param_groups):
+            return
         for p, group in self.context.everyone():
-            state = self.context.state.get(p)
-            if not group["begins"] or p.grad is not None or not state:
+            if p.grad is not None or not (state := self.context.state.get(p)):
                 continue
             for name in ("anchor", "inner_average"):
                 if (kept := state.get(name)) is not None:
@@ -222,6 +223,8 @@ class EntropySGD(FusedOptimizer):
     """
 
     rule: type[Rule] = EntropySGDRule
+    of_steps: tuple[str, ...] = (*OF_STEP, NOISE)
+    of_all: tuple[str, ...] = LOOP
     steps_together = "EntropySGD counts the steps of loops for all parameters together"
 
     def __init__(
@@ -258,11 +261,8 @@ class EntropySGD(FusedOptimizer):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group of parameters, where the others are in the loop; see ``fusedopt.FusedOptimizer``."""
-        if is_group(param_group):
-            if param_group.get(NOISE) is not None:
-                raise ValueError(f"{NOISE} is not for EntropySGD, which has noise and seed")
-            for group in self.param_groups[:1]:
-                param_group.update({key: group[key] for key in LOOP})
+        if is_group(param_group) and param_group.get(NOISE) is not None:
+            raise ValueError(f"{NOISE} is not for EntropySGD, which has noise and seed")
         super().add_param_group(param_group)
         try:
             length(self.param_groups)
@@ -295,11 +295,3 @@ class EntropySGD(FusedOptimizer):
 
     def _stepper_of(self, context: Context) -> Stepper:
         return InLoops(context)
-
-    def state_dict(self, *, dequantized: bool = False) -> StateDict:
-        """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
-        saved = super().state_dict(dequantized=dequantized)
-        for group in saved.get("param_groups", ()):
-            for key in (*OF_STEP, NOISE):
-                group.pop(key, None)
-        return saved

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, codecs, memory, noise, storage
-from fusedopt.aliases import Arguments, Member, ParamGroup, ParamsT, ProcessGroup, StateDict, is_group
+from fusedopt.aliases import Arguments, Member, ParamGroup, ParamsT, ProcessGroup, is_group
 from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.koala_rules import KoalaMRule, KoalaVRule
 from fusedopt.options import Average, GradientNoise, Master, StateDtype
@@ -19,6 +19,7 @@ from fusedopt.rule import Rule
 T = TypeVar("T")
 
 ONLINE = "online"
+MEASURED = ("loss", "loss_square", "measured")
 
 
 class MeasuresLoss(FusedOptimizer):
@@ -27,8 +28,8 @@ class MeasuresLoss(FusedOptimizer):
     Groups have it while they step, as ``loss``, ``loss_square`` and ``measured``; no checkpoint does.
     """
 
-    _of_steps = ("loss", "loss_square", "measured")
-    _of_all: tuple[str, ...] = ()  # keys that are the same in all groups
+    of_steps: tuple[str, ...] = MEASURED
+    of_all: tuple[str, ...] = MEASURED
 
     def __init__(self, params: ParamsT, defaults: ParamGroup, **more: object) -> None:
         defaults.update({"online": False, "loss": 0.0, "loss_square": 0.0, "measured": False})
@@ -39,8 +40,6 @@ class MeasuresLoss(FusedOptimizer):
         if is_group(param_group):
             if param_group.get("r", self.defaults["r"]) == ONLINE:
                 param_group.update(r=1.0, online=True)
-            for group in self.param_groups[:1]:
-                param_group.update({key: group[key] for key in (*self._of_steps, *self._of_all)})
         super().add_param_group(param_group)
 
     @overload
@@ -118,14 +117,6 @@ class MeasuresLoss(FusedOptimizer):
         _put(of_groups[1], None if samples is None else samples.square().mean())
         for group in self.param_groups:
             group.update(loss=of_groups[0], loss_square=of_groups[1], measured=loss is not None)
-
-    def state_dict(self, *, dequantized: bool = False) -> StateDict:
-        """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
-        saved = super().state_dict(dequantized=dequantized)
-        for group in saved.get("param_groups", ()):
-            for key in self._of_steps:
-                group.pop(key, None)
-        return saved
 
 
 def _put(into: Tensor, value: object) -> None:
@@ -233,7 +224,7 @@ class KoalaM(MeasuresLoss):
     """
 
     rule: type[Rule] = KoalaMRule
-    _of_all = ("drift", "predictions", "predicted")
+    of_all: tuple[str, ...] = (*MEASURED, "drift", "predictions", "predicted")
 
     def __init__(
         self,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fusedopt import checks, memory, state_checks, storage
-from fusedopt.aliases import Group, ParamGroup, ParamsT, ProcessGroup, StateDict, Tensors, Values, is_group
+from fusedopt.aliases import Group, ParamsT, ProcessGroup, Tensors, Values
 from fusedopt.context import Context, StepRequest
 from fusedopt.optimizer import FusedOptimizer, arguments
 from fusedopt.optimizers.entropy_sgd import scoped
@@ -101,7 +101,6 @@ class AroundCenters(Stepper):
     def _find_centers(self, found: list[_Center]) -> None:
         """Write the means of replicas to where the step reads them; found: gets those that were written."""
         spec = next(spec for spec in self.context.rule.states if spec.name == CENTER)
-        labels = checks.labels(self.context.param_groups)
         for i, (p, group) in enumerate(self.context.everyone()):
             if p.grad is None or group["replicas"] == 1:
                 continue
@@ -112,7 +111,7 @@ class AroundCenters(Stepper):
                 self.context.state.setdefault(p, {}).update(made)
                 state = self.context.state[p]
             if state[CENTER].shape != p.shape or not state[CENTER].is_floating_point():
-                state_checks.state_tensors(self.context.rule, p, state, labels[i])
+                state_checks.state_tensors(self.context.rule, p, state, checks.labels(self.context.param_groups)[i])
             center = memory.local(state[CENTER])
             found.append(_Center(p, center, None if is_new else center[:1].clone()))
             center.copy_(mean(p, storage.values(p, group, state).to(center.dtype)))
@@ -197,6 +196,8 @@ class ReplicatedSGD(FusedOptimizer):
     """
 
     rule: type[Rule] = ReplicatedSGDRule
+    of_steps: tuple[str, ...] = ("gamma",)
+    of_all: tuple[str, ...] = ("steps",)
     steps_together = "ReplicatedSGD finds the means of replicas before it steps"
 
     def __init__(
@@ -228,13 +229,6 @@ class ReplicatedSGD(FusedOptimizer):
     ) -> None:
         super().__init__(params, **arguments(locals(), steps=0, gamma=0.0))
 
-    def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group of parameters, which counts steps as the others do; see ``fusedopt.FusedOptimizer``."""
-        if is_group(param_group):
-            for group in self.param_groups[:1]:
-                param_group["steps"] = group["steps"]
-        super().add_param_group(param_group)
-
     def _stepper_of(self, context: Context) -> Stepper:
         return AroundCenters(context)
 
@@ -257,10 +251,3 @@ class ReplicatedSGD(FusedOptimizer):
                 value = value.to(torch.promote_types(value.dtype, torch.float32), copy=True)
                 return mean(p, value)[0] if group["replicas"] > 1 else value
         raise ValueError("the parameter is in none of this optimizer's groups")
-
-    def state_dict(self, *, dequantized: bool = False) -> StateDict:
-        """The state; see ``fusedopt.FusedOptimizer.state_dict``."""
-        saved = super().state_dict(dequantized=dequantized)
-        for group in saved.get("param_groups", ()):
-            group.pop("gamma", None)
-        return saved
