@@ -91,6 +91,8 @@ def hyperparameter(hyper: Hyper, size: int, group: Group, where: str, *, steppin
     low, high = step_domain(hyper) if stepping else hyper.closed_domain
     if not low <= result <= high:
         raise ValueError(f"{hyper.label}{where} is {result!r}; it must lie in {hyper.domain}")
+    if hyper.whole and not result.is_integer():
+        raise ValueError(f"{hyper.label}{where} is {result!r}; it must be a whole number")
     if result > LARGEST_FLOAT and not hyper.infinite and is_narrow(group):
         raise ValueError(
             f"{hyper.label}{where} is {result!r}, more than parameters that are not float64 can be stepped with"

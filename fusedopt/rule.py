@@ -55,6 +55,7 @@ class Hyper:
     low_open: bool = False
     high_open: bool = False
     infinite: bool = False  # whether infinity is in its domain, as of a limit that is none
+    whole: bool = False  # whether it must be a whole number
 
     def __post_init__(self) -> None:
         if not self.key:

@@ -267,7 +267,7 @@ def test_groups_are_in_the_same_loop(engine):
     ("options", "message"),
     [
         ({"L": 0}, "L"),
-        ({"L": 2.5}, "L is 2.5; it must be a whole number"),
+        ({"L": 2.5}, "L .group 0. is 2.5; it must be a whole number"),
         ({"alpha": 1.5}, "alpha"),
         ({"noise": -1.0}, "noise"),
         ({"noise": 1e30}, "noise is 1e[+]30, too large for an inner_lr of 0.1"),
@@ -284,7 +284,7 @@ def test_refuses(options, message):
     ("key", "value", "message"),
     [
         ("L", 0, "L .group 0. is 0.0"),
-        ("L", 2.5, "L is 2.5; it must be a whole number"),
+        ("L", 2.5, "L .group 0. is 2.5; it must be a whole number"),
         ("L", None, "L .group 0. is None"),
         ("noise", -1.0, "noise .group 0. is -1.0"),
         ("noise", math.nan, "noise .group 0. is nan"),
@@ -292,7 +292,7 @@ def test_refuses(options, message):
         ("inner_lr", -1.0, "inner_lr .group 0. is -1.0"),
         ("gamma0", "x", "gamma0 .group 0. is 'x'"),
         ("gamma1", -1.0, "gamma1 .group 0. is -1.0"),
-        ("seed", 1.5, "seed is 1.5; it must be a whole number"),
+        ("seed", 1.5, "seed .group 0. is 1.5; it must be a whole number"),
         ("inner", -1, "inner .group 0. is -1.0"),
         ("gamma1", 1e300, r"gamma0 \(1 [+] gamma1\)\^3 is too large, where gamma0 is 0.3 and gamma1 1e[+]300"),
     ],

@@ -149,7 +149,7 @@ def test_a_step_that_does_not_happen_leaves_nothing(engine, history, momentum):
         (((3, 2), (2, 2)), {}, r"parameter 1 has shape \(2, 2\); dimension 0 must be the 3 replicas"),
         (((),), {}, r"parameter 0 has shape \(\); dimension 0 must be the 3 replicas"),
         (((3,),), {"replicas": 0}, "replicas"),
-        (((3,),), {"replicas": 1.5}, "replicas is 1.5; it must be a whole number"),
+        (((3,),), {"replicas": 1.5}, "replicas .group 0. is 1.5; it must be a whole number"),
         (((3,),), {"gamma0": -1.0}, "gamma0"),
         (((3,),), {"differentiable": True}, "differentiable=True is not for replicas"),
         (((3,),), {"nesterov": True}, "nesterov"),
@@ -164,7 +164,7 @@ def test_refuses(shapes, options, message):
     ("key", "value", "message"),
     [
         ("replicas", 2, r"parameter 0 has shape \(3, 2\); dimension 0 must be the 2 replicas"),
-        ("replicas", 1.5, "replicas is 1.5; it must be a whole number"),
+        ("replicas", 1.5, "replicas .group 0. is 1.5; it must be a whole number"),
         ("replicas", "x", "replicas .group 0. is 'x'"),
         ("gamma0", "x", "gamma0 .group 0. is 'x'"),
         ("gamma0", -1.0, "gamma0 .group 0. is -1.0"),

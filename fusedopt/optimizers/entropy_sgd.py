@@ -44,12 +44,12 @@ class EntropySGDRule(Rule):
         *(Hyper(name) for name in OF_STEP),
     )
     settings: Hypers = (
-        Hyper("L", low=1.0),
+        Hyper("L", low=1.0, whole=True),
         Hyper("gamma0"),
         Hyper("gamma1"),
         Hyper("inner_lr"),
         Hyper("noise"),
-        Hyper("seed", high=LARGEST_SEED),
+        Hyper("seed", high=LARGEST_SEED, whole=True),
         *(Hyper(name) for name in LOOP),
     )
     states: States = (
@@ -64,9 +64,6 @@ class EntropySGDRule(Rule):
 
     @classmethod
     def conflict(cls, group: Group) -> str | None:
-        for key in ("L", "seed"):
-            if not float(group[key]).is_integer():
-                return f"{key} is {group[key]!r}; it must be a whole number"
         if variance(group) > LARGEST_FLOAT:
             return f"noise is {group['noise']!r}, too large for an inner_lr of {group['inner_lr']!r}"
         return None

@@ -28,7 +28,7 @@ class MBFRule(Rule):
 
     name = "mbf"
     hyper: Hypers = (Hyper("momentum"), Hyper("beta", high=1.0, high_open=True), Hyper("damping", low_open=True))
-    settings: Hypers = (Hyper("inverse_every", low=1.0), Hyper("max_block_size"))
+    settings: Hypers = (Hyper("inverse_every", low=1.0, whole=True), Hyper("max_block_size", whole=True))
     states: States = (State("momentum_buffer"), State("exp_avg_sq", signed=False), State("block_momentum"))
     scalars: Scalars = {"step": 0.0}
     decay = DECOUPLED
@@ -65,9 +65,6 @@ class MBFRule(Rule):
 
     @classmethod
     def conflict(cls, group: Group) -> str | None:
-        for key in ("inverse_every", "max_block_size"):
-            if not float(group[key]).is_integer():
-                return f"{key} is {group[key]!r}; it must be a whole number"
         if group["algorithm"] not in (BLOCKS, DIAGONAL, AFTER):
             return f"algorithm is {group['algorithm']!r}; it may be 'blocks' or 'diagonal'"
         if group["algorithm"] == BLOCKS and group["differentiable"]:

@@ -26,7 +26,7 @@ class ReplicatedSGDRule(Rule):
 
     name = "replicatedsgd"
     hyper: Hypers = (*MOMENTUM, Hyper("gamma"))
-    settings: Hypers = (Hyper("replicas", low=1.0), Hyper("gamma0"), Hyper("gamma1"), Hyper("steps"))
+    settings: Hypers = (Hyper("replicas", low=1.0, whole=True), Hyper("gamma0"), Hyper("gamma1"), Hyper("steps"))
     states: States = (*SGDRule.states, State(CENTER, init=PARAM, exact=True))
     scalars: Scalars = {"step": 0.0}
     decay = COUPLED
@@ -34,8 +34,6 @@ class ReplicatedSGDRule(Rule):
     @classmethod
     def conflict(cls, group: Group) -> str | None:
         replicas = group["replicas"]
-        if not float(replicas).is_integer():
-            return f"replicas is {replicas!r}; it must be a whole number"
         if replicas > 1:
             if len({id(p) for p in group["params"]}) < len(group["params"]):
                 return "a parameter is given twice, whose replicas have one mean"
